@@ -15,12 +15,15 @@ Models", arXiv 2605.19729, CVPR 2026.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -31,9 +34,10 @@ import torch.distributed
 
 # ----------------------------------------------------------------------------------------------------- the mathematics
 
-# The student's variance in a group counts for at least this share of the teacher's. A slope is d(cov / var), so its
-# gradient grows like 1 / var; without a bound a flat student (a zero-initialised output layer) meets gradients of 1e5.
-# Only groups in which the student's standard deviation is below 1 % of the teacher's are touched: slopes over 100.
+# A slope is cov / var, so its gradient grows like 1 / var: a flat student (a zero-initialised output layer) would meet
+# gradients of 1e5. Where the student's variance in a group is below this share of the teacher's (a standard deviation
+# below 1 %), the gradient of the group's slope is scaled down as if it were that share. The slope itself stays what it
+# is: a bound on its value would give a nearly flat student slopes near 1, and hold it there.
 MIN_VARIANCE_RATIO = 1e-4
 
 
@@ -82,8 +86,8 @@ def lift_place_loss(
         A [`LiftPlaceLoss`]. A NaN in the input makes the loss and the weight NaN: it is never hidden.
 
     Raises:
-        ValueError: Shapes differ or lack a spatial dimension, a dtype is not floating, `group_size` does not divide
-            the spatial size or is below 2, or an option is unknown.
+        ValueError: Shapes differ or lack a spatial dimension of two elements, a dtype is not floating, `group_size`
+            does not divide the spatial size or is below 2, or an option is unknown.
     """
     _check_arguments(student, teacher, group_size, norm, weighting, group_by, reduction)
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
@@ -120,9 +124,11 @@ def _fit(s: torch.Tensor, t: torch.Tensor, eps: float) -> tuple[torch.Tensor, to
     """Least-squares slope and intercept of t on s over the last dimension, from population moments."""
     s_mean, t_mean = s.mean(-1), t.mean(-1)
     s_centred, t_centred = s - s_mean.unsqueeze(-1), t - t_mean.unsqueeze(-1)
-    bound = MIN_VARIANCE_RATIO * t_centred.square().mean(-1)
-    variance = torch.maximum(s_centred.square().mean(-1), bound)
+    variance = s_centred.square().mean(-1)
     slope = (s_centred * t_centred).mean(-1) / (variance + eps)
+    least = MIN_VARIANCE_RATIO * t_centred.square().mean(-1)
+    damping = ((variance + eps) / (torch.maximum(variance, least) + eps)).detach()
+    slope = slope.detach() + damping * (slope - slope.detach())
     return slope, t_mean - slope * s_mean
 
 
@@ -144,8 +150,11 @@ def _check_arguments(student, teacher, group_size, norm, weighting, group_by, re
     for name, tensor in (("student", student), ("teacher", teacher)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}; pass a floating-point prediction, e.g. {name}.float()")
+    elements = student[0, 0].numel()
+    if elements < 2:
+        raise ValueError(f"{tuple(student.shape)} has one element per channel: there is nothing to fit; use plain MSE")
     if group_size is not None:
-        check_group_size(group_size, student[0, 0].numel())
+        check_group_size(group_size, elements)
     if weighting not in ("adaptive", "constant") and (isinstance(weighting, str) or not 0 <= weighting <= 1):
         raise ValueError(f'weighting is {weighting!r}; choose "adaptive", "constant" or a number in [0, 1]')
     for name, value, choices in (
@@ -164,7 +173,7 @@ def check_group_size(group_size: int, elements: int) -> None:
     divisors = [size for size in range(2, elements + 1) if elements % size == 0]
     below = [size for size in divisors if size < group_size][-1:]
     above = [size for size in divisors if size > group_size][:1]
-    nearest = " or ".join(str(size) for size in below + above) or "None (LIFT)"
+    nearest = " or ".join(str(size) for size in below + above)
     why = "leaves nothing to fit in a group" if group_size < 2 else f"does not divide the {elements} elements"
     raise ValueError(f"group_size {group_size} {why} of a channel; the nearest that does: {nearest}")
 
@@ -175,6 +184,60 @@ def check_group_size(group_size: int, elements: int) -> None:
 def fail(message: str) -> NoReturn:
     """End the run with one line that names the flag, its value and the remedy."""
     raise SystemExit(f"error: {message}")
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+def drop_unreadable(dataset, column: str, source: str, args):
+    """The dataset without the images that do not decode, which are named; too many of them end the run.
+
+    The check decodes each image once; `datasets` keeps its result, so later runs on the same files do not repeat it.
+
+    Args:
+        dataset: A `datasets.Dataset` with an image column. It comes back undecoded: see [`open_image`].
+        source: The flag and value the data came from, for messages.
+        args: With `max_unreadable`, the share to put up with, and `dataloader_num_workers`.
+    """
+    from datasets import Image
+
+    dataset = dataset.cast_column(column, Image(decode=False))
+    workers = args.dataloader_num_workers or None
+    checked = dataset.map(
+        _is_readable,
+        input_columns=column,
+        remove_columns=dataset.column_names,
+        num_proc=workers,
+        desc="Checking images",
+    )
+    unreadable = [index for index, readable in enumerate(checked["readable"]) if not readable]
+    if not unreadable:
+        return dataset
+    names = ", ".join(dataset[index][column]["path"] or f"row {index}" for index in unreadable[:10])
+    found = f"{len(unreadable)} of {len(dataset)} images cannot be read: {names}"
+    if len(unreadable) > args.max_unreadable * len(dataset):
+        fail(f"{source}: {found}; repair or remove them, or raise --max_unreadable {args.max_unreadable}")
+    print(f"leaving out {found}", flush=True)
+    return dataset.select(sorted(set(range(len(dataset))) - set(unreadable)))
+
+
+def open_image(record: dict[str, Any], mode: str):
+    """A PIL image of the mode, upright, from an undecoded record of `datasets`. 16-bit images keep their range."""
+    from PIL import Image, ImageOps
+
+    image = Image.open(io.BytesIO(record["bytes"]) if record["bytes"] else record["path"])
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # convert() would clip these at 255
+        image = image.convert("F").point(lambda value: value / 257)
+    return image.convert(mode)
+
+
+def _is_readable(record: dict[str, Any]) -> dict[str, bool]:
+    try:
+        open_image(record, "RGB")
+    except Exception:  # decoders raise anything on damaged files
+        return {"readable": False}
+    return {"readable": True}
 
 
 # ---------------------------------------------------------------------------------------------------------- the models
@@ -274,7 +337,70 @@ def profile_forward(model: torch.nn.Module, *inputs: torch.Tensor) -> tuple[int,
     return flops.get_total_flops() // 2, sum(size for _, size in kept.values())
 
 
+def print_memory_estimate(args, student: int, teacher: int, kept: int) -> None:
+    """Print what a training step holds, by part, in MiB.
+
+    Args:
+        args: The script's flags.
+        student: Parameters of the student.
+        teacher: Parameters of the teacher, 0 without one.
+        kept: Bytes one image's forward pass keeps in float32, from [`profile_forward`].
+    """
+    width = 2 if args.mixed_precision in ("fp16", "bf16") else 4
+    parts = {
+        "student weights (fp32)": 4 * student,
+        "student gradients (fp32)": 4 * student,
+        "optimizer moments": (2 if args.use_8bit_adam else 8) * student,
+        "averaged weights": 4 * student if args.use_ema else 0,
+        f"student activations, batch {args.train_batch_size}": args.train_batch_size * kept * width // 4,
+        "teacher weights": width * teacher,
+    }
+    print("memory, estimated, without the teacher's working set and the CUDA context:")
+    for name, size in [*parts.items(), ("sum", sum(parts.values()))]:
+        print(f"  {name:<40}{size / 2**20:>12,.1f} MiB")
+
+
 # -------------------------------------------------------------------------------------------------------- the training
+
+
+def prepare_output(args) -> Path:
+    """The output folder, shown to be writable and free of another run."""
+    output_dir = Path(args.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / ".writable").touch()
+        (output_dir / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        fail(f"--output_dir {output_dir} cannot be written to: {error.strerror}; pass another folder")
+    if args.resume_from_checkpoint is None and list_checkpoints(output_dir):
+        fail(f"--output_dir {output_dir} holds another run; add --resume_from_checkpoint latest, or pass a new folder")
+    return output_dir
+
+
+def make_optimizer(parameters: Iterable[torch.nn.Parameter], args) -> torch.optim.Optimizer:
+    """AdamW with the flags' settings, fused, or bitsandbytes' with 8-bit moments."""
+    settings = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.use_8bit_adam:
+        import bitsandbytes as bnb
+
+        return bnb.optim.AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+@contextmanager
+def averaged_weights(ema, model: torch.nn.Module) -> Iterator[None]:
+    """Put an EMAModel's averaged weights into the model for a while."""
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(model.parameters())
 
 
 def seed_step(seed: int, *position: int) -> None:
@@ -294,6 +420,11 @@ def endless_batches(dataloader, batches_done: int, skip_first_batches) -> Iterat
         dataloader.set_epoch(epoch)
         yield from skip_first_batches(dataloader, skip) if skip else dataloader
         epoch, skip = epoch + 1, 0
+
+
+def ignore_sigterm(worker: int) -> None:
+    """Keep a data worker alive when a whole job gets SIGTERM: the process it serves saves first, then ends it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # A run ends when so many steps in a row had no finite loss and gradient.
@@ -368,9 +499,16 @@ def load_training(output_dir: Path, resume_from: str, training: Training) -> int
     if different or not same_tensors or ("ema" in tensors) != (training.ema is not None):
         what = ", ".join(different) or "the features or the averaged weights"
         fail(f"--resume_from_checkpoint {resume_from} is of another student ({what} differ); pass the run's own flags")
+    kind = state["optimizer"]["kind"]
+    if kind != flatten_optimizer(training.optimizer)[1]["kind"]:
+        fail(f"--resume_from_checkpoint {resume_from} is of {kind}; pass --use_8bit_adam as the run did, or leave it")
     training.student.load_state_dict(tensors["student"])
     restore_optimizer(training.optimizer, tensors["optimizer"], state["optimizer"])
-    training.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    # The place in the schedule is the checkpoint's, the learning rate is this run's: it may have been lowered.
+    scheduler = training.lr_scheduler
+    scheduler.load_state_dict({**state["lr_scheduler"], "base_lrs": scheduler.base_lrs})
+    for group, peak, factor in zip(training.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+        group["lr"] = peak * factor(scheduler.last_epoch)
     if training.scaler is not None and state["scaler"]:
         training.scaler.load_state_dict(state["scaler"])
     training.skipped.copy_(torch.tensor(state["skipped"]))
@@ -384,19 +522,23 @@ def load_training(output_dir: Path, resume_from: str, training: Training) -> int
 def flatten_optimizer(optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """An optimizer's state as named tensors for safetensors and a JSON-serialisable rest."""
     state = optimizer.state_dict()
-    entries = {f"{i}.{key}": value for i, values in state["state"].items() for key, value in values.items()}
+    entries = {}
+    for index, values in state["state"].items():
+        # bitsandbytes puts its 8-bit tensors into an inner dict, and takes them back without it.
+        for part in (values, *(value for value in values.values() if isinstance(value, dict))):
+            entries |= {f"{index}.{key}": value for key, value in part.items() if not isinstance(value, dict)}
     tensors = {key: value for key, value in entries.items() if isinstance(value, torch.Tensor)}
     scalars = {key: value for key, value in entries.items() if key not in tensors}
-    return tensors, {"scalars": scalars, "param_groups": state["param_groups"]}
+    return tensors, {"kind": type(getattr(optimizer, "optimizer", optimizer)).__name__, "scalars": scalars}
 
 
 def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
-    """Load what [`flatten_optimizer`] returned."""
+    """Load what [`flatten_optimizer`] returned. Settings such as the betas stay as they are."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **rest["scalars"]}.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -415,6 +557,8 @@ def save_checkpoint(
     output_dir: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any], limit: int | None
 ) -> Path:
     """Write `checkpoint-<step>` so that a kill cannot corrupt it, then delete the oldest beyond `limit`.
+
+    Checkpoints of later steps go too: they are damaged, or of a course that this run has left.
 
     Args:
         tensors: One safetensors file per entry.
@@ -439,9 +583,10 @@ def save_checkpoint(
         folder.rename(output_dir / f".del-{step}")
     temporary.rename(folder)
     _flush(output_dir)
-    if limit is not None:
-        for old in list_checkpoints(output_dir)[:-limit]:
-            old.rename(output_dir / old.name.replace("checkpoint", ".del"))
+    names = [path.name for path in list_checkpoints(output_dir)]
+    newest = names.index(folder.name) + 1
+    for name in [*names[newest:], *(names[: max(0, newest - limit)] if limit is not None else [])]:
+        (output_dir / name).rename(output_dir / name.replace("checkpoint", ".del"))
     sweep(output_dir)
     return folder
 
@@ -460,7 +605,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], d
             path = folder / name
             if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
                 raise ValueError(f"{path} is damaged")
-    except OSError as error:
+    except (OSError, KeyError, TypeError, AttributeError) as error:  # the manifest may be what is damaged
         raise ValueError(f"{folder} is incomplete: {error}") from error
     tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
     return tensors, json.loads((folder / "state.json").read_text())

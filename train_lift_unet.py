@@ -29,7 +29,6 @@ On a CPU, in a minute: a small teacher from scratch, then a student of half its 
 import argparse
 import copy
 import importlib.util
-import io
 import json
 import logging
 import math
@@ -40,7 +39,6 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -52,9 +50,10 @@ from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.logging import get_logger
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.models.attention_processor import Attention
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
@@ -65,8 +64,8 @@ from lift_utils import FeatureModel, check_group_size, fail, lift_place_loss
 logger = get_logger(__name__)
 
 # A preset says what a JSON file says: {"width": fraction, "config": {overrides}, "blocks": {...}, "features": [...]}.
-# Widths are rounded up to whole normalisation groups, as in the published pruned models: of the CelebA-64 DDPM (78.7M;
-# blocks of 128, 256, 256, 256, 512) these keep 44.3M, 19.7M, 9.7M, 1.4M and, `extreme`, 1.2M parameters.
+# Of the CelebA-64 DDPM (78.7M parameters; blocks of 128, 256, 256, 256 and 512) these keep 44.3M, 19.7M, 9.7M and 1.2M;
+# `extreme` has the 1.2M of `pruned_90` in normalisation groups of four channels, like the teacher's, instead of one.
 STUDENTS = {
     "pruned_30": {"width": 0.7},
     "pruned_50": {"width": 0.5},
@@ -273,14 +272,26 @@ def read_recipe(args: argparse.Namespace) -> dict:
 
 
 def student_config(teacher_config: dict, recipe: dict) -> dict:
-    """The teacher's config with the recipe's width and overrides. Widths are whole numbers of normalisation groups."""
-    config = {**teacher_config, **recipe.get("config", {})}
-    if "width" in recipe:
-        groups = config["norm_num_groups"] or 1
-        widths = teacher_config["block_out_channels"]
-        config["block_out_channels"] = [math.ceil(width * recipe["width"] / groups) * groups for width in widths]
-        if config.get("time_embedding_dim"):
-            config["time_embedding_dim"] = 4 * config["block_out_channels"][0]
+    """The teacher's config with the recipe's width and overrides.
+
+    Widths are rounded up to whole normalisation groups. Where that would make different widths equal, which takes the
+    shortcut convolution out of a block, there are fewer groups.
+    """
+    # "_use_default_values" among the private entries would make from_config ignore overrides.
+    config = {key: value for key, value in teacher_config.items() if not key.startswith("_")}
+    config |= recipe.get("config", {})
+    if "width" not in recipe:
+        return config
+    widths, most = teacher_config["block_out_channels"], config["norm_num_groups"] or 1
+    for groups in range(most, 0, -1):
+        if groups != most and ("norm_num_groups" in recipe.get("config", {}) or most % groups):
+            continue
+        narrow = [math.ceil(width * recipe["width"] / groups) * groups for width in widths]
+        if len(set(narrow)) == len(set(widths)):
+            break
+    config |= {"block_out_channels": narrow, "norm_num_groups": groups}
+    if config.get("time_embedding_dim"):
+        config["time_embedding_dim"] = 4 * narrow[0]
     return config
 
 
@@ -314,6 +325,9 @@ def build_student(args: argparse.Namespace, teacher: UNet2DModel | None) -> tupl
 def check_student(args: argparse.Namespace, student: UNet2DModel, teacher: UNet2DModel | None) -> None:
     """Refuse sizes with which no step could be taken."""
     config = student.config
+    for key in ("in_channels", "out_channels"):
+        if teacher is not None and config[key] != teacher.config[key]:
+            fail(f"--student {args.student} has {key} {config[key]}; keep the teacher's {teacher.config[key]}")
     if config.sample_size is None:
         fail("--resolution is not given and the model's config has no sample_size; pass --resolution")
     factor = 2 ** (len(config.block_out_channels) - 1)
@@ -329,9 +343,6 @@ def check_student(args: argparse.Namespace, student: UNet2DModel, teacher: UNet2
         )
     if config.class_embed_type is not None or config.num_class_embeds is not None:
         fail("--pretrained_teacher_model is class-conditional; this script distils unconditional models only")
-    for key in ("in_channels", "out_channels"):
-        if teacher is not None and config[key] != teacher.config[key]:
-            fail(f"--student {args.student} has {key} {config[key]}; keep the teacher's {teacher.config[key]}")
     if args.kd_loss == "place":
         try:
             check_group_size(args.group_size, math.prod(_pair(config.sample_size)))
@@ -412,6 +423,14 @@ def prune_width(student: UNet2DModel, teacher: UNet2DModel, accumulate=None) -> 
 
     state = pruned.state_dict()
     state.update(fit_time_embedding(student, teacher, state))
+    for name, module in student.named_modules():
+        if isinstance(module, Attention):
+            # Attention divides by the root of the head's width: keep dividing by the teacher's.
+            wider = teacher.get_submodule(name)
+            factor = math.sqrt(module.inner_dim / module.heads / (wider.inner_dim / wider.heads))
+            for key in ("weight", "bias"):
+                if f"{name}.to_q.{key}" in state:
+                    state[f"{name}.to_q.{key}"] = state[f"{name}.to_q.{key}"] * factor
     student.load_state_dict(state)
 
 
@@ -489,49 +508,16 @@ def make_dataset(args: argparse.Namespace, channels: int, resolution: int) -> da
     if args.max_train_samples is not None and args.max_train_samples < len(dataset):
         dataset = dataset.shuffle(seed=args.seed).select(range(args.max_train_samples))
 
-    dataset = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    checked = dataset.map(
-        is_readable,
-        input_columns=column,
-        remove_columns=column,
-        num_proc=args.dataloader_num_workers or None,
-        desc="Checking images",
-    )
-    unreadable = [index for index, readable in enumerate(checked["readable"]) if not readable]
-    if unreadable:
-        paths = [dataset[index][column]["path"] or f"row {index}" for index in unreadable[:10]]
-        found = f"{len(unreadable)} of {len(dataset)} images cannot be read ({', '.join(paths)})"
-        if len(unreadable) > args.max_unreadable * len(dataset):
-            fail(f"{source}: {found}; repair or remove them, or raise --max_unreadable {args.max_unreadable}")
-        logger.warning(f"{found}: leaving them out")
-        dataset = dataset.select(sorted(set(range(len(dataset))) - set(unreadable)))
+    dataset = lift_utils.drop_unreadable(dataset.select_columns(column), column, source, args)
     return dataset.with_transform(
         partial(load_images, column=column, mode="L" if channels == 1 else "RGB", size=resolution)
     )
 
 
-def is_readable(record: dict) -> dict[str, bool]:
-    try:
-        open_image(record).load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return {"readable": False}
-    return {"readable": True}
-
-
-def open_image(record: dict) -> Image.Image:
-    return Image.open(io.BytesIO(record["bytes"]) if record["bytes"] else record["path"])
-
-
 def load_images(batch: dict, column: str, mode: str, size: int) -> dict[str, list[torch.Tensor]]:
-    """Decode, turn upright, convert, resize the shorter side and crop the centre."""
+    """Decode, resize the shorter side and crop the centre."""
     transform = v2.Compose([v2.Resize(size, v2.InterpolationMode.LANCZOS), v2.CenterCrop(size), v2.PILToTensor()])
-    images = []
-    for record in batch[column]:
-        image = ImageOps.exif_transpose(open_image(record))
-        if image.mode.startswith(("I", "F")):  # 16 bits and more, which convert() would clip at 255
-            image = image.convert("F").point(lambda value: value / 257)
-        images.append(transform(image.convert(mode)))
-    return {"images": images}
+    return {"images": [transform(lift_utils.open_image(record, mode)) for record in batch[column]]}
 
 
 # ------------------------------------------------------------------------------------------------------- the algorithm
@@ -625,11 +611,15 @@ def fine_weighting(kind: str, progress: float) -> str | float:
 @torch.no_grad()
 def sample_images(unet: UNet2DModel, scheduler: DDPMScheduler, args: argparse.Namespace) -> list[Image.Image]:
     """Samples by DDIM from the noise that `--seed` fixes, the same for every model."""
-    training = unet.training
+    training, dtype = unet.training, unet.dtype
+    if dtype != torch.float32:  # the pipeline cannot hand out bfloat16 images; widening the weights loses nothing
+        unet.float()
     pipeline = DDIMPipeline(unet=unet.eval(), scheduler=DDIMScheduler.from_config(scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(args.seed)
     images = pipeline(args.num_validation_images, generator, num_inference_steps=args.num_inference_steps).images
+    if dtype != torch.float32:
+        unet.to(dtype)
     unet.train(training)
     return images
 
@@ -644,7 +634,7 @@ def log_validation(models: dict, cache: dict, ema, scheduler, args, trackers: li
         cache["teacher"] = sample_images(models["teacher"], scheduler, args)
     rows = {**cache, "student": sample_images(models["student"], scheduler, args)}
     if ema is not None:
-        with averaged_weights(ema, models["student"]):
+        with lift_utils.averaged_weights(ema, models["student"]):
             rows["EMA student"] = sample_images(models["student"], scheduler, args)
     grid = lift_utils.labelled_grid(rows, scale=max(1, 64 // rows["student"][0].width))
     folder = Path(args.output_dir) / "samples"
@@ -654,17 +644,6 @@ def log_validation(models: dict, cache: dict, ema, scheduler, args, trackers: li
         if tracker.name in ("tensorboard", "wandb"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": np.array(grid)[None]}, step=step, **layout)
-
-
-@contextmanager
-def averaged_weights(ema: EMAModel, model: torch.nn.Module):
-    """Put the averaged weights into the model for a while."""
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
-    try:
-        yield
-    finally:
-        ema.restore(model.parameters())
 
 
 def save_pipeline(student: UNet2DModel, teacher: UNet2DModel | None, scheduler, args: argparse.Namespace) -> None:
@@ -722,8 +701,7 @@ def save_pipeline(student: UNet2DModel, teacher: UNet2DModel | None, scheduler, 
 
 def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, args: argparse.Namespace) -> None:
     """Print parameters, MACs, a memory estimate and the student's config."""
-    bytes_per_weight = 2 if args.mixed_precision in ("fp16", "bf16") else 4
-    count = student.num_parameters()
+    count, total = student.num_parameters(), 0
     with torch.device("meta"):
         example = torch.zeros(1, student.config.in_channels, *_pair(student.config.sample_size)), torch.zeros(1)
         ours = UNet2DModel.from_config(student.config).train()
@@ -731,40 +709,16 @@ def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, args: argpa
     if args.gradient_checkpointing:
         ours.enable_gradient_checkpointing()
     macs, kept = lift_utils.profile_forward(ours, *example)
-    parts = {
-        "student weights (fp32)": 4 * count,
-        "student gradients (fp32)": 4 * count,
-        "optimizer moments": (2 if args.use_8bit_adam else 8) * count,
-        "averaged weights": 4 * count if args.use_ema else 0,
-        f"student activations, batch {args.train_batch_size}": args.train_batch_size * kept * bytes_per_weight // 4,
-    }
     print(f"student: {count:,} parameters, {macs:,} MACs per image and forward pass")
     if theirs is not None:
         total = teacher.num_parameters()
         macs, _ = lift_utils.profile_forward(theirs, *example)
-        parts["teacher weights"] = bytes_per_weight * total
         print(f"teacher: {total:,} parameters, {macs:,} MACs; the student is {count / total:.2%} of it")
-    print("memory, estimated, without the teacher's working set and the CUDA context:")
-    for name, size in [*parts.items(), ("sum", sum(parts.values()))]:
-        print(f"  {name:<40}{size / 2**20:>12,.1f} MiB")
+    lift_utils.print_memory_estimate(args, count, total, kept)
     print(student.to_json_string())
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
-
-
-def make_optimizer(parameters, args: argparse.Namespace) -> torch.optim.Optimizer:
-    settings = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    if args.use_8bit_adam:
-        import bitsandbytes as bnb
-
-        return bnb.optim.AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
 def pair_features(
@@ -788,22 +742,22 @@ def pair_features(
     return models[0], models[1]
 
 
-def prepare_output(args: argparse.Namespace) -> Path:
-    """The output folder, shown to be writable and free of another run."""
-    output_dir = Path(args.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / ".writable").touch()
-        (output_dir / ".writable").unlink(missing_ok=True)
-    except OSError as error:
-        fail(f"--output_dir {output_dir} cannot be written to: {error.strerror}; pass another folder")
-    if args.resume_from_checkpoint is None and lift_utils.list_checkpoints(output_dir):
-        fail(f"--output_dir {output_dir} holds another run; add --resume_from_checkpoint latest, or pass a new folder")
-    return output_dir
-
-
 def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
+    # ---- set-up
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),
+        # Groups of micro-batches run on over the end of an epoch, so that every step has the same size.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO if accelerator.is_main_process else 40)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+
     # ---- models
     teacher, scheduler = None, make_scheduler(args.prediction_type)
     if args.pretrained_teacher_model is not None:
@@ -813,20 +767,8 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         return print_dry_run(student, teacher, args)
 
-    # ---- set-up
-    output_dir = prepare_output(args)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / "logs"),
-        # Groups of micro-batches run on over the end of an epoch, so that every step has the same size.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-    )
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO if accelerator.is_main_process else 40)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    # ---- output
+    output_dir = lift_utils.prepare_output(args)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     if accelerator.is_main_process:
@@ -846,6 +788,7 @@ def main(args: argparse.Namespace) -> None:
         shuffle=True,
         drop_last=True,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=lift_utils.ignore_sigterm,
         persistent_workers=args.dataloader_num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -866,8 +809,13 @@ def main(args: argparse.Namespace) -> None:
     if args.compile:
         for model in filter(None, (student, teacher_model)):
             model.compile()
-    optimizer = make_optimizer(student.parameters(), args)
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
+    optimizer = lift_utils.make_optimizer(student.parameters(), args)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
     student, optimizer, dataloader = accelerator.prepare(student, optimizer, dataloader)
     ema = EMAModel(unet.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
     skipped = torch.zeros(2, device=accelerator.device)
@@ -900,8 +848,9 @@ def main(args: argparse.Namespace) -> None:
     for step in range(first_step + 1, args.max_train_steps + 1):
         losses = []
         for micro_step in range(args.gradient_accumulation_steps):
-            lift_utils.seed_step(args.seed, step, micro_step, accelerator.process_index)
             images = next(batches)["images"]
+            # After the batch: a dataloader draws a random number whenever it starts an epoch or resumes in one.
+            lift_utils.seed_step(args.seed, step, micro_step, accelerator.process_index)
             with accelerator.accumulate(student):
                 loss, logs = compute_losses(
                     student, teacher_model, images, scheduler, args, step / args.max_train_steps
@@ -939,7 +888,8 @@ def main(args: argparse.Namespace) -> None:
                 )
         if (step % args.validation_steps == 0 or last) and accelerator.is_main_process:
             validate(step=step)
-        if step % args.checkpointing_steps == 0 or last or stopping:
+        # A bad step's weights may be ruined: they are not to take the place of the last good ones.
+        if (step % args.checkpointing_steps == 0 and not skipped[1]) or last or stopping:
             if accelerator.is_main_process:
                 lift_utils.save_training(output_dir, step, training, args.checkpoints_total_limit)
             accelerator.wait_for_everyone()

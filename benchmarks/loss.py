@@ -12,7 +12,7 @@ Times the forward and backward pass of each loss at the output shapes of the tra
 table: median milliseconds and, in brackets, how many times the MSE that is. No model runs here, so a large ratio may
 still be a small share of a training step: benchmarks/step.py shows that share.
 
-    python benchmarks/loss.py                                       # the machine's GPU, else its CPU; well under a minute
+    python benchmarks/loss.py                # on the GPU if there is one; seconds, on a CPU too
     python benchmarks/loss.py --device cpu --threads 1
     python benchmarks/loss.py --dtype bfloat16 --group_size 64 --json benchmarks/results/loss.json
 """
@@ -47,10 +47,10 @@ SHAPES = {
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help='"cpu", "cuda" or "cuda:1"; default: cuda if there is one')
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the outputs")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--group_size", type=int, default=16, help="elements per group of PLACE (default: 16)")
-    parser.add_argument("--warmup", type=int, default=3, help="untimed runs of each loss and shape (default: 3)")
-    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each loss and shape (default: 20)")
+    parser.add_argument("--warmup", type=int, default=2, help="untimed runs of each loss and shape (default: 2)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed runs of each loss and shape (default: 10)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch; default: torch's own choice")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results to this file")
     args = parser.parse_args(input_args)
@@ -63,8 +63,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'--device {args.device} is no device; pass "cpu" or "cuda"')
     if args.device.type not in ("cpu", "cuda"):
         parser.error(f'--device {args.device} cannot be timed here; pass "cpu" or "cuda"')
-    if args.device.type == "cuda" and (args.device.index or 0) >= torch.cuda.device_count():
-        parser.error(f"--device {args.device} asks for a GPU torch does not see; pass --device cpu")
+    if args.device.type == "cuda":
+        args.device = torch.device("cuda", args.device.index or 0)
+        if args.device.index >= torch.cuda.device_count():
+            parser.error(f"--device {args.device} asks for a GPU torch does not see; pass --device cpu")
     for flag, least in (("warmup", 0), ("repeats", 1), ("threads", 1)):
         value = getattr(args, flag)
         if value is not None and value < least:

