@@ -17,6 +17,7 @@ Models", arXiv 2605.19729, CVPR 2026.
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -390,6 +391,44 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], args) -> torch.opti
 
         return bnb.optim.AdamW8bit(parameters, **settings)
     return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+def make_accelerator(args):
+    """An Accelerator with the flags' settings and a sampler whose order depends on the seed and the epoch alone."""
+    from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),
+        # Groups of micro-batches run on over the end of an epoch, so that every step has the same size.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    logging.basicConfig(format="%(levelname)s %(message)s", level=level)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def make_dataloader(dataset, args, accelerator) -> torch.utils.data.DataLoader:
+    """Shuffled whole batches; the images that do not fill one are left for another epoch's order."""
+    if len(dataset) < args.train_batch_size * accelerator.num_processes:
+        fail(f"--train_batch_size {args.train_batch_size} is more than the {len(dataset)} images; pass a smaller one")
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_size=args.train_batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_sigterm,
+        persistent_workers=args.dataloader_num_workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+    )
 
 
 @contextmanager

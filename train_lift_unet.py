@@ -30,7 +30,6 @@ import argparse
 import copy
 import importlib.util
 import json
-import logging
 import math
 import re
 import shlex
@@ -46,9 +45,8 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate import skip_first_batches
 from accelerate.logging import get_logger
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.optimization import get_scheduler
@@ -64,8 +62,8 @@ from lift_utils import FeatureModel, check_group_size, fail, lift_place_loss
 logger = get_logger(__name__)
 
 # A preset says what a JSON file says: {"width": fraction, "config": {overrides}, "blocks": {...}, "features": [...]}.
-# Of the CelebA-64 DDPM (78.7M parameters; blocks of 128, 256, 256, 256 and 512) these keep 44.3M, 19.7M, 9.7M and 1.2M;
-# `extreme` has the 1.2M of `pruned_90` in normalisation groups of four channels, like the teacher's, instead of one.
+# Of the CelebA-64 DDPM (78.7M parameters, blocks of 128, 256, 256, 256, 512) these keep 44.3M, 19.7M, 9.7M and 1.2M;
+# `extreme` is `pruned_90` with normalisation groups of four channels, like the teacher's, instead of one.
 STUDENTS = {
     "pruned_30": {"width": 0.7},
     "pruned_50": {"width": 0.5},
@@ -283,9 +281,8 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
     if "width" not in recipe:
         return config
     widths, most = teacher_config["block_out_channels"], config["norm_num_groups"] or 1
-    for groups in range(most, 0, -1):
-        if groups != most and ("norm_num_groups" in recipe.get("config", {}) or most % groups):
-            continue
+    fixed = "norm_num_groups" in recipe.get("config", {})
+    for groups in [most] if fixed else [groups for groups in range(most, 0, -1) if most % groups == 0]:
         narrow = [math.ceil(width * recipe["width"] / groups) * groups for width in widths]
         if len(set(narrow)) == len(set(widths)):
             break
@@ -295,7 +292,7 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
     return config
 
 
-def build_student(args: argparse.Namespace, teacher: UNet2DModel | None) -> tuple[UNet2DModel, list[list[str]]]:
+def build_student(teacher: UNet2DModel | None, args: argparse.Namespace) -> tuple[UNet2DModel, list[list[str]]]:
     """The student, not yet filled, and the pairs `[student module, teacher module]` of the feature term."""
     recipe = read_recipe(args)
     config = student_config(dict(teacher.config) if teacher is not None else {}, recipe)
@@ -305,7 +302,7 @@ def build_student(args: argparse.Namespace, teacher: UNet2DModel | None) -> tupl
         student = UNet2DModel.from_config(config)
     except (ValueError, TypeError, ZeroDivisionError, KeyError) as error:
         fail(f"--student {args.student} gives no valid UNet2DModel: {error}; check its config")
-    check_student(args, student, teacher)
+    check_student(student, teacher, args)
 
     features = recipe.get("features")
     if features is None:
@@ -322,7 +319,7 @@ def build_student(args: argparse.Namespace, teacher: UNet2DModel | None) -> tupl
     return student, features
 
 
-def check_student(args: argparse.Namespace, student: UNet2DModel, teacher: UNet2DModel | None) -> None:
+def check_student(student: UNet2DModel, teacher: UNet2DModel | None, args: argparse.Namespace) -> None:
     """Refuse sizes with which no step could be taken."""
     config = student.config
     for key in ("in_channels", "out_channels"):
@@ -744,26 +741,15 @@ def pair_features(
 
 def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
-    # ---- set-up
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),
-        # Groups of micro-batches run on over the end of an epoch, so that every step has the same size.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-    )
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO if accelerator.is_main_process else 40)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-
     # ---- models
+    accelerator = lift_utils.make_accelerator(args)
     teacher, scheduler = None, make_scheduler(args.prediction_type)
     if args.pretrained_teacher_model is not None:
         teacher, scheduler = load_teacher(args)
+        if args.resolution is not None:
+            teacher.register_to_config(sample_size=args.resolution)
     lift_utils.seed_step(args.seed)
-    student, features = build_student(args, teacher)
+    student, features = build_student(teacher, args)
     if args.dry_run:
         return print_dry_run(student, teacher, args)
 
@@ -779,19 +765,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- data
     with accelerator.main_process_first():
         dataset = make_dataset(args, student.config.in_channels, student.config.sample_size)
-    batches_per_epoch = len(dataset) // (args.train_batch_size * accelerator.num_processes)
-    if batches_per_epoch == 0:
-        fail(f"--train_batch_size {args.train_batch_size} is more than the {len(dataset)} images; pass a smaller one")
-    dataloader = torch.utils.data.DataLoader(
-        dataset,
-        batch_size=args.train_batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=lift_utils.ignore_sigterm,
-        persistent_workers=args.dataloader_num_workers > 0,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    dataloader = lift_utils.make_dataloader(dataset, args, accelerator)
 
     # ---- student, optimizer, average
     if teacher is not None:
@@ -835,7 +809,7 @@ def main(args: argparse.Namespace) -> None:
         log_validation, {"teacher": teacher, "student": unet}, {}, ema, scheduler, args, accelerator.trackers
     )
     logger.info(
-        f"{len(dataset)} images, {batches_per_epoch} batches an epoch, step {first_step} of {args.max_train_steps}"
+        f"{len(dataset)} images, {len(dataloader)} batches an epoch, step {first_step} of {args.max_train_steps}"
     )
 
     # ---- loop

@@ -1,7 +1,8 @@
-"""Checkpoints and interrupted runs: what is resumed goes on bit for bit, what is killed loses nothing that was saved."""
+"""Checkpoints: a resumed run goes on bit for bit, and a killed one loses nothing that was saved."""
 
 import copy
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -16,7 +17,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT
-from diffusers import DDIMPipeline
 from safetensors.torch import load_file
 
 import lift_utils
@@ -26,6 +26,7 @@ import train_lift_unet
 SHORT = [
     *("--train_batch_size", 40, "--logging_steps", 1, "--checkpointing_steps", 1, "--dataloader_num_workers", 0),
     *("--num_validation_images", 1, "--num_inference_steps", 1, "--report_to", "none", "--learning_rate", 1e-3),
+    *("--validation_steps", 3, "--max_train_steps", 5),
 ]
 LATEST = ("--resume_from_checkpoint", "latest")
 
@@ -51,14 +52,28 @@ def command(teacher, images):
 
 
 @pytest.fixture
-def distil(run, command, tmp_path):
-    """`distil("name", *flags)` runs it and returns the output folder."""
+def distil(run, command, tmp_path, monkeypatch):
+    """`distil("name", *flags)` runs it and returns the output folder. The curves take half of the time: left out."""
+    monkeypatch.setattr(lift_utils, "plot_curves", lambda *arguments: None)
 
     def distil_into(name: str, *flags) -> Path:
         run("train_lift_unet", *command(tmp_path / name, *flags))
         return tmp_path / name
 
     return distil_into
+
+
+@pytest.fixture(scope="module")
+def finished() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def whole(distil, finished, tmp_path_factory) -> Path:
+    """An uninterrupted run of five steps, made once. Tests leave it as it is and work on copies."""
+    if not finished:
+        finished["run"] = shutil.copytree(distil("whole"), tmp_path_factory.mktemp("finished") / "run")
+    return finished["run"]
 
 
 def interrupt(whole: Path, folder: Path, step: int) -> Path:
@@ -101,14 +116,14 @@ def assert_same_result(ours: Path, theirs: Path, steps: int) -> None:
     assert rows(ours) == rows(theirs)
 
 
-# ------------------------------------------------------------------------------------------------------------- resuming
+# ------------------------------------------------------------------------------------------------------------ resuming
 
 
 @pytest.mark.parametrize(
     ("resume_at", "steps", "flags"),
     [
         # 96 images: two batches of 40 an epoch, 16 images left out of each.
-        pytest.param(3, 5, ["--validation_steps", 2], id="within an epoch"),
+        pytest.param(3, 5, [], id="within an epoch"),
         pytest.param(4, 5, [], id="at the end of an epoch"),
         pytest.param(
             1, 4, ["--train_batch_size", 32, "--gradient_accumulation_steps", 2], id="groups over the end of an epoch"
@@ -118,11 +133,12 @@ def assert_same_result(ours: Path, theirs: Path, steps: int) -> None:
         pytest.param(2, 5, ["--lr_scheduler", "cosine", "--lr_warmup_steps", 3], id="cosine with warm-up"),
     ],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one(distil, tmp_path, monkeypatch, resume_at, steps, flags):
+def test_a_resumed_run_equals_an_uninterrupted_one(distil, whole, tmp_path, monkeypatch, resume_at, steps, flags):
     monkeypatch.chdir(tmp_path)
     Path("dropout.json").write_text(json.dumps({"width": 0.5, "config": {"dropout": 0.2}}))
-    flags = [*flags, "--max_train_steps", steps]
-    whole = distil("whole", *flags)
+    if flags:
+        flags = [*flags, "--max_train_steps", steps]
+        whole = distil("other", *flags)
     interrupt(whole, tmp_path / "resumed", resume_at)
     resumed = distil("resumed", *flags, *LATEST)
     # It did go on from the checkpoint: earlier ones have not come back.
@@ -154,19 +170,17 @@ def test_skipped_batches_are_not_decoded(distil, monkeypatch):
     assert 16 <= decoded.count("L") <= 24  # two batches, and one that may be fetched ahead
 
 
-def test_latest_starts_anew_in_an_empty_folder(distil, tmp_path):
+def test_latest_starts_anew_in_an_empty_folder(distil, whole, tmp_path):
     (tmp_path / "student").mkdir()
-    folder = distil("student", *LATEST, "--max_train_steps", 2)
-    assert_same_result(folder, distil("other", "--max_train_steps", 2), 2)
+    assert_same_result(distil("student", *LATEST), whole, 5)
 
 
-def test_a_finished_run_is_only_saved_again(distil):
-    folder = distil("student", "--max_train_steps", 2)
-    before = digest(folder)
+def test_a_finished_run_is_only_saved_again(distil, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "student")
     shutil.rmtree(folder / "unet")
     (folder / "model_index.json").unlink()
-    distil("student", "--max_train_steps", 2, *LATEST)
-    after = digest(folder)
+    distil("student", *LATEST)
+    before, after = digest(whole), digest(folder)
     assert before.pop("README.md") != after.pop("README.md")  # it quotes the command
     assert after == before
 
@@ -184,14 +198,13 @@ def test_the_oldest_go_and_nothing_is_pickled(distil):
         assert not path.read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"))
 
 
-# -------------------------------------------------------------------------------------------------------- interruptions
+# ------------------------------------------------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize(("to_group", "workers"), [(False, 0), (True, 2)], ids=["process", "group with data workers"])
-def test_sigterm_saves_and_exits(command, distil, tmp_path, to_group, workers):
-    """As `kill` does it, and as batch systems do: to every process of the job."""
+def test_sigterm_saves_and_exits(command, distil, whole, tmp_path):
+    """As batch systems send it: to every process of the job, so the processes that decode images get it too."""
     folder = tmp_path / "stopped"
-    flags = ["--dataloader_num_workers", workers]
+    flags = ("--dataloader_num_workers", 2, "--max_train_steps", 1000, "--checkpointing_steps", 1000)
     process = subprocess.Popen(
         [sys.executable, ROOT / "train_lift_unet.py", *map(str, command(folder, *flags))],
         stdout=subprocess.PIPE,
@@ -205,18 +218,18 @@ def test_sigterm_saves_and_exits(command, distil, tmp_path, to_group, workers):
         while not lift_utils.read_metrics(folder / "metrics.jsonl"):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
             time.sleep(0.02)
-        (os.killpg if to_group else os.kill)(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
         output = process.communicate(timeout=60)[0]
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM, output
     assert "--resume_from_checkpoint latest" in output and "Traceback" not in output
     done = len(rows(folder))
-    assert lift_utils.list_checkpoints(folder)[-1].name == f"checkpoint-{done}"
+    assert [path.name for path in lift_utils.list_checkpoints(folder)] == [f"checkpoint-{done}"]
 
-    steps = done + 2
+    steps = max(5, done + 1)
     distil("stopped", "--max_train_steps", steps, *LATEST)
-    assert_same_result(folder, distil("whole", "--max_train_steps", steps), steps)
+    assert_same_result(folder, whole if steps == 5 else distil("other", "--max_train_steps", steps), steps)
 
 
 SAVER = """
@@ -298,7 +311,7 @@ def test_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     assert (tmp_path.stat().st_ino, True) in synced
 
 
-# --------------------------------------------------------------------------------------------------- damaged and foreign
+# ------------------------------------------------------------------------------------------------- damaged and foreign
 
 
 def save(folder: Path, *steps: int, limit: int | None = None) -> None:
@@ -365,28 +378,27 @@ def test_other_folders_are_no_checkpoints(tmp_path):
     assert not list(tmp_path.glob(".*")) and (tmp_path / "checkpoint-best").exists()
 
 
-def test_a_run_goes_on_from_the_newest_whole_checkpoint(distil, tmp_path, capsys):
-    whole = distil("whole", "--max_train_steps", 3)
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(distil, whole, tmp_path, capsys):
     folder = shutil.copytree(whole, tmp_path / "damaged")
-    flip(folder / "checkpoint-3" / "optimizer.safetensors", -1)
-    (folder / "checkpoint-2" / "manifest.json").unlink()
-    (folder / ".tmp-4").mkdir()
-    capsys.readouterr()
-    distil("damaged", "--max_train_steps", 3, *LATEST)
+    flip(folder / "checkpoint-5" / "optimizer.safetensors", -1)
+    (folder / "checkpoint-4" / "manifest.json").unlink()
+    (folder / ".tmp-6").mkdir()
+    distil("damaged", *LATEST)
     output = capsys.readouterr().out
-    assert "passing over checkpoint-3" in output and "passing over checkpoint-2" in output
-    assert_same_result(folder, whole, 3)
-    assert not (folder / ".tmp-4").exists()
+    assert "passing over checkpoint-5" in output and "passing over checkpoint-4" in output
+    assert "checkpoint-3" not in output
+    assert_same_result(folder, whole, 5)
+    assert not (folder / ".tmp-6").exists()
 
 
 def test_a_lower_learning_rate_is_obeyed(distil):
     flags = ("--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 2)
     distil("student", "--max_train_steps", 3, *flags)
-    folder = distil("student", "--max_train_steps", 5, *flags, *LATEST, "--learning_rate", 1e-5)
+    folder = distil("student", *flags, *LATEST, "--learning_rate", 1e-5)
     assert [row["lr"] for row in rows(folder)] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-5, 1e-5])
     weights = [load_file(folder / f"checkpoint-{step}" / "student.safetensors") for step in (2, 3, 4)]
     moved = [
-        max((after[key] - before[key]).abs().max() for key in after) for before, after in zip(weights, weights[1:])
+        max((after[key] - before[key]).abs().max() for key in after) for before, after in itertools.pairwise(weights)
     ]
     assert 0 < moved[1] < 0.05 * moved[0]  # the first step after the resume already is a small one
 
@@ -414,16 +426,15 @@ def test_latest_is_of_the_course_the_run_took(tmp_path, limit):
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_nothing_is_lost_by_the_wrong_flags(distil, flags, message):
-    folder = distil("student", "--max_train_steps", 1)
-    before = digest(folder)
+def test_nothing_is_lost_by_the_wrong_flags(distil, whole, tmp_path, flags, message):
+    folder = shutil.copytree(whole, tmp_path / "student")
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as error:
-        distil("student", "--max_train_steps", 2, *flags)
+        distil("student", "--max_train_steps", 6, *flags)
     assert "\n" not in str(error.value)
-    assert digest(folder) == before
+    assert digest(folder) == digest(whole)
 
 
-# ----------------------------------------------------------------------------------------------- steps that are not finite
+# ------------------------------------------------------------------------------------------- steps that are not finite
 
 
 def make(kind: str):
@@ -487,7 +498,7 @@ def test_a_skipped_step_is_counted_and_the_run_goes_on(distil, tmp_path, monkeyp
     whole = distil("whole", "--max_train_steps", 4)
     assert [(row["skipped"], row["skipped_in_a_row"]) for row in rows(whole)] == [(0, 0), (1, 1), (1, 0), (1, 0)]
     assert [row["loss"] is None for row in rows(whole)] == [False, True, False, False]
-    same = [all(torch.equal(new[key], old[key]) for key in new) for old, new in zip(weights, weights[1:])]
+    same = [all(torch.equal(new[key], old[key]) for key in new) for old, new in itertools.pairwise(weights)]
     assert same == [False, True, False]
     saved = [path.name for path in lift_utils.list_checkpoints(whole)]
     assert saved == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]  # none of a bad step
@@ -496,26 +507,23 @@ def test_a_skipped_step_is_counted_and_the_run_goes_on(distil, tmp_path, monkeyp
     assert_same_result(distil("resumed", "--max_train_steps", 4, *LATEST), whole, 4)
 
 
-def test_a_run_that_diverges_ends_and_can_go_on(distil, tmp_path):
-    flags = ("--train_batch_size", 8, "--validation_steps", 1000)
-    whole = distil("whole", *flags, "--max_train_steps", 4)
+def test_a_run_that_diverges_ends_and_can_go_on(distil, whole, tmp_path):
     folder = interrupt(whole, tmp_path / "student", 2)
-    good = digest(folder / "checkpoint-2")
-    limit = ("--checkpoints_total_limit", 2)
-    with pytest.raises(SystemExit, match="^error: .*not finite for 20 steps.*lower --learning_rate") as error:
-        distil("student", *flags, *LATEST, *limit, "--max_train_steps", 100, "--learning_rate", 1e30)
+    flags = ("--max_train_steps", 100, "--validation_steps", 100, "--checkpoints_total_limit", 2)
+    with pytest.raises(SystemExit, match=r"^error: .*not finite for 20 steps.*lower --learning_rate") as error:
+        distil("student", *LATEST, *flags, "--learning_rate", 1e30)
     assert "\n" not in str(error.value)
     assert rows(folder)[-1]["skipped_in_a_row"] == 20 and rows(folder)[-1]["step"] <= 25
 
     # One ruined step was finite. The good one before it has outlived the limit, and the run goes on from there.
     for checkpoint in lift_utils.list_checkpoints(folder):
         lift_utils.load_checkpoint(checkpoint)
-    assert digest(folder / "checkpoint-2") == good
-    distil("student", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "checkpoint-2")
-    assert_same_result(folder, whole, 4)
+    assert digest(folder / "checkpoint-2") == digest(whole / "checkpoint-2")
+    distil("student", "--resume_from_checkpoint", "checkpoint-2")
+    assert_same_result(folder, whole, 5)
 
 
-# ---------------------------------------------------------------------------------------------------------- random states
+# ------------------------------------------------------------------------------------------------------- random states
 
 
 def test_draws_depend_on_the_place_in_the_run_alone():

@@ -1,0 +1,230 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""What a training step costs beyond the work nobody can avoid, for any of the training scripts.
+
+The script's own `main` runs on random images; its steps are timed whole, with data loading, the loss, clipping and
+logging. Between the whole steps the parts are timed alone, on the same models and inputs: the teacher's forward pass,
+the student's forward and backward pass, the optimizer's step, and the loss on the two outputs. The parts and the whole
+alternate, so that a busy machine slows both. A step may cost 1.05 times its parts, the loss 2 % of the step.
+
+    python benchmarks/step.py                                # a 78.7M teacher and its 1.6 % student at 64 pixels
+    python benchmarks/step.py --small                        # a 1.2M teacher at 32 pixels, quick on a CPU
+    python benchmarks/step.py --steps 50 -- --train_batch_size 32 --mixed_precision bf16 --use_8bit_adam
+
+What follows `--` goes to the training script.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import lift_utils
+
+
+UNETS = {
+    False: {
+        "sample_size": 64,
+        "block_out_channels": (128, 256, 256, 256, 512),
+        "attention_head_dim": None,
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    },
+    True: {
+        "sample_size": 32,
+        "block_out_channels": (32, 64, 64),
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 8,
+    },
+}
+
+
+class Done(Exception):
+    """Leaves the training loop once enough steps are timed."""
+
+
+class Stopwatch:
+    """Seconds by name, with the device idle at both ends of every measurement."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def time(self, name: str, function: Callable) -> None:
+        synchronize()
+        start = time.perf_counter()
+        function()
+        synchronize()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+    def median(self, name: str, warmup: int) -> float:
+        return statistics.median(self.seconds[name][warmup:])
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Probe:
+    """Stands in for the script's `compute_losses` and times the step around it and, in turns, its parts."""
+
+    def __init__(self, script, steps: int, warmup: int):
+        self.script, self.steps, self.warmup = script, steps, warmup
+        self.compute_losses, self.loss = script.compute_losses, script.lift_place_loss
+        self.watch, self.start, self.inputs = Stopwatch(), None, {}
+        script.compute_losses, script.lift_place_loss = self.step, self.remember_outputs
+        lift_utils.guarded_step, self.guarded_step = self.remember_optimizer, lift_utils.guarded_step
+
+    def remember_outputs(self, student, teacher, **options):
+        self.inputs["loss"] = student.detach(), teacher, options
+        return self.loss(student, teacher, **options)
+
+    def remember_optimizer(self, optimizer, finite, skipped):
+        self.optimizer, self.gradients = (
+            optimizer,
+            [
+                None if parameter.grad is None else parameter.grad.clone()
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+            ],
+        )
+        self.guarded_step(optimizer, finite, skipped)
+
+    def step(self, student, teacher, *arguments):
+        """Called once per training step, at its beginning but for the data loading."""
+        synchronize()
+        now = time.perf_counter()
+        if self.start is not None:
+            self.watch.seconds.setdefault("whole step", []).append(now - self.start)
+            self.time_parts(student, teacher)
+            if len(self.watch.seconds["whole step"]) == self.steps + self.warmup:
+                raise Done
+        else:
+            for name, model in (("student", student), ("teacher", teacher)):
+                model.register_forward_pre_hook(
+                    lambda _, args, kwargs, name=name: self.inputs.update({name: (args, kwargs)}), with_kwargs=True
+                )
+        synchronize()
+        self.start = time.perf_counter()
+        return self.compute_losses(student, teacher, *arguments)
+
+    def time_parts(self, student, teacher) -> None:
+        (student_args, student_kwargs), (teacher_args, teacher_kwargs) = self.inputs["student"], self.inputs["teacher"]
+
+        def forward_backward():
+            prediction, features = student(*student_args, **student_kwargs)
+            torch.autograd.backward([prediction, *features], [torch.ones_like(x) for x in (prediction, *features)])
+
+        def teacher_forward():
+            with torch.no_grad():
+                teacher(*teacher_args, **teacher_kwargs)
+
+        def loss_alone():
+            prediction, wanted, options = self.inputs["loss"]
+            prediction.requires_grad_()
+            torch.autograd.grad(self.loss(prediction, wanted, **options).loss, prediction)
+
+        self.watch.time("teacher forward", teacher_forward)
+        self.watch.time("student forward and backward", forward_backward)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for parameter, gradient in zip(parameters, self.gradients):
+            parameter.grad = gradient
+        self.watch.time("optimizer step", self.optimizer.optimizer.step)
+        self.optimizer.optimizer.zero_grad()
+        self.watch.time("loss", loss_alone)
+
+
+def write_inputs(folder: Path, config: dict, images: int) -> None:
+    """A pipeline of random weights and a folder of random images."""
+    import numpy as np
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    from PIL import Image
+
+    DDPMPipeline(UNet2DModel(**config), DDPMScheduler()).save_pretrained(folder / "teacher")
+    (folder / "images").mkdir()
+    size = (config["sample_size"], config["sample_size"], 3)
+    for index in range(images):
+        pixels = np.random.default_rng(index).integers(0, 256, size, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--script", default="train_lift_unet", choices=["train_lift_unet"], help="which script")
+    parser.add_argument("--small", action="store_true", help="a small pair of models")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps (default: 10)")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them (default: 2)")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("flags", nargs="*", help="after --: flags of the training script")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    script = importlib.import_module(args.script)
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_inputs(Path(folder), UNETS[args.small], images=128)
+        flags = [
+            *("--pretrained_teacher_model", f"{folder}/teacher", "--train_data_dir", f"{folder}/images"),
+            *("--output_dir", f"{folder}/student", "--cache_dir", f"{folder}/cache", "--report_to", "none"),
+            *("--train_batch_size", "16" if args.small else "4", "--dataloader_num_workers", "0", *args.flags),
+        ]
+        script_args = script.parse_args(flags)
+        probe = Probe(script, args.steps, args.warmup)
+        with contextlib.suppress(Done):
+            script.main(script_args)
+
+    seconds = {name: probe.watch.median(name, args.warmup) for name in probe.watch.seconds}
+    parts = sum(seconds[name] for name in ("teacher forward", "student forward and backward", "optimizer step"))
+    whole = seconds["whole step"]
+    on_gpu = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = {
+        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.processor() or platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "script": args.script,
+        "flags": " ".join(args.flags),
+        "batch": script_args.train_batch_size,
+        "milliseconds": {name: 1000 * value for name, value in seconds.items()},
+        "whole / parts": whole / parts,
+        "loss / whole": seconds["loss"] / whole,
+        "images per second": script_args.train_batch_size / whole,
+        "peak memory MiB": peak / 2**20,
+    }
+    print(f"\n{result['device']}, {result['threads']} threads, torch {result['torch']}, batch {result['batch']}, ")
+    print(f"medians of {args.steps} steps\n")
+    print("| part | ms |\n|---|--:|")
+    for name, value in result["milliseconds"].items():
+        print(f"| {name} | {value:.2f} |")
+    print(f"\nwhole step / (teacher forward + student forward and backward + optimizer): {whole / parts:.3f}")
+    print(f"loss / whole step: {result['loss / whole']:.2%}")
+    print(f"images per second: {result['images per second']:.1f}")
+    print(f"peak memory: {result['peak memory MiB']:,.0f} MiB ({'allocated on the GPU' if on_gpu else 'the process'})")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
