@@ -410,6 +410,8 @@ def make_accelerator(args):
     )
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(levelname)s %(message)s", level=level)
+    for name in ("httpx", "httpx2"):  # they print every request to the Hub, signed addresses and all
+        logging.getLogger(name).setLevel(logging.WARNING)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
@@ -782,7 +784,7 @@ def create_hub_repo(repo_id: str, private: bool) -> str:
 
     try:
         return create_repo(repo_id, private=private, exist_ok=True).repo_id
-    except (OSError, ValueError) as error:
+    except Exception as error:  # without a connection, an error of whichever HTTP library the client is built on
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"--push_to_hub cannot create {repo_id}: {reason}; log in with `hf auth login`, or check --hub_model_id")
 
@@ -792,4 +794,9 @@ def push_to_hub(output_dir: Path, repo_id: str) -> None:
     from huggingface_hub import upload_folder
 
     ignored = ["checkpoint-*", ".*", "logs/*"]
-    upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message="End of training", ignore_patterns=ignored)
+    text = "End of training"
+    try:
+        upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=text, ignore_patterns=ignored)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"--push_to_hub cannot upload {output_dir}: {reason}; it is complete: add --resume_from_checkpoint latest")

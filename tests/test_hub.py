@@ -1,0 +1,248 @@
+"""What reaches the Hub: a server on this machine takes the Hub's place and keeps all that it is sent."""
+
+import base64
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, launch
+
+
+TOKEN = "hf_notARealTokenButItMustNotLeak"
+FLAGS = [
+    *("--student", 0.5, "--train_batch_size", 8, "--max_train_steps", 2, "--checkpointing_steps", 1),
+    *("--logging_steps", 1, "--dataloader_num_workers", 0, "--num_validation_images", 1, "--num_inference_steps", 1),
+    *("--push_to_hub", "--report_to", "tensorboard"),
+]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The upload API: create, preupload, LFS and commit. `.safetensors` and `.png` go through LFS."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        server = self.server
+        server.requests.append((f"{self.command} {self.path}", self.headers.get("Authorization"), body))
+        if server.refuse and server.refuse in self.path:
+            return self.answer({"error": "You shall not pass"}, status=server.status)
+        if self.path == "/api/repos/create":
+            wanted = json.loads(body)
+            server.found_at_creation = sorted(path.name for path in server.watched.rglob("*") if path.is_file())
+            name = f"{wanted.get('organization') or 'someone'}/{wanted['name']}"
+            return self.answer({"url": f"{server.url}/{name}", "name": name})
+        if self.path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if "/preupload/" in self.path:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = ["lfs" if path.endswith((".safetensors", ".png")) else "regular" for path in paths]
+            files = [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in zip(paths, modes)]
+            return self.answer({"files": files})
+        if self.path.endswith(".git/info/lfs/objects/batch"):
+            objects = [
+                {**thing, "actions": {"upload": {"href": f"{server.url}/storage/{thing['oid']}"}}}
+                for thing in json.loads(body)["objects"]
+            ]
+            return self.answer({"transfer": "basic", "objects": objects})
+        if "/commit/" in self.path:
+            server.commits.append([json.loads(line) for line in body.splitlines()])
+            return self.answer({"commitUrl": f"{server.url}/someone/tiny-digits/commit/1", "commitOid": "1" * 40})
+        return self.answer({"error": "not found"}, status=404)
+
+    def do_PUT(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.storage[self.path.removeprefix("/storage/")] = body
+        self.server.storage_headers.append(str(self.headers))
+        self.answer({})
+
+    do_GET = do_HEAD = do_POST
+
+    def answer(self, content, status=200):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def start_hub():
+    """`start_hub(watched, refuse="commit", status=403)` starts a server that turns away paths with that in them."""
+    servers = []
+
+    def start(watched: Path, refuse: str | None = None, status: int = 403) -> ThreadingHTTPServer:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        server.watched, server.refuse, server.status = watched, refuse, status
+        server.requests, server.commits, server.storage, server.storage_headers = [], [], {}, []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def environment(url: str, home: Path) -> dict[str, str]:
+    """The variables that send a process to this server, with a login of its own."""
+    return {
+        "HF_ENDPOINT": url,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def push(server, teacher, images, output_dir: Path, *flags):
+    """Launch a run of two steps that pushes to the server."""
+    source = ("--pretrained_teacher_model", teacher, "--train_data_dir", images, "--output_dir", output_dir)
+    variables = environment(server.url, output_dir.parent / "home")
+    return launch(*source, *FLAGS, *flags, prefix=("train_lift_unet",), **variables)
+
+
+@pytest.fixture(scope="module")
+def pushed(start_hub, teacher, images, tmp_path_factory):
+    """A finished run that was pushed: the server, the process and the output folder."""
+    folder = tmp_path_factory.mktemp("hub") / "digits"
+    (folder / ".notes").mkdir(parents=True)
+    (folder / ".notes" / "private.txt").write_text("nobody's business")
+    server = start_hub(folder)
+    finished = push(server, teacher, images, folder, "--hub_model_id", "someone/tiny-digits", "--hub_private_repo")
+    assert finished.returncode == 0, finished.stdout
+    return server, finished, folder
+
+
+def uploaded(server) -> dict[str, bytes]:
+    """The files of the one commit, by their path in the repository."""
+    (commit,) = server.commits
+    assert commit[0]["key"] == "header"
+    files = {}
+    for line in commit[1:]:
+        value = line["value"]
+        if line["key"] == "lfsFile":
+            content = server.storage[value["oid"]]
+            assert hashlib.sha256(content).hexdigest() == value["oid"] and len(content) == value["size"]
+            files[value["path"]] = content
+        else:
+            assert line["key"] == "file" and value["encoding"] == "base64"
+            files[value["path"]] = base64.b64decode(value["content"])
+    return files
+
+
+def test_the_repository_is_created_before_a_step_is_taken(pushed):
+    server, _, folder = pushed
+    names = [name for name, _, _ in server.requests]
+    assert names.count("POST /api/repos/create") == 1 and names[0] == "POST /api/repos/create"
+    wanted = json.loads(server.requests[0][2])
+    assert (wanted["organization"], wanted["name"]) == ("someone", "tiny-digits")
+    assert wanted.get("visibility") == "private" or wanted.get("private") is True
+    assert server.found_at_creation == ["private.txt"]  # no metrics, no checkpoint
+    assert names[-1] == "POST /api/models/someone/tiny-digits/commit/main"
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_pipeline_arrives_byte_for_byte(pushed):
+    server, _, folder = pushed
+    files = uploaded(server)
+    assert {path: (folder / path).read_bytes() for path in files} == files
+    assert files.keys() >= {
+        *("model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"),
+        *("scheduler/scheduler_config.json", "README.md", "samples.png", "curves.png", "metrics.jsonl"),
+    }
+    assert any(path.endswith(".safetensors") for path in files) and len(server.storage) >= 3
+    card = files["README.md"].decode()
+    assert card.startswith("---\n") and 'from_pretrained("someone/tiny-digits")' in card
+
+
+def test_checkpoints_logs_and_hidden_files_stay_here(pushed):
+    server, _, folder = pushed
+    parts = {part for path in uploaded(server) for part in Path(path).parts}
+    assert not [part for part in parts if part.startswith((".", "checkpoint-", "logs", "events"))]
+    here = {path.name for path in folder.iterdir()}
+    assert {"checkpoint-1", "checkpoint-2", "logs", ".notes"} <= here  # they did exist
+
+
+def test_the_token_goes_to_the_hub_alone(pushed):
+    server, finished, folder = pushed
+    assert {authorization for _, authorization, _ in server.requests} == {f"Bearer {TOKEN}"}
+    assert server.storage_headers and TOKEN not in "".join(server.storage_headers)
+    assert TOKEN not in finished.stdout and "/storage/" not in finished.stdout  # nor the signed addresses
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        assert TOKEN.encode() not in path.read_bytes(), path
+    assert not any(TOKEN.encode() in body for _, _, body in server.requests)
+
+
+def one_error(output: str, process) -> str:
+    """The last line, which must be the error; a traceback would stand above it."""
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    lines = [line for line in output.splitlines() if "error: --" in line]
+    assert len(lines) == 1 and output.strip().endswith(lines[0]), output
+    return lines[0]
+
+
+def test_a_refused_upload_keeps_the_result(pushed, start_hub, teacher, images):
+    """The folder is complete before the upload: the same command with another flag uploads it again."""
+    *_, folder = pushed
+    before = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    server = start_hub(folder, refuse="/commit/", status=403)
+    flags = ("--hub_model_id", "someone/tiny-digits", "--resume_from_checkpoint", "latest")
+    finished = push(server, teacher, images, folder, *flags)
+    message = one_error(finished.stdout, finished)
+    assert "--push_to_hub" in message and "403" in message and "--resume_from_checkpoint latest" in message
+    assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == before and before
+
+
+def test_a_refused_login_ends_before_the_first_step(start_hub, teacher, images, tmp_path):
+    folder = tmp_path / "digits"
+    server = start_hub(folder, refuse="/api/", status=401)
+    finished = push(server, teacher, images, folder)  # the repository is named after the folder
+    message = one_error(finished.stdout, finished)
+    assert "--push_to_hub cannot create digits" in message and "401" in message and "hf auth login" in message
+    assert json.loads(server.requests[0][2])["name"] == "digits"
+    assert not (folder / "metrics.jsonl").exists() and not list(folder.glob("checkpoint-*"))
+
+
+CREATE = """
+import sys, lift_utils
+for name in sys.argv[1:]:
+    try:
+        print(lift_utils.create_hub_repo(name, private=False))
+    except SystemExit as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_names_and_connections(start_hub, tmp_path, reachable):
+    server = start_hub(tmp_path)
+    url = server.url if reachable else "http://127.0.0.1:9"
+    finished = subprocess.run(
+        [sys.executable, "-c", CREATE, "digits", "team/digits", "no spaces", "a/b/c"],
+        **{"cwd": ROOT, "env": {**dict(environment(url, tmp_path), PATH="")}, "text": True, "timeout": 100},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    lines = finished.stdout.splitlines()
+    assert len(lines) == 4, finished.stdout
+    if reachable:
+        assert lines[:2] == ["someone/digits", "team/digits"]
+        wanted = [json.loads(body) for _, _, body in server.requests]
+        assert not any(want.get("private") or want.get("visibility") == "private" for want in wanted)
+        lines = lines[2:]
+    assert all(line.startswith("error: --push_to_hub cannot create ") and "--hub_model_id" in line for line in lines)
