@@ -14,6 +14,7 @@ Source: "LIFT and PLACE: A Simple, Stable, and Effective Knowledge Distillation 
 Models", arXiv 2605.19729, CVPR 2026.
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -187,6 +188,14 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(f"error: {message}")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the docstring's lines and names each default that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
@@ -202,7 +211,10 @@ def drop_unreadable(dataset, column: str, source: str, args):
     """
     from datasets import Image
 
-    dataset = dataset.cast_column(column, Image(decode=False))
+    try:
+        dataset = dataset.cast_column(column, Image(decode=False))
+    except (ValueError, TypeError, NotImplementedError):
+        fail(f"--image_column {column} holds {dataset.features[column]}; pass the column of the images")
     workers = args.dataloader_num_workers or None
     checked = dataset.map(
         _is_readable,
@@ -214,7 +226,8 @@ def drop_unreadable(dataset, column: str, source: str, args):
     unreadable = [index for index, readable in enumerate(checked["readable"]) if not readable]
     if not unreadable:
         return dataset
-    names = ", ".join(dataset[index][column]["path"] or f"row {index}" for index in unreadable[:10])
+    paths = [(dataset[index][column] or {}).get("path") for index in unreadable[:10]]
+    names = ", ".join(path or f"row {index}" for path, index in zip(paths, unreadable))
     found = f"{len(unreadable)} of {len(dataset)} images cannot be read: {names}"
     if len(unreadable) > args.max_unreadable * len(dataset):
         fail(f"{source}: {found}; repair or remove them, or raise --max_unreadable {args.max_unreadable}")
@@ -799,4 +812,4 @@ def push_to_hub(output_dir: Path, repo_id: str) -> None:
         upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=text, ignore_patterns=ignored)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fail(f"--push_to_hub cannot upload {output_dir}: {reason}; it is complete: add --resume_from_checkpoint latest")
+        fail(f"--push_to_hub cannot upload {output_dir}: {reason}; it is whole: add --resume_from_checkpoint latest")

@@ -80,7 +80,7 @@ SHOWN = ("loss", "coarse", "fine", "weight")  # beside the progress bar
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (or `input_args`); the defaults are the published recipe of the pixel U-Net."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=lift_utils.HelpFormatter)
     switch = argparse.BooleanOptionalAction
 
     group = parser.add_argument_group("models")
