@@ -141,7 +141,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per step")
     group.add_argument("--max_train_steps", type=int, default=100_000, help="optimizer steps in all")
     group.add_argument("--learning_rate", type=float, default=2e-4, help="peak learning rate")
-    group.add_argument("--lr_scheduler", default="constant", help="a schedule of diffusers.optimization")
+    group.add_argument(
+        "--lr_scheduler",
+        default="constant",
+        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+        help="course of the learning rate over the run",
+    )
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="optimizer steps of warm-up")
     group.add_argument("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
     group.add_argument("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
@@ -760,7 +765,9 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         lift_utils.sweep(output_dir)
         if args.push_to_hub:
-            args.hub_model_id = lift_utils.create_hub_repo(args.hub_model_id or output_dir.name, args.hub_private_repo)
+            args.hub_model_id = lift_utils.create_hub_repo(
+                args.hub_model_id or output_dir.resolve().name, args.hub_private_repo
+            )
 
     # ---- data
     with accelerator.main_process_first():

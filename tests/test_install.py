@@ -20,7 +20,8 @@ def requirements() -> list[Requirement]:
 @pytest.mark.parametrize("requirement", requirements(), ids=lambda requirement: requirement.name)
 def test_installed_versions_are_in_the_ranges(requirement):
     assert version(requirement.name) in requirement.specifier
-    locked = dict(line.lower().split("==") for line in (ROOT / "requirements.lock").read_text().split() if "==" in line)
+    words = (ROOT / "requirements.lock").read_text().lower().split()
+    locked = dict(word.split("==") for word in words if "==" in word)
     assert locked[requirement.name.lower()] in requirement.specifier
 
 
