@@ -744,10 +744,11 @@ def plot_curves(runs: dict[str, list[dict[str, float]]], keys: list[str], path: 
 
     figure = Figure(figsize=(3.2 * len(keys), 2.8), layout="constrained")
     for axis, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
-        for name, rows in runs.items():
+        for index, (name, rows) in enumerate(runs.items()):
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             if points:
-                axis.plot(*zip(*points), label=name, linewidth=1, marker="." if len(points) < 2 else None)
+                marker = "." if len(points) < 2 else None
+                axis.plot(*zip(*points), label=name, color=f"C{index}", linewidth=1, marker=marker)
         axis.set_title(key)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
