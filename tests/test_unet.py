@@ -162,18 +162,23 @@ def test_flags_train_a_student_that_loads(distil, flags):
 
 
 def test_the_loss_falls_and_every_weight_moves(distil, teacher):
-    folder = distil("--max_train_steps", 40, "--logging_steps", 5, "--ema_decay", 0.9, "--lambda_task", 0)
+    folder = distil("--max_train_steps", 60, "--ema_decay", 0.9, "--lambda_task", 0)
     rows = metrics(folder)
-    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
-    assert rows[-1]["coarse"] < rows[0]["coarse"] and rows[-1]["weight"] > rows[0]["weight"]
+
+    def mean(key, part):
+        return sum(row[key] for row in rows[part]) / len(rows[part])
+
+    first, last = slice(0, 3), slice(-10, None)
+    assert mean("loss", last) < 0.6 * mean("loss", first)
+    assert mean("coarse", last) < mean("coarse", first) and mean("weight", last) > mean("weight", first)
 
     student = UNet2DModel.from_config({**TINY, "block_out_channels": [8, 16]})
     train_lift_unet.prune_width(student, UNet2DModel.from_pretrained(teacher / "unet"))
-    trained = load_file(folder / "checkpoint-40" / "student.safetensors")
+    trained = load_file(folder / "checkpoint-60" / "student.safetensors")
     still = [key for key, value in student.state_dict().items() if torch.equal(value, trained[f"model.{key}"])]
     # The teacher's key biases start at 0, and softmax does not see them: they alone may stay.
     assert all(key.endswith("to_k.bias") for key in still)
-    averaged = load_file(folder / "checkpoint-40" / "ema.safetensors")
+    averaged = load_file(folder / "checkpoint-60" / "ema.safetensors")
     assert len(averaged) == len(student.state_dict())
     assert same(weights(folder), dict(zip(student.state_dict(), (averaged[str(i)] for i in range(len(averaged))))))
     assert not same(weights(folder), {key.removeprefix("model."): value for key, value in trained.items()})
