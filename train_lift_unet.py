@@ -566,7 +566,7 @@ def compute_losses(
 
     if args.kd_loss != "none":
         with torch.no_grad():
-            wanted, wanted_features = teacher(noisy.to(teacher.model.dtype), timesteps)
+            wanted, wanted_features = teacher(noisy.to(next(teacher.parameters()).dtype), timesteps)
         if args.kd_loss == "mse":
             kd = F.mse_loss(prediction, wanted.float()) * scale
         else:
