@@ -32,7 +32,6 @@ import contextlib
 import fcntl
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -58,6 +57,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lift_utils
 from lift_utils import fail
+from loss import describe_device
 
 
 SCRIPT = Path(lift_utils.__file__).with_name("train_lift_unet.py")
@@ -379,19 +379,11 @@ def mean(runs: list[dict], key: str, style: str) -> str:
     return f"{statistics.mean(values):{style}}{spread}"
 
 
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def write_report(args: argparse.Namespace, results: dict, accuracy: float) -> str:
     """results.json and results.md; returns the table."""
     table = make_table(results)
     facts = {
-        "machine": f"{processor()}, {args.threads} threads",
+        "machine": f"{describe_device(torch.device('cpu'))}, {args.threads} threads",
         "torch": torch.__version__,
         "diffusers": version("diffusers"),
         "seeds": args.seeds,

@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import importlib
 import json
-import platform
 import resource
 import statistics
 import sys
@@ -39,6 +38,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lift_utils
+from loss import describe_device
 
 
 UNETS = {
@@ -194,7 +194,7 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {
-        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.processor() or platform.machine()} CPU",
+        "device": describe_device(torch.device("cuda" if on_gpu else "cpu")),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "script": args.script,

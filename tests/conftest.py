@@ -73,15 +73,19 @@ def run(monkeypatch) -> Callable:
     return run_in_process
 
 
-def launch(*arguments, prefix=("accelerate.commands.launch", "--cpu"), cwd=ROOT, **environment):
-    """Run a script as a user does, in a process of its own; returns the finished process with its output."""
-    command = [sys.executable, "-m", *prefix, *map(str, arguments)]
+def run_file(*arguments, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python *arguments` in a process of its own; returns it finished, with its output."""
     return subprocess.run(
-        command,
+        [sys.executable, *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=600,
     )
+
+
+def launch(*arguments, prefix: tuple = ("accelerate.commands.launch", "--cpu"), **options):
+    """Run a script as a user does."""
+    return run_file("-m", *prefix, *arguments, **options)
