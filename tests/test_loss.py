@@ -620,7 +620,7 @@ def run_on_share(rank: int, folder: str) -> None:
 
 def test_data_parallel_runs_do_not_depend_on_the_split(tmp_path):
     torch.multiprocessing.spawn(run_on_share, args=(str(tmp_path),), nprocs=WORLD_SIZE)
-    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    shares = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
     assert [share["world_size"] for share in shares] == [2, 2]
 
     student, teacher = make_batch_of_unlike_halves()
