@@ -31,6 +31,7 @@ import copy
 import importlib.util
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -111,7 +112,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--max_unreadable", type=float, default=0.01, help="share of unreadable images to put up with")
     group.add_argument("--resolution", type=int, help="side of the training images (default: the model's sample_size)")
     group.add_argument("--random_flip", action=switch, default=True, help="mirror images at random")
-    group.add_argument("--dataloader_num_workers", type=int, default=4, help="processes that decode images")
+    workers = min(4, os.cpu_count() or 1)
+    group.add_argument("--dataloader_num_workers", type=int, default=workers, help="processes that decode images")
 
     group = parser.add_argument_group("distillation")
     group.add_argument("--kd_loss", default="place", choices=("place", "lift", "mse", "none"), help="output term")
