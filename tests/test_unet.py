@@ -146,9 +146,10 @@ def test_flags_train_a_student_that_loads(distil, flags):
     after = weights(folder)
     assert {key: value.shape for key, value in after.items()} == {key: value.shape for key, value in before.items()}
     assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in after.values())
-    first = load_file(folder / "checkpoint-3" / "student.safetensors")
-    start = load_file(folder / "checkpoint-3" / "optimizer.safetensors")
-    assert first and start
+    moments = load_file(folder / "checkpoint-3" / "optimizer.safetensors")
+    moments = [value for key, value in moments.items() if key.endswith((".exp_avg", ".state1"))]
+    # Softmax does not see the bias of the keys, so its gradient may be zero; every other tensor learns.
+    assert len(moments) >= len(after) and sum(bool(value.any()) for value in moments) >= len(moments) - 4
     rows = metrics(folder)
     assert len(rows) == 3 and all(row["loss"] > 0 and row["skipped"] == 0 for row in rows)
     assert ("coarse" in rows[0]) == ("mse" not in flags and "none" not in flags)
