@@ -15,16 +15,22 @@ Models", arXiv 2605.19729, CVPR 2026.
 """
 
 import argparse
+import copy
+import gc
 import hashlib
+import importlib.util
 import io
 import json
 import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
-from collections.abc import Iterable, Iterator
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -196,7 +202,89 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return action.help if silent else super()._get_help_string(action)
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse what can be seen to be wrong in any script's flags before anything is loaded."""
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
+            fail(f"--{name} {value} is negative; pass a positive number")
+    counts = "train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps logging_steps"
+    counts += " validation_steps num_validation_images num_inference_steps checkpoints_total_limit max_train_samples"
+    for name in counts.split():
+        if getattr(args, name, None) == 0:
+            fail(f"--{name} 0 is too small; pass at least 1")
+    if not args.dry_run:
+        if (args.dataset_name is None) == (args.train_data_dir is None):
+            fail("--dataset_name or --train_data_dir must say where the images are: pass one of them")
+        if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
+            fail(f"--train_data_dir {args.train_data_dir} is no folder; pass a folder of images")
+        if args.train_data_dir is not None and not any(Path(args.train_data_dir).iterdir()):
+            fail(f"--train_data_dir {args.train_data_dir} is empty; put images into it")
+    if args.enable_xformers_memory_efficient_attention:
+        if not torch.cuda.is_available():
+            fail("--enable_xformers_memory_efficient_attention needs a CUDA device; drop it: attention is SDPA then")
+        if importlib.util.find_spec("xformers") is None:
+            fail("--enable_xformers_memory_efficient_attention needs xformers; pip install xformers, or drop it")
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        fail("--use_8bit_adam needs bitsandbytes; pip install bitsandbytes, or drop the flag")
+    if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
+        fail(f"--report_to {args.report_to} is not installed; pip install {args.report_to}, or pass none")
+
+
+def read_recipe(args: argparse.Namespace, presets: dict[str, dict], keys: tuple[str, ...]) -> dict | None:
+    """The student's recipe: a preset of `--student`, or a JSON object with some of `keys`; `None` if it is neither."""
+    if args.student in presets:
+        return presets[args.student]
+    if not args.student.endswith(".json"):
+        return None
+    try:
+        recipe = json.loads(Path(args.student).read_text())
+    except (OSError, ValueError) as error:
+        fail(f"--student {args.student} cannot be read: {error}; pass a JSON object")
+    unknown = set(recipe) - set(keys) if isinstance(recipe, dict) else {"a list"}
+    if unknown:
+        known = " and ".join(", ".join(f'"{key}"' for key in keys).rsplit(", ", 1))
+        fail(f"--student {args.student} holds {sorted(unknown)}; use {known}")
+    return recipe
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 # ------------------------------------------------------------------------------------------------------------ the data
+
+
+def load_data(args, columns: list[str], **options):
+    """The training split that `--dataset_name` or `--train_data_dir` names, and the name of that flag with its value.
+
+    Args:
+        columns: The flags that name its columns, such as "image_column".
+        options: Further arguments of `datasets.load_dataset` for image folders.
+    """
+    import datasets
+
+    try:
+        if args.dataset_name is not None:
+            source = f"--dataset_name {args.dataset_name}"
+            dataset = datasets.load_dataset(
+                args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir
+            )
+        else:
+            source = f"--train_data_dir {args.train_data_dir}"
+            dataset = datasets.load_dataset(
+                "imagefolder", data_dir=args.train_data_dir, split="train", cache_dir=args.cache_dir, **options
+            )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        fail(f"{source} does not load: {reason(error)}; pass a folder of images or a Hub dataset")
+    hint = "" if args.dataset_name else ", or give it in the folder's metadata.jsonl"
+    for flag in columns:
+        name = getattr(args, flag)
+        if name not in dataset.column_names:
+            fail(f"--{flag} {name} is not in the data; choose one of {', '.join(dataset.column_names)}" + hint)
+    if args.max_train_samples is not None and args.max_train_samples < len(dataset):
+        dataset = dataset.shuffle(seed=args.seed).select(range(args.max_train_samples))
+    return dataset.select_columns([getattr(args, flag) for flag in columns]), source
 
 
 def drop_unreadable(dataset, column: str, source: str, args):
@@ -224,15 +312,26 @@ def drop_unreadable(dataset, column: str, source: str, args):
         desc="Checking images",
     )
     unreadable = [index for index, readable in enumerate(checked["readable"]) if not readable]
-    if not unreadable:
+    return leave_out(dataset, unreadable, column, "cannot be read", source, args)
+
+
+def leave_out(dataset, rows: list[int], column: str, problem: str, source: str, args):
+    """The dataset without some rows, whose images are named; more of them than `--max_unreadable` says end the run.
+
+    Args:
+        column: The undecoded image column.
+        problem: What these images suffer from, e.g. "cannot be read".
+        source: The flag and value the data came from.
+    """
+    if not rows:
         return dataset
-    paths = [(dataset[index][column] or {}).get("path") for index in unreadable[:10]]
-    names = ", ".join(path or f"row {index}" for path, index in zip(paths, unreadable))
-    found = f"{len(unreadable)} of {len(dataset)} images cannot be read: {names}"
-    if len(unreadable) > args.max_unreadable * len(dataset):
+    paths = [(dataset[index][column] or {}).get("path") for index in rows[:10]]
+    names = ", ".join(path or f"row {index}" for path, index in zip(paths, rows))
+    found = f"{len(rows)} of {len(dataset)} images {problem}: {names}"
+    if len(rows) > args.max_unreadable * len(dataset):
         fail(f"{source}: {found}; repair or remove them, or raise --max_unreadable {args.max_unreadable}")
     print(f"leaving out {found}", flush=True)
-    return dataset.select(sorted(set(range(len(dataset))) - set(unreadable)))
+    return dataset.select(sorted(set(range(len(dataset))) - set(rows)))
 
 
 def open_image(record: dict[str, Any], mode: str):
@@ -254,7 +353,156 @@ def _is_readable(record: dict[str, Any]) -> dict[str, bool]:
     return {"readable": True}
 
 
+# How many rows a file of cached encodings holds: what a run that is killed while it caches has to do again.
+CACHE_SHARD = 512
+
+
+def cache_encodings(dataset, load_encoder: Callable[[], Callable], key: dict[str, Any], args, accelerator):
+    """What encoders make of the data, computed once, as a memory-mapped dataset; the encoders are free to go then.
+
+    Each process encodes every n-th shard. A shard is renamed into place when it is whole: an interrupted run goes on
+    where it stopped, and a finished cache is read without loading the encoders.
+
+    Args:
+        dataset: Rows that `torch.utils.data.default_collate` takes.
+        load_encoder: Loads the models and returns a function from a batch to named tensors (B, ...).
+        key: Everything that shapes the result, JSON-serialisable: another key is another cache.
+        args: With `cache_dir`, `encoding_batch_size` and `dataloader_num_workers`.
+
+    Returns:
+        A `datasets.Dataset` of the named tensors without their batch dimension, row for row.
+    """
+    import datasets
+    from tqdm.auto import tqdm
+
+    text = json.dumps(key, sort_keys=True, indent=2)
+    root = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "lift-encodings"
+    folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
+    shards = {start: folder / f"rows-{start:09d}" for start in range(0, len(dataset), CACHE_SHARD)}
+    mine = list(shards)[accelerator.process_index :: accelerator.num_processes]
+    missing = [start for start in mine if not shards[start].exists()]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "key.json").write_text(text)
+        encode = load_encoder()
+        ends = {start: min(start + CACHE_SHARD, len(dataset)) for start in missing}
+        size = args.encoding_batch_size
+        batches = [range(at, min(at + size, end)) for start, end in ends.items() for at in range(start, end, size)]
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_sampler=batches, num_workers=args.dataloader_num_workers, worker_init_fn=ignore_sigterm
+        )
+        rows: list[bytes] = []
+        progress = tqdm(loader, desc="Encoding the data", disable=not accelerator.is_local_main_process)
+        with torch.no_grad():
+            for indices, batch in zip(batches, progress):
+                rows += _as_rows(encode(batch))
+                if indices.stop in ends.values():
+                    _write_shard(shards[indices.stop - len(rows)], rows)
+                    rows = []
+        del encode
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    accelerator.wait_for_everyone()
+    whole = datasets.concatenate_datasets([datasets.load_from_disk(str(path)) for path in shards.values()])
+    return whole.with_transform(_read_rows)
+
+
+def _as_rows(encoded: dict[str, torch.Tensor]) -> list[bytes]:
+    """Each row's tensors in the safetensors format, which keeps their dtypes, bfloat16 among them, and shapes."""
+    from safetensors.torch import save
+
+    encoded = {name: tensor.cpu() for name, tensor in encoded.items()}
+    count = len(next(iter(encoded.values())))
+    return [save({name: tensor[row].contiguous() for name, tensor in encoded.items()}) for row in range(count)]
+
+
+def _write_shard(path: Path, rows: list[bytes]) -> None:
+    import datasets
+
+    temporary = path.with_name(f".{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"tensors": rows}).save_to_disk(str(temporary))
+    if shown:
+        datasets.enable_progress_bars()
+    temporary.rename(path)
+
+
+def _read_rows(batch: dict[str, list[bytes]]) -> dict[str, list[torch.Tensor]]:
+    from safetensors.torch import load
+
+    rows = [load(row) for row in batch["tensors"]]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def identify(source: str, revision: str | None, parts: list[str]) -> dict[str, Any]:
+    """What tells one version of a pipeline's parts from another: the Hub's commit, or the files' sizes and times."""
+    from huggingface_hub import hf_hub_download
+
+    folder = Path(source)
+    if not folder.is_dir():
+        return {
+            "model": source,
+            "commit": Path(hf_hub_download(source, "model_index.json", revision=revision)).parent.name,
+        }
+    files = [path for part in parts for path in sorted((folder / part).rglob("*")) if path.is_file()]
+    described = [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return {"model": str(folder.resolve()), "files": described}
+
+
 # ---------------------------------------------------------------------------------------------------------- the models
+
+
+def from_teacher(args, load: Callable, expected: str, **options):
+    """`load(--pretrained_teacher_model, **options)`, or an error that says what is wrong with it.
+
+    Args:
+        args: With `pretrained_teacher_model`, a folder or a Hub id, and `teacher_revision`.
+        load: A `from_pretrained` or `load_config`.
+        expected: What to pass instead, e.g. "pass a DDPM pipeline".
+    """
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    source = args.pretrained_teacher_model
+    folder = Path(source)
+    if not folder.is_dir() and (folder.is_absolute() or source.startswith(".") or source.count("/") > 1):
+        fail(f"--pretrained_teacher_model {source} is no folder; {expected}")
+    try:
+        return load(source, revision=args.teacher_revision, **options)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        causes, cause = [error], error.__cause__ or error.__context__
+        while cause is not None:
+            causes.append(cause)
+            cause = cause.__cause__ or cause.__context__
+        if any(isinstance(cause, GatedRepoError) for cause in causes):
+            remedy = f"accept its terms at https://huggingface.co/{source}, then log in with `hf auth login`"
+            fail(f"--pretrained_teacher_model {source} is gated; {remedy}")
+        if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+            fail(f"--pretrained_teacher_model {source} is not on the Hub, or private; {expected}")
+        fail(f"--pretrained_teacher_model {source} does not load: {reason(error)} Remedy: {expected}")
+
+
+def load_part(args, kind, name: str, expected: str):
+    """One part of the teacher's pipeline; models come in float32 on the CPU. See [`from_teacher`]."""
+    if not issubclass(kind, torch.nn.Module):
+        return from_teacher(args, kind.from_pretrained, expected, subfolder=name)
+    options = {"subfolder": name, "variant": args.variant, "use_safetensors": True}
+    return from_teacher(args, kind.from_pretrained, expected, **options).float()
+
+
+def load_skeleton(args, kind, name: str, expected: str):
+    """A Diffusers model of the teacher's pipeline without its weights, on the meta device."""
+    config = from_teacher(args, kind.load_config, expected, subfolder=name)
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+def freeze(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The model on the device in the dtype, ready for nothing but forward passes."""
+    model = model.requires_grad_(False).eval().to(device)
+    return model if dtype == torch.float32 else model.to(dtype)
 
 
 class FeatureModel(torch.nn.Module):
@@ -324,7 +572,165 @@ def copy_blocks(
     return [key for key in state if key not in source]
 
 
-def profile_forward(model: torch.nn.Module, *inputs: torch.Tensor) -> tuple[int, int]:
+def pair_features(
+    student: torch.nn.Module,
+    teacher: torch.nn.Module | None,
+    pairs: list[list[str]],
+    inputs: dict[str, torch.Tensor],
+    always_project: bool = False,
+) -> tuple[FeatureModel, FeatureModel | None]:
+    """Both models with their features, the student's projected to the teacher's widths (FitNet).
+
+    Feature maps (B, C, H, W) get a 1x1 convolution, tokens (B, N, C) a linear layer.
+
+    Args:
+        student: A Diffusers model, without adapters.
+        pairs: `[student module, teacher module]` each.
+        inputs: Arguments of the forward pass of both, on the meta device: nothing is computed.
+        always_project: Whether features of equal width are projected too.
+    """
+    if teacher is None:
+        return FeatureModel(student, []), None
+    shapes = []
+    for side, model in enumerate((student, teacher)):
+        for pair in pairs:
+            if pair[side] not in dict(model.named_modules()):
+                fail(f'--student pairs features of "{pair[side]}", which does not exist; correct its "features"')
+        with torch.device("meta"), torch.no_grad():
+            replica = FeatureModel(type(model).from_config(model.config), [pair[side] for pair in pairs])
+            shapes.append([feature.shape for feature in replica(**inputs)[1]])
+    projections: list[torch.nn.Module] = []
+    for pair, ours, theirs in zip(pairs, *shapes):
+        channel = 1 if len(ours) == 4 else -1
+        if len(ours) != len(theirs) or ours.numel() // ours[channel] != theirs.numel() // theirs[channel]:
+            fail(f"the features {pair} are {tuple(ours)} and {tuple(theirs)}; pair equal sizes, or --lambda_kd_feat 0")
+        if ours[channel] == theirs[channel] and not always_project:
+            projections.append(torch.nn.Identity())
+        elif channel == 1:
+            projections.append(torch.nn.Conv2d(ours[1], theirs[1], 1))
+        else:
+            projections.append(torch.nn.Linear(ours[-1], theirs[-1]))
+    models = [FeatureModel(model, [pair[side] for pair in pairs]) for side, model in enumerate((student, teacher))]
+    models[0].projections = torch.nn.ModuleList(projections)
+    return models[0], models[1]
+
+
+def is_narrower(student: torch.nn.Module, teacher: torch.nn.Module) -> bool:
+    """Whether the student has the teacher's layers, each at most as wide."""
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        len(ours[key].shape) == len(theirs[key].shape)
+        and all(a <= b for a, b in zip(ours[key].shape, theirs[key].shape))
+        for key in ours
+    )
+
+
+def narrow_widths(widths: list[int], fraction: float, groups: int, fixed: bool = False) -> tuple[list[int], int]:
+    """Block widths reduced to a fraction, rounded up to whole normalisation groups, and the number of groups.
+
+    Where rounding would make different widths equal, which takes the shortcut convolution out of a block, there are
+    fewer groups, unless their number is `fixed`.
+    """
+    for number in [groups] if fixed else [number for number in range(groups, 0, -1) if groups % number == 0]:
+        narrow = [math.ceil(width * fraction / number) * number for width in widths]
+        if len(set(narrow)) == len(set(widths)):
+            break
+    return narrow, number
+
+
+def prune_width(student, teacher, example: tuple[torch.Tensor, ...], accumulate=None) -> None:
+    """Fill a narrower U-Net with the teacher's most important channels, over torch-pruning's dependency graph.
+
+    Coupled layers (residual and skip connections, attention, time embedding) keep the same channels. Channels compete
+    within the student's normalisation groups and attention heads, which therefore stay parts of the teacher's.
+
+    Args:
+        student: A UNet2DModel or UNet2DConditionModel for which [`is_narrower`] holds.
+        teacher: Stays as it is.
+        example: Inputs of its forward pass.
+        accumulate: Puts gradients into a copy of the teacher; channels are then ranked by |weight · gradient| (Taylor)
+            instead of by the magnitude of their weights.
+    """
+    import torch_pruning as tp
+    from diffusers.models.attention_processor import Attention
+
+    if teacher.config.time_embedding_type != "positional":
+        fail("--student_init can prune models with a positional time embedding only; pass --student_init random")
+    pruned = copy.deepcopy(teacher).eval()
+    importance = (
+        tp.importance.GroupMagnitudeImportance() if accumulate is None else tp.importance.GroupTaylorImportance()
+    )
+    if accumulate is not None:
+        accumulate(pruned)
+    graph = tp.DependencyGraph().build_dependency(pruned, example_inputs=example)
+    names = {module: name for name, module in pruned.named_modules()}
+
+    for group in graph.get_all_groups(ignored_layers=[pruned.conv_out]):
+        layers = [dep.target.module for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)]
+        root = names[layers[0]]
+        keep, scores = student.get_submodule(root).weight.shape[0], importance(group)
+        if root.endswith("ff.net.0.proj"):  # GEGLU: each channel beside its gate in the other half
+            kept = keep_channels(scores.view(2, -1).sum(0), keep // 2)
+            kept = torch.cat([kept, kept + len(scores) // 2])
+        else:
+            kept = keep_channels(scores, keep, *_parts(layers, names, pruned, student))
+        unwanted = set(range(len(scores))) - set(kept.tolist())
+        group.prune(sorted(unwanted))
+
+    state = pruned.state_dict()
+    state.update(_fit_time_embedding(student, teacher, state))
+    for name, module in student.named_modules():
+        if isinstance(module, Attention):
+            # Attention divides by the root of the head's width: keep dividing by the teacher's.
+            wider = teacher.get_submodule(name)
+            factor = math.sqrt(module.inner_dim / module.heads / (wider.inner_dim / wider.heads))
+            for key in ("weight", "bias"):
+                if f"{name}.to_q.{key}" in state:
+                    state[f"{name}.to_q.{key}"] = state[f"{name}.to_q.{key}"] * factor
+    student.load_state_dict(state)
+
+
+def _parts(layers: list[torch.nn.Module], names: dict, teacher, student) -> tuple[int, int]:
+    """Into how many heads or normalisation groups the coupled channels fall in the teacher and in the student."""
+    for layer in layers:
+        name = names.get(layer, "")
+        if name.endswith(".to_q"):
+            attention = name.removesuffix(".to_q")
+            return teacher.get_submodule(attention).heads, student.get_submodule(attention).heads
+    for layer in layers:
+        if isinstance(layer, torch.nn.GroupNorm):
+            groups = student.get_submodule(names[layer]).num_groups
+            return groups, groups
+    return 1, 1
+
+
+def keep_channels(scores: torch.Tensor, keep: int, parts: int = 1, kept_parts: int = 1) -> torch.Tensor:
+    """Indices, ascending, of the best `keep` channels: the best `kept_parts` of `parts`, equally many from each."""
+    if len(scores) % parts or keep % kept_parts:
+        parts = kept_parts = 1
+    table = scores.view(parts, -1)
+    best = table.sum(1).topk(kept_parts).indices.sort().values
+    inside = table[best].topk(keep // kept_parts, dim=1).indices.sort(dim=1).values
+    return (best.unsqueeze(1) * table.shape[1] + inside).flatten()
+
+
+def _fit_time_embedding(student, teacher, state: dict) -> dict[str, torch.Tensor]:
+    """Weights with which the narrower sinusoid enters the time embedding as the teacher's did.
+
+    A narrower sinusoid has other frequencies, so no choice of columns is exact: the first layer is refitted by least
+    squares over all timesteps.
+    """
+    weight, bias = state["time_embedding.linear_1.weight"], state["time_embedding.linear_1.bias"]
+    steps = torch.arange(1000)
+    wide, narrow = teacher.time_proj(steps).double(), student.time_proj(steps).double()
+    narrow = torch.cat([narrow, torch.ones_like(narrow[:, :1])], dim=1)
+    wanted = wide @ weight.double().T + bias.double()
+    # Neighbouring low frequencies are nearly collinear: rcond keeps their weights small.
+    solution = torch.linalg.lstsq(narrow, wanted, rcond=1e-4, driver="gelsd").solution.to(weight.dtype)
+    return {"time_embedding.linear_1.weight": solution[:-1].T, "time_embedding.linear_1.bias": solution[-1]}
+
+
+def profile_forward(model: torch.nn.Module, **inputs: torch.Tensor) -> tuple[int, int]:
     """Multiply-accumulates of a forward pass and the bytes it keeps for the backward pass, without computing anything.
 
     Args:
@@ -347,31 +753,39 @@ def profile_forward(model: torch.nn.Module, *inputs: torch.Tensor) -> tuple[int,
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         FlopCounterMode(display=False) as flops,
     ):
-        model(*inputs)
+        model(**inputs)
     return flops.get_total_flops() // 2, sum(size for _, size in kept.values())
 
 
-def print_memory_estimate(args, student: int, teacher: int, kept: int) -> None:
+def print_memory_estimate(
+    args, kept: int, student: int, teacher: int, trained: int | None = None, encoders: int = 0
+) -> None:
     """Print what a training step holds, by part, in MiB.
 
     Args:
         args: The script's flags.
+        kept: Bytes one image's forward pass keeps in float32, from [`profile_forward`].
         student: Parameters of the student.
         teacher: Parameters of the teacher, 0 without one.
-        kept: Bytes one image's forward pass keeps in float32, from [`profile_forward`].
+        trained: Parameters that learn, if not all of the student's; those that do not are held like the teacher's.
+        encoders: Parameters of what encodes images and captions in every step.
     """
     width = 2 if args.mixed_precision in ("fp16", "bf16") else 4
+    trained = student if trained is None else trained
     parts = {
-        "student weights (fp32)": 4 * student,
-        "student gradients (fp32)": 4 * student,
-        "optimizer moments": (2 if args.use_8bit_adam else 8) * student,
-        "averaged weights": 4 * student if args.use_ema else 0,
+        "trained weights (fp32)": 4 * trained,
+        "frozen weights of the student": width * (student - trained),
+        "gradients (fp32)": 4 * trained,
+        "optimizer moments": (2 if args.use_8bit_adam else 8) * trained,
+        "averaged weights": 4 * trained if args.use_ema else 0,
         f"student activations, batch {args.train_batch_size}": args.train_batch_size * kept * width // 4,
         "teacher weights": width * teacher,
+        "encoders' weights": width * encoders,
     }
     print("memory, estimated, without the teacher's working set and the CUDA context:")
     for name, size in [*parts.items(), ("sum", sum(parts.values()))]:
-        print(f"  {name:<40}{size / 2**20:>12,.1f} MiB")
+        if size:
+            print(f"  {name:<40}{size / 2**20:>12,.1f} MiB")
 
 
 # -------------------------------------------------------------------------------------------------------- the training
@@ -391,8 +805,9 @@ def prepare_output(args) -> Path:
     return output_dir
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], args) -> torch.optim.Optimizer:
-    """AdamW with the flags' settings, fused, or bitsandbytes' with 8-bit moments."""
+def make_optimizer(model: torch.nn.Module, args) -> torch.optim.Optimizer:
+    """AdamW on what the model trains, with the flags' settings: fused, or bitsandbytes' with 8-bit moments."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -421,6 +836,7 @@ def make_accelerator(args):
         ),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
+    args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(levelname)s %(message)s", level=level)
     for name in ("httpx", "httpx2"):  # they print every request to the Hub, signed addresses and all
@@ -428,6 +844,11 @@ def make_accelerator(args):
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def working_dtype(accelerator) -> torch.dtype:
+    """What frozen models are kept in: the precision of the run."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def make_dataloader(dataset, args, accelerator) -> torch.utils.data.DataLoader:
@@ -446,15 +867,53 @@ def make_dataloader(dataset, args, accelerator) -> torch.utils.data.DataLoader:
     )
 
 
+def output_term(
+    prediction: torch.Tensor, wanted: torch.Tensor, args, progress: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The mean loss between the student's and the teacher's output that the flags ask for, and its parts to log.
+
+    Args:
+        prediction: The student's, (B, C, *spatial).
+        wanted: The teacher's, of the same shape.
+        args: With `kd_loss` ("place", "lift" or "mse"), `group_size`, `group_by`, `coarse_norm`, `kd_weighting`.
+        progress: Share of the run that is done, for the scheduled weights.
+    """
+    if args.kd_loss == "mse":
+        return torch.nn.functional.mse_loss(prediction.float(), wanted.float()), {}
+    parts = lift_place_loss(
+        prediction,
+        wanted,
+        group_size=args.group_size if args.kd_loss == "place" else None,
+        norm=args.coarse_norm,
+        weighting=fine_weighting(args.kd_weighting, progress),
+        group_by=args.group_by,
+    )
+    logs = {"coarse": parts.coarse, "fine": parts.fine, "weight": parts.weight}
+    for name, value in (("slope", parts.slope), ("intercept", parts.intercept)):
+        logs |= {f"{name}_mean": value.mean(), f"{name}_std": value.std(correction=0)}
+    return parts.fine if args.kd_weighting == "fine_only" else parts.loss, logs
+
+
+def fine_weighting(kind: str, progress: float) -> str | float:
+    """`lift_place_loss`'s weighting for a --kd_weighting at a share of the run."""
+    schedule = {
+        "linear": progress,
+        "cosine": (1 - math.cos(math.pi * progress)) / 2,
+        "coarse_only": 0.0,
+        "fine_only": 1.0,
+    }
+    return schedule.get(kind, kind)
+
+
 @contextmanager
-def averaged_weights(ema, model: torch.nn.Module) -> Iterator[None]:
-    """Put an EMAModel's averaged weights into the model for a while."""
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
+def averaged_weights(ema, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Put an EMAModel's averaged weights into the parameters for a while."""
+    ema.store(parameters)
+    ema.copy_to(parameters)
     try:
         yield
     finally:
-        ema.restore(model.parameters())
+        ema.restore(parameters)
 
 
 def seed_step(seed: int, *position: int) -> None:
@@ -757,37 +1216,97 @@ def plot_curves(runs: dict[str, list[dict[str, float]]], keys: list[str], path: 
     figure.savefig(path, dpi=120)
 
 
-def labelled_grid(rows: dict[str, list], scale: int = 1):
+def labelled_grid(rows: list[tuple[str, list]], scale: int = 1, columns: list[str] | None = None):
     """One row of equally large PIL images per label, on white, with the labels at the left.
 
     Args:
-        rows: `{label: images}`.
+        rows: A label and its images each. Long labels are broken into lines.
         scale: Whole factor by which small images are enlarged.
+        columns: Labels above the columns.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.load_default(14)
-    width, height = (side * scale for side in next(iter(rows.values()))[0].size)
-    height_of_row = max(height, 20) + 4
-    margin = 12 + max(int(font.getlength(label)) for label in rows)
-    columns = max(len(images) for images in rows.values())
-    grid = Image.new("RGB", (margin + columns * (width + 2), len(rows) * height_of_row), "white")
+    font, line = ImageFont.load_default(14), 18
+    labels = [textwrap.fill(label, 28, max_lines=6, placeholder=" …") for label, _ in rows]
+    width, height = (side * scale for side in rows[0][1][0].size)
+    heights = [max(height, line * (label.count("\n") + 1)) + 4 for label in labels]
+    margin = 12 + max(int(font.getlength(part)) for label in labels for part in label.split("\n"))
+    step = max([width, *(int(font.getlength(label)) + 6 for label in columns or [])]) + 2
+    top = 24 if columns else 0
+    grid = Image.new("RGB", (margin + max(len(images) for _, images in rows) * step, top + sum(heights)), "white")
     draw = ImageDraw.Draw(grid)
-    for row, (label, images) in enumerate(rows.items()):
-        draw.text((6, row * height_of_row + height_of_row // 2), label, fill="black", font=font, anchor="lm")
+    for column, label in enumerate(columns or []):
+        draw.text((margin + column * step + width // 2, top // 2), label, fill="black", font=font, anchor="mm")
+    for label, (_, images), row_height in zip(labels, rows, heights):
+        draw.text((6, top + row_height // 2), label, fill="black", font=font, anchor="lm")
         for column, image in enumerate(images):
             enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-            grid.paste(enlarged, (margin + column * (width + 2), row * height_of_row + 2))
+            grid.paste(enlarged, (margin + column * step, top + 2))
+        top += row_height
     return grid
+
+
+def save_grid(grid, output_dir: Path, step: int, trackers: list) -> None:
+    """Keep a grid of samples as samples/step-<step>.png and as samples.png, and show it in the trackers."""
+    import numpy as np
+
+    folder = output_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    for path in (folder / f"step-{step:06d}.png", output_dir / "samples.png"):
+        grid.save(path)
+    for tracker in trackers:
+        if tracker.name in ("tensorboard", "wandb"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": np.array(grid)[None]}, step=step, **layout)
 
 
 # ------------------------------------------------------------------------------------------------------------- the Hub
 
 
-def write_model_card(output_dir: Path, text: str, tags: list[str], base_model: str | None) -> None:
-    """Write README.md with the metadata the Hub reads. `base_model` is a Hub id or None."""
+def write_model_card(output_dir: Path, args, kind: str, facts: list[str], usage: str, tags: list[str]) -> None:
+    """Write the curves and README.md: what the student is, how it was made, how to use it.
+
+    Args:
+        output_dir: With metrics.jsonl and samples.png.
+        args: The script's flags.
+        kind: The sentence's beginning, e.g. "An unconditional diffusion model".
+        facts: What is known of teacher and student, a line each.
+        usage: Python code.
+        tags: Of the Hub, beside those that every student gets.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
+    rows = read_metrics(output_dir / "metrics.jsonl")
+    keys = [key for key in ("loss", "task", "kd", "coarse", "fine", "weight") if key in rows[-1]]
+    plot_curves({"student": rows}, keys, output_dir / "curves.png")
+    method = {
+        "place": f"PLACE, group size {args.group_size} by {args.group_by}, {args.coarse_norm} coarse term, "
+        f"{args.kd_weighting} weight",
+        "lift": f"LIFT, {args.coarse_norm} coarse term, {args.kd_weighting} weight",
+        "mse": "mean squared error to the teacher's output",
+        "none": "none: the loss on the data alone",
+    }[args.kd_loss]
+    weights = {name: value for name, value in vars(args).items() if name.startswith("lambda_")}
+    facts = [
+        *facts,
+        f"- Distillation: {method}; {', '.join(f'{name} {value}' for name, value in weights.items())}.",
+        f"- Data: `{args.dataset_name or Path(args.train_data_dir).name}`.",
+        f"- Training: {args.max_train_steps} steps of {args.train_batch_size * args.gradient_accumulation_steps} "
+        f"images per process, learning rate {args.learning_rate}, seed {args.seed}"
+        + (f", weights averaged with decay {args.ema_decay}." if args.use_ema else "."),
+    ]
+    text = "\n".join(
+        [
+            f"# {output_dir.resolve().name}",
+            f"\n{kind}, made with LIFT and PLACE (arXiv 2605.19729).\n",
+            *facts,
+            f"\n![Samples](samples.png)\n\n![Curves](curves.png)\n\n```python\n{usage}\n```",
+            f"\nThe command:\n\n```\n{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}\n```",
+        ]
+    )
+    teacher = args.pretrained_teacher_model
+    base_model = teacher if teacher is not None and not Path(teacher).exists() else None
+    tags = ["diffusers", *tags, "knowledge-distillation", "lift-place"]
     data = ModelCardData(library_name="diffusers", tags=tags, base_model=base_model)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(output_dir / "README.md")
 
@@ -799,8 +1318,8 @@ def create_hub_repo(repo_id: str, private: bool) -> str:
     try:
         return create_repo(repo_id, private=private, exist_ok=True).repo_id
     except Exception as error:  # without a connection, an error of whichever HTTP library the client is built on
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fail(f"--push_to_hub cannot create {repo_id}: {reason}; log in with `hf auth login`, or check --hub_model_id")
+        remedy = "log in with `hf auth login`, or check --hub_model_id"
+        fail(f"--push_to_hub cannot create {repo_id}: {reason(error)}; {remedy}")
 
 
 def push_to_hub(output_dir: Path, repo_id: str) -> None:
@@ -812,5 +1331,5 @@ def push_to_hub(output_dir: Path, repo_id: str) -> None:
     try:
         upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=text, ignore_patterns=ignored)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fail(f"--push_to_hub cannot upload {output_dir}: {reason}; it is whole: add --resume_from_checkpoint latest")
+        remedy = "it is whole: add --resume_from_checkpoint latest"
+        fail(f"--push_to_hub cannot upload {output_dir}: {reason(error)}; {remedy}")

@@ -27,14 +27,9 @@ On a CPU, in a minute: a small teacher from scratch, then a student of half its 
 """
 
 import argparse
-import copy
-import importlib.util
-import json
 import math
 import os
 import re
-import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -43,13 +38,11 @@ from functools import partial
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import skip_first_batches
 from accelerate.logging import get_logger
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
-from diffusers.models.attention_processor import Attention
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -57,7 +50,7 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 import lift_utils
-from lift_utils import FeatureModel, check_group_size, fail, lift_place_loss
+from lift_utils import FeatureModel, check_group_size, fail
 
 
 logger = get_logger(__name__)
@@ -187,34 +180,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what can be seen to be wrong before anything is loaded."""
-    for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
-            fail(f"--{name} {value} is negative; pass a positive number")
-    counts = "train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps logging_steps"
-    counts += " validation_steps num_validation_images num_inference_steps checkpoints_total_limit max_train_samples"
-    for name in counts.split():
-        if getattr(args, name) == 0:
-            fail(f"--{name} 0 is too small; pass at least 1")
+    lift_utils.check_args(args)
     if args.kd_loss != "none" and args.pretrained_teacher_model is None:
         fail(f"--kd_loss {args.kd_loss} needs a teacher; add --pretrained_teacher_model, or pass --kd_loss none")
     if args.pretrained_teacher_model is None and not args.student.endswith(".json"):
         fail(f"--student {args.student} is relative to a teacher; without one, pass a JSON file with a whole config")
-    if not args.dry_run:
-        if (args.dataset_name is None) == (args.train_data_dir is None):
-            fail("--dataset_name or --train_data_dir must say where the images are: pass one of them")
-        if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
-            fail(f"--train_data_dir {args.train_data_dir} is no folder; pass a folder of images")
-        if args.train_data_dir is not None and not any(Path(args.train_data_dir).iterdir()):
-            fail(f"--train_data_dir {args.train_data_dir} is empty; put images into it")
-    if args.enable_xformers_memory_efficient_attention:
-        if not torch.cuda.is_available():
-            fail("--enable_xformers_memory_efficient_attention needs a CUDA device; drop it: attention is SDPA then")
-        if importlib.util.find_spec("xformers") is None:
-            fail("--enable_xformers_memory_efficient_attention needs xformers; pip install xformers, or drop it")
-    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-        fail("--use_8bit_adam needs bitsandbytes; pip install bitsandbytes, or drop the flag")
-    if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
-        fail(f"--report_to {args.report_to} is not installed; pip install {args.report_to}, or pass none")
 
 
 # ---------------------------------------------------------------------------------------------------------- the models
@@ -223,22 +193,13 @@ def check_args(args: argparse.Namespace) -> None:
 def load_teacher(args: argparse.Namespace) -> tuple[UNet2DModel, DDPMScheduler]:
     """The teacher U-Net in float32 on the CPU, and the noise schedule it was trained with."""
     source = args.pretrained_teacher_model
-    where = {"revision": args.teacher_revision, "variant": args.variant, "use_safetensors": True}
-    folder = Path(source)
-    if not folder.is_dir() and (folder.is_absolute() or source.startswith(".") or source.count("/") > 1):
-        fail(f"--pretrained_teacher_model {source} is no folder; pass a pipeline or UNet2DModel folder, or a Hub id")
-    try:
-        if folder.is_dir() and not (folder / "model_index.json").exists():
-            unet, scheduler = UNet2DModel.from_pretrained(source, **where), None
-        else:
-            pipeline = DiffusionPipeline.from_pretrained(source, **where)
-            unet, scheduler = getattr(pipeline, "unet", None), pipeline.scheduler
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        fail(
-            f"--pretrained_teacher_model {source} does not load: {reason} "
-            "Pass a DDPM/DDIM pipeline or UNet2DModel with safetensors weights: a folder or a Hub id."
-        )
+    expected = "pass a DDPM/DDIM pipeline or a UNet2DModel with safetensors weights: a folder or a Hub id"
+    options = {"variant": args.variant, "use_safetensors": True}
+    if Path(source).is_dir() and not (Path(source) / "model_index.json").exists():
+        unet, scheduler = lift_utils.from_teacher(args, UNet2DModel.from_pretrained, expected, **options), None
+    else:
+        pipeline = lift_utils.from_teacher(args, DiffusionPipeline.from_pretrained, expected, **options)
+        unet, scheduler = getattr(pipeline, "unet", None), pipeline.scheduler
     if not isinstance(unet, UNet2DModel):
         fail(f"--pretrained_teacher_model {source} holds no UNet2DModel; pass a pixel DDPM or DDIM pipeline")
     if scheduler is None:
@@ -254,16 +215,8 @@ def make_scheduler(prediction_type: str) -> DDPMScheduler:
 
 def read_recipe(args: argparse.Namespace) -> dict:
     """The student's recipe: a preset, a width fraction, or a JSON file."""
-    if args.student in STUDENTS:
-        return STUDENTS[args.student]
-    if args.student.endswith(".json"):
-        try:
-            recipe = json.loads(Path(args.student).read_text())
-        except (OSError, ValueError) as error:
-            fail(f"--student {args.student} cannot be read: {error}; pass a JSON object")
-        unknown = set(recipe) - {"width", "config", "blocks", "features"} if isinstance(recipe, dict) else {"a list"}
-        if unknown:
-            fail(f'--student {args.student} holds {sorted(unknown)}; use "width", "config", "blocks" and "features"')
+    recipe = lift_utils.read_recipe(args, STUDENTS, ("width", "config", "blocks", "features"))
+    if recipe is not None:
         return recipe
     try:
         width = float(args.student)
@@ -277,22 +230,18 @@ def read_recipe(args: argparse.Namespace) -> dict:
 
 
 def student_config(teacher_config: dict, recipe: dict) -> dict:
-    """The teacher's config with the recipe's width and overrides.
-
-    Widths are rounded up to whole normalisation groups. Where that would make different widths equal, which takes the
-    shortcut convolution out of a block, there are fewer groups.
-    """
+    """The teacher's config with the recipe's width and overrides."""
     # "_use_default_values" among the private entries would make from_config ignore overrides.
     config = {key: value for key, value in teacher_config.items() if not key.startswith("_")}
     config |= recipe.get("config", {})
     if "width" not in recipe:
         return config
-    widths, most = teacher_config["block_out_channels"], config["norm_num_groups"] or 1
-    fixed = "norm_num_groups" in recipe.get("config", {})
-    for groups in [most] if fixed else [groups for groups in range(most, 0, -1) if most % groups == 0]:
-        narrow = [math.ceil(width * recipe["width"] / groups) * groups for width in widths]
-        if len(set(narrow)) == len(set(widths)):
-            break
+    narrow, groups = lift_utils.narrow_widths(
+        teacher_config["block_out_channels"],
+        recipe["width"],
+        config["norm_num_groups"] or 1,
+        fixed="norm_num_groups" in recipe.get("config", {}),
+    )
     config |= {"block_out_channels": narrow, "norm_num_groups": groups}
     if config.get("time_embedding_dim"):
         config["time_embedding_dim"] = 4 * narrow[0]
@@ -319,10 +268,6 @@ def build_student(teacher: UNet2DModel | None, args: argparse.Namespace) -> tupl
         features = [[name, name] for name in blocks]
     if teacher is None or args.kd_loss == "none" or args.lambda_kd_feat == 0:
         features = []
-    for pair in features:
-        for model, name in zip((student, teacher), pair):
-            if name not in dict(model.named_modules()):
-                fail(f'--student {args.student} pairs features of "{name}", which does not exist; give "features"')
     return student, features
 
 
@@ -359,109 +304,20 @@ def fill_student(student, teacher, scheduler, dataset, args: argparse.Namespace,
     recipe = read_recipe(args)
     if args.student_init == "random":
         logger.info("the student starts from random weights")
-    elif "blocks" not in recipe and is_narrower(student, teacher):
+    elif "blocks" not in recipe and lift_utils.is_narrower(student, teacher):
         accumulate = None
         if args.student_init == "diffusion":
             batch = torch.stack([item["images"] for item in dataset.select(range(min(len(dataset), 16)))])
             accumulate = partial(accumulate_gradients, scheduler=scheduler, images=batch.to(device) / 127.5 - 1)
-        prune_width(student, teacher, accumulate)
+        config = teacher.config
+        example = torch.zeros(1, config.in_channels, *_pair(config.sample_size)), torch.zeros(1, dtype=torch.long)
+        lift_utils.prune_width(student, teacher, example, accumulate)
     else:
         try:
             fresh = lift_utils.copy_blocks(student, teacher.state_dict(), recipe.get("blocks"))
         except ValueError as error:
             fail(f'--student {args.student}: {error}; correct its "blocks"')
         logger.info(f"{len(fresh)} tensors of the student start from random weights: {', '.join(fresh) or 'none'}")
-
-
-def is_narrower(student: UNet2DModel, teacher: UNet2DModel) -> bool:
-    """Whether the student has the teacher's layers, each at most as wide."""
-    ours, theirs = student.state_dict(), teacher.state_dict()
-    return ours.keys() == theirs.keys() and all(
-        len(ours[key].shape) == len(theirs[key].shape)
-        and all(a <= b for a, b in zip(ours[key].shape, theirs[key].shape))
-        for key in ours
-    )
-
-
-def prune_width(student: UNet2DModel, teacher: UNet2DModel, accumulate=None) -> None:
-    """Fill the student with the teacher's most important channels, over torch-pruning's dependency graph.
-
-    Coupled layers (residual and skip connections, attention, time embedding) keep the same channels. Channels compete
-    within the student's normalisation groups and attention heads, which therefore stay parts of the teacher's.
-
-    Args:
-        accumulate: Puts gradients into a copy of the teacher; channels are then ranked by |weight · gradient| (Taylor)
-            instead of by the magnitude of their weights.
-    """
-    import torch_pruning as tp
-
-    if teacher.config.time_embedding_type != "positional":
-        fail("--student_init can prune models with a positional time embedding only; pass --student_init random")
-    pruned = copy.deepcopy(teacher).eval()
-    importance = (
-        tp.importance.GroupMagnitudeImportance() if accumulate is None else tp.importance.GroupTaylorImportance()
-    )
-    if accumulate is not None:
-        accumulate(pruned)
-    config = teacher.config
-    example = torch.zeros(1, config.in_channels, *_pair(config.sample_size)), torch.zeros(1, dtype=torch.long)
-    graph = tp.DependencyGraph().build_dependency(pruned, example_inputs=example)
-    names = {module: name for name, module in pruned.named_modules()}
-
-    for group in graph.get_all_groups(ignored_layers=[pruned.conv_out]):
-        members = [dependency.target.module for dependency, _ in group]
-        keep = student.get_submodule(names[members[0]]).weight.shape[0]
-        parts = kept_parts = 1
-        for module in members:
-            name = names.get(module, "")
-            if isinstance(module, torch.nn.GroupNorm):
-                parts = kept_parts = student.get_submodule(name).num_groups
-            elif name.endswith(".to_q"):
-                attention = name.removesuffix(".to_q")
-                parts = pruned.get_submodule(attention).heads
-                kept_parts = student.get_submodule(attention).heads
-                break
-        scores = importance(group)
-        kept = set(keep_channels(scores, keep, parts, kept_parts).tolist())
-        group.prune([index for index in range(len(scores)) if index not in kept])
-
-    state = pruned.state_dict()
-    state.update(fit_time_embedding(student, teacher, state))
-    for name, module in student.named_modules():
-        if isinstance(module, Attention):
-            # Attention divides by the root of the head's width: keep dividing by the teacher's.
-            wider = teacher.get_submodule(name)
-            factor = math.sqrt(module.inner_dim / module.heads / (wider.inner_dim / wider.heads))
-            for key in ("weight", "bias"):
-                if f"{name}.to_q.{key}" in state:
-                    state[f"{name}.to_q.{key}"] = state[f"{name}.to_q.{key}"] * factor
-    student.load_state_dict(state)
-
-
-def keep_channels(scores: torch.Tensor, keep: int, parts: int, kept_parts: int) -> torch.Tensor:
-    """Indices, ascending, of the best `keep` channels: the best `kept_parts` of `parts`, equally many from each."""
-    if len(scores) % parts or keep % kept_parts:
-        parts = kept_parts = 1
-    table = scores.view(parts, -1)
-    best = table.sum(1).topk(kept_parts).indices.sort().values
-    inside = table[best].topk(keep // kept_parts, dim=1).indices.sort(dim=1).values
-    return (best.unsqueeze(1) * table.shape[1] + inside).flatten()
-
-
-def fit_time_embedding(student: UNet2DModel, teacher: UNet2DModel, state: dict) -> dict[str, torch.Tensor]:
-    """Weights with which the narrower sinusoid enters the time embedding as the teacher's did.
-
-    A narrower sinusoid has other frequencies, so no choice of columns is exact: the first layer is refitted by least
-    squares over all timesteps.
-    """
-    weight, bias = state["time_embedding.linear_1.weight"], state["time_embedding.linear_1.bias"]
-    steps = torch.arange(teacher.config.num_train_timesteps or 1000)
-    wide, narrow = teacher.time_proj(steps).double(), student.time_proj(steps).double()
-    narrow = torch.cat([narrow, torch.ones_like(narrow[:, :1])], dim=1)
-    wanted = wide @ weight.double().T + bias.double()
-    # Neighbouring low frequencies are nearly collinear: rcond keeps their weights small.
-    solution = torch.linalg.lstsq(narrow, wanted, rcond=1e-4, driver="gelsd").solution.to(weight.dtype)
-    return {"time_embedding.linear_1.weight": solution[:-1].T, "time_embedding.linear_1.bias": solution[-1]}
 
 
 def accumulate_gradients(model: UNet2DModel, scheduler: DDPMScheduler, images: torch.Tensor) -> None:
@@ -493,26 +349,9 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 
 def make_dataset(args: argparse.Namespace, channels: int, resolution: int) -> datasets.Dataset:
     """A dataset of `{"images": uint8 (channels, resolution, resolution)}`; unreadable images are left out."""
-    try:
-        if args.dataset_name is not None:
-            source = f"--dataset_name {args.dataset_name}"
-            dataset = datasets.load_dataset(
-                args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir
-            )
-        else:
-            source = f"--train_data_dir {args.train_data_dir}"
-            dataset = datasets.load_dataset(
-                "imagefolder", data_dir=args.train_data_dir, split="train", cache_dir=args.cache_dir, drop_labels=True
-            )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        fail(f"{source} does not load: {str(error).strip().splitlines()[0]}; pass a folder of images or a Hub dataset")
     column = args.image_column
-    if column not in dataset.column_names:
-        fail(f"--image_column {column} is not in the data; choose one of {', '.join(dataset.column_names)}")
-    if args.max_train_samples is not None and args.max_train_samples < len(dataset):
-        dataset = dataset.shuffle(seed=args.seed).select(range(args.max_train_samples))
-
-    dataset = lift_utils.drop_unreadable(dataset.select_columns(column), column, source, args)
+    dataset, source = lift_utils.load_data(args, ["image_column"], drop_labels=True)
+    dataset = lift_utils.drop_unreadable(dataset, column, source, args)
     return dataset.with_transform(
         partial(load_images, column=column, mode="L" if channels == 1 else "RGB", size=resolution)
     )
@@ -538,75 +377,49 @@ def noise_images(scheduler: DDPMScheduler, images, noise, timesteps) -> tuple[to
 def compute_losses(
     student: FeatureModel,
     teacher: FeatureModel | None,
-    images: torch.Tensor,
+    batch: dict[str, torch.Tensor],
+    progress: float,
     scheduler: DDPMScheduler,
     args: argparse.Namespace,
-    progress: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One micro-batch's loss and its parts, as tensors that stay on the device.
 
     Args:
-        images: uint8, (B, C, H, W).
+        batch: With "images", uint8, (B, C, H, W).
         progress: Share of the run that is done, for the scheduled weights.
     """
-    images = images.float() / 127.5 - 1
-    batch, device, steps = len(images), images.device, scheduler.config.num_train_timesteps
+    images = batch["images"].float() / 127.5 - 1
+    count, device, steps = len(images), images.device, scheduler.config.num_train_timesteps
     if args.random_flip:
-        images = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, images.flip(-1), images)
+        images = torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, images.flip(-1), images)
     noise = torch.randn_like(images)
-    timesteps = torch.randint(steps, (batch,), device=device)
+    timesteps = torch.randint(steps, (count,), device=device)
     if args.antithetic_timesteps:
-        half = timesteps[: (batch + 1) // 2]
-        timesteps = torch.cat([half, steps - 1 - half])[:batch]
+        half = timesteps[: (count + 1) // 2]
+        timesteps = torch.cat([half, steps - 1 - half])[:count]
     noisy, target = noise_images(scheduler, images, noise, timesteps)
-    scale = images[0].numel() if args.reduction == "sum" else 1
+
+    def scale(term: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        return term * of[0].numel() if args.reduction == "sum" else term
 
     prediction, features = student(noisy, timesteps)
-    prediction = prediction.float()
-    task = F.mse_loss(prediction, target) * scale
+    task = scale(F.mse_loss(prediction.float(), target), prediction)
     loss, logs = args.lambda_task * task, {"task": task}
 
     if args.kd_loss != "none":
         with torch.no_grad():
             wanted, wanted_features = teacher(noisy.to(next(teacher.parameters()).dtype), timesteps)
-        if args.kd_loss == "mse":
-            kd = F.mse_loss(prediction, wanted.float()) * scale
-        else:
-            parts = lift_place_loss(
-                prediction,
-                wanted,
-                group_size=args.group_size if args.kd_loss == "place" else None,
-                norm=args.coarse_norm,
-                weighting=fine_weighting(args.kd_weighting, progress),
-                group_by=args.group_by,
-            )
-            kd = (parts.fine if args.kd_weighting == "fine_only" else parts.loss) * scale
-            logs |= {"coarse": parts.coarse, "fine": parts.fine, "weight": parts.weight}
-            for name, value in (("slope", parts.slope), ("intercept", parts.intercept)):
-                logs |= {f"{name}_mean": value.mean(), f"{name}_std": value.std(correction=0)}
+        kd, parts = lift_utils.output_term(prediction, wanted, args, progress)
+        kd = scale(kd, prediction)
         loss = loss + args.lambda_kd_output * kd
-        logs["kd"] = kd
+        logs |= {"kd": kd, **parts}
         if features:
             pairs = zip(features, wanted_features)
-            feat = sum(
-                F.mse_loss(ours.float(), theirs.float()) * (ours[0].numel() if args.reduction == "sum" else 1)
-                for ours, theirs in pairs
-            )
+            feat = sum(scale(F.mse_loss(ours.float(), theirs.float()), ours) for ours, theirs in pairs)
             loss = loss + args.lambda_kd_feat * feat
             logs["feat"] = feat
 
     return loss, {"loss": loss, **logs}
-
-
-def fine_weighting(kind: str, progress: float) -> str | float:
-    """`lift_place_loss`'s weighting for a --kd_weighting at a share of the run."""
-    schedule = {
-        "linear": progress,
-        "cosine": (1 - math.cos(math.pi * progress)) / 2,
-        "coarse_only": 0.0,
-        "fine_only": 1.0,
-    }
-    return schedule.get(kind, kind)
 
 
 # ---------------------------------------------------------------------------------------------- samples and the result
@@ -628,122 +441,71 @@ def sample_images(unet: UNet2DModel, scheduler: DDPMScheduler, args: argparse.Na
     return images
 
 
-def log_validation(models: dict, cache: dict, ema, scheduler, args, trackers: list, step: int) -> None:
+def log_validation(
+    teacher, student: UNet2DModel, ema, cache: dict, scheduler, args, trackers: list, step: int
+) -> None:
     """Samples of teacher, student and EMA student from the same noise, in one labelled grid.
 
     Args:
         cache: Keeps the teacher's samples between calls.
     """
-    if models["teacher"] is not None and "teacher" not in cache:
-        cache["teacher"] = sample_images(models["teacher"], scheduler, args)
-    rows = {**cache, "student": sample_images(models["student"], scheduler, args)}
+    if teacher is not None and "teacher" not in cache:
+        cache["teacher"] = sample_images(teacher, scheduler, args)
+    rows = {**cache, "student": sample_images(student, scheduler, args)}
     if ema is not None:
-        with lift_utils.averaged_weights(ema, models["student"]):
-            rows["EMA student"] = sample_images(models["student"], scheduler, args)
-    grid = lift_utils.labelled_grid(rows, scale=max(1, 64 // rows["student"][0].width))
-    folder = Path(args.output_dir) / "samples"
-    folder.mkdir(exist_ok=True)
-    grid.save(folder / f"step-{step:06d}.png")
-    for tracker in trackers:
-        if tracker.name in ("tensorboard", "wandb"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": np.array(grid)[None]}, step=step, **layout)
+        with lift_utils.averaged_weights(ema, list(student.parameters())):
+            rows["EMA student"] = sample_images(student, scheduler, args)
+    grid = lift_utils.labelled_grid(list(rows.items()), scale=max(1, 64 // rows["student"][0].width))
+    lift_utils.save_grid(grid, Path(args.output_dir), step, trackers)
 
 
 def save_pipeline(student: UNet2DModel, teacher: UNet2DModel | None, scheduler, args: argparse.Namespace) -> None:
     """The pipeline folder with its scheduler, model card, sample grid and curves."""
     output_dir = Path(args.output_dir)
     DDPMPipeline(unet=student, scheduler=scheduler).save_pretrained(output_dir)
-    shutil.copy(max((output_dir / "samples").glob("step-*.png")), output_dir / "samples.png")
-    rows = lift_utils.read_metrics(output_dir / "metrics.jsonl")
-    keys = [key for key in ("loss", "task", "kd", "coarse", "fine", "weight") if key in rows[-1]]
-    lift_utils.plot_curves({"student": rows}, keys, output_dir / "curves.png")
-
     ours = student.num_parameters()
-    name = args.pretrained_teacher_model
     if teacher is None:
         facts = [f"- Trained from scratch, {ours:,} parameters."]
     else:
         share = ours / teacher.num_parameters()
         facts = [
-            f"- Teacher: `{name}`, {teacher.num_parameters():,} parameters.",
+            f"- Teacher: `{args.pretrained_teacher_model}`, {teacher.num_parameters():,} parameters.",
             f"- Student: {ours:,} parameters, {share:.1%} of the teacher's "
             f"(`--student {args.student}`, initialised by {args.student_init}).",
         ]
-    method = {
-        "place": f"PLACE, group size {args.group_size} by {args.group_by}, {args.coarse_norm} coarse term, "
-        f"{args.kd_weighting} weight",
-        "lift": f"LIFT, {args.coarse_norm} coarse term, {args.kd_weighting} weight",
-        "mse": "mean squared error to the teacher's output",
-        "none": "none: the loss on the data alone",
-    }[args.kd_loss]
-    facts += [
-        f"- Distillation: {method}; λ_task {args.lambda_task}, λ_output {args.lambda_kd_output}, "
-        f"λ_features {args.lambda_kd_feat}, {args.reduction} reduction.",
-        f"- Data: `{args.dataset_name or Path(args.train_data_dir).name}`, {student.config.sample_size} pixels.",
-        f"- Training: {args.max_train_steps} steps of {args.train_batch_size * args.gradient_accumulation_steps} "
-        f"images per process, learning rate {args.learning_rate}, seed {args.seed}"
-        + (f", weights averaged with decay {args.ema_decay}." if args.use_ema else "."),
-    ]
-    text = "\n".join(
-        [
-            f"# {output_dir.resolve().name}",
-            "\nAn unconditional diffusion model, made with LIFT and PLACE (arXiv 2605.19729).\n",
-            *facts,
-            "\n![Samples of each model from the same noise](samples.png)\n\n![Curves](curves.png)\n\n```python",
-            "from diffusers import DDIMPipeline\n",
-            f'image = DDIMPipeline.from_pretrained("{args.hub_model_id or output_dir.name}")().images[0]',
-            "```\n\nThe command:\n\n```",
-            shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "```",
-        ]
-    )
-    on_hub = name is not None and not Path(name).exists()
-    tags = ["diffusers", "unconditional-image-generation", "knowledge-distillation", "lift-place"]
-    lift_utils.write_model_card(output_dir, text, tags, base_model=name if on_hub else None)
+    facts.append(f"- Images of {student.config.sample_size} pixels; {args.reduction} reduction of all losses.")
+    usage = "from diffusers import DDIMPipeline\n\n"
+    usage += f'image = DDIMPipeline.from_pretrained("{args.hub_model_id or output_dir.name}")().images[0]'
+    kind, tags = "An unconditional diffusion model", ["unconditional-image-generation"]
+    lift_utils.write_model_card(output_dir, args, kind, facts, usage, tags)
 
 
 def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, args: argparse.Namespace) -> None:
     """Print parameters, MACs, a memory estimate and the student's config."""
     count, total = student.num_parameters(), 0
     with torch.device("meta"):
-        example = torch.zeros(1, student.config.in_channels, *_pair(student.config.sample_size)), torch.zeros(1)
         ours = UNet2DModel.from_config(student.config).train()
         theirs = UNet2DModel.from_config(teacher.config).requires_grad_(False) if teacher is not None else None
     if args.gradient_checkpointing:
         ours.enable_gradient_checkpointing()
-    macs, kept = lift_utils.profile_forward(ours, *example)
+    macs, kept = lift_utils.profile_forward(ours, **example_inputs(student))
     print(f"student: {count:,} parameters, {macs:,} MACs per image and forward pass")
     if theirs is not None:
         total = teacher.num_parameters()
-        macs, _ = lift_utils.profile_forward(theirs, *example)
+        macs, _ = lift_utils.profile_forward(theirs, **example_inputs(student))
         print(f"teacher: {total:,} parameters, {macs:,} MACs; the student is {count / total:.2%} of it")
-    lift_utils.print_memory_estimate(args, count, total, kept)
+    lift_utils.print_memory_estimate(args, kept, count, total)
     print(student.to_json_string())
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-def pair_features(
-    student: UNet2DModel, teacher: UNet2DModel | None, features: list[list[str]]
-) -> tuple[FeatureModel, FeatureModel | None]:
-    """Both models with their features; 1x1 convolutions take the student's to the teacher's widths (FitNet)."""
-    if teacher is None:
-        return FeatureModel(student, []), None
-    models = [FeatureModel(model, [pair[side] for pair in features]) for side, model in enumerate((student, teacher))]
-    example = torch.zeros(1, student.config.in_channels, *_pair(student.config.sample_size)), torch.zeros(1)
-    with torch.no_grad():
-        shapes = [[feature.shape for feature in model(*example)[1]] for model in models]
-    for pair, ours, theirs in zip(features, *shapes):
-        if ours[2:] != theirs[2:]:
-            fail(
-                f"the features {pair} have sizes {tuple(ours[2:])} and {tuple(theirs[2:])}; pair equal ones, or pass "
-                "--lambda_kd_feat 0"
-            )
-    projections = [torch.nn.Conv2d(ours[1], theirs[1], 1) for ours, theirs in zip(*shapes)]
-    models[0].projections = torch.nn.ModuleList(projections)
-    return models[0], models[1]
+def example_inputs(unet: UNet2DModel) -> dict[str, torch.Tensor]:
+    """Arguments of the U-Net's forward pass on one image, on the meta device."""
+    with torch.device("meta"):
+        sample = torch.zeros(1, unet.config.in_channels, *_pair(unet.config.sample_size))
+        return {"sample": sample, "timestep": torch.zeros(1)}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -776,23 +538,25 @@ def main(args: argparse.Namespace) -> None:
         dataset = make_dataset(args, student.config.in_channels, student.config.sample_size)
     dataloader = lift_utils.make_dataloader(dataset, args, accelerator)
 
-    # ---- student, optimizer, average
+    # ---- student
     if teacher is not None:
         fill_student(student, teacher, scheduler, dataset, args, accelerator.device)
     unet = student
-    student, teacher_model = pair_features(unet, teacher, features)
+    inputs = example_inputs(unet)
+    student, teacher_model = lift_utils.pair_features(unet, teacher, features, inputs, always_project=True)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         for model in filter(None, (unet, teacher)):
             model.enable_xformers_memory_efficient_attention()
     if teacher is not None:
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-        teacher_model.requires_grad_(False).eval().to(accelerator.device, dtype)
+        lift_utils.freeze(teacher_model, accelerator.device, lift_utils.working_dtype(accelerator))
     if args.compile:
         for model in filter(None, (student, teacher_model)):
             model.compile()
-    optimizer = lift_utils.make_optimizer(student.parameters(), args)
+    # ---- optimizer, average
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = lift_utils.make_optimizer(student, args)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -800,26 +564,26 @@ def main(args: argparse.Namespace) -> None:
         num_training_steps=args.max_train_steps,
     )
     student, optimizer, dataloader = accelerator.prepare(student, optimizer, dataloader)
-    ema = EMAModel(unet.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+    ema = EMAModel(trained, decay=args.ema_decay, foreach=True) if args.use_ema else None
     skipped = torch.zeros(2, device=accelerator.device)
 
+    # ---- resume
     training = lift_utils.Training(
         accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
     )
-
-    # ---- resume
     first_step = 0
     if args.resume_from_checkpoint:
         first_step = lift_utils.load_training(output_dir, args.resume_from_checkpoint, training)
     if accelerator.is_main_process:
         lift_utils.rewind_metrics(output_dir / "metrics.jsonl", first_step)
-        accelerator.init_trackers("lift-unet", {key: value for key, value in vars(args).items() if value is not None})
-    validate = partial(
-        log_validation, {"teacher": teacher, "student": unet}, {}, ema, scheduler, args, accelerator.trackers
-    )
+        accelerator.init_trackers("lift", {key: value for key, value in vars(args).items() if value is not None})
     logger.info(
         f"{len(dataset)} images, {len(dataloader)} batches an epoch, step {first_step} of {args.max_train_steps}"
     )
+
+    # ---- what a step and a validation do
+    losses_of = partial(compute_losses, student, teacher_model, scheduler=scheduler, args=args)
+    validate = partial(log_validation, teacher, unet, ema, {}, scheduler, args, accelerator.trackers)
 
     # ---- loop
     batches = lift_utils.endless_batches(dataloader, first_step * args.gradient_accumulation_steps, skip_first_batches)
@@ -831,13 +595,11 @@ def main(args: argparse.Namespace) -> None:
     for step in range(first_step + 1, args.max_train_steps + 1):
         losses = []
         for micro_step in range(args.gradient_accumulation_steps):
-            images = next(batches)["images"]
+            batch = next(batches)
             # After the batch: a dataloader draws a random number whenever it starts an epoch or resumes in one.
             lift_utils.seed_step(args.seed, step, micro_step, accelerator.process_index)
             with accelerator.accumulate(student):
-                loss, logs = compute_losses(
-                    student, teacher_model, images, scheduler, args, step / args.max_train_steps
-                )
+                loss, logs = losses_of(batch, step / args.max_train_steps)
                 accelerator.backward(loss)
                 losses.append({name: value.detach() for name, value in logs.items()})
         grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
@@ -847,7 +609,7 @@ def main(args: argparse.Namespace) -> None:
         lr_scheduler.step()
         optimizer.zero_grad()
         if ema is not None:
-            ema.step(unet.parameters())
+            ema.step(trained)
         progress_bar.update()
 
         last, stopping = step == args.max_train_steps, stop.is_set() and accelerator.num_processes == 1
@@ -885,7 +647,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- result
     if accelerator.is_main_process:
         if ema is not None:
-            ema.copy_to(unet.parameters())
+            ema.copy_to(trained)
         save_pipeline(unet, teacher, scheduler, args)
         if args.push_to_hub:
             lift_utils.push_to_hub(output_dir, args.hub_model_id)

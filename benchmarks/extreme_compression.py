@@ -406,7 +406,7 @@ def draw_pictures(args: argparse.Namespace, images: dict[str, np.ndarray]) -> No
     """The labelled samples, a column per noise, and the smoothed curves of all runs; both of the first seed."""
     columns = 16
     rows = {name: [Image.fromarray(image) for image in stack[:columns]] for name, stack in images.items()}
-    lift_utils.labelled_grid(rows, scale=3).save(args.output_dir / "samples.png")
+    lift_utils.labelled_grid(list(rows.items()), scale=3).save(args.output_dir / "samples.png")
     runs = {method: smooth(args.output_dir / f"{method}-0" / "metrics.jsonl") for method in METHODS}
     keys = ["loss", "task", "kd", "coarse", "fine", "weight"]
     lift_utils.plot_curves(runs, keys, args.output_dir / "curves.png")

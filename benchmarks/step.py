@@ -87,9 +87,9 @@ class Probe:
 
     def __init__(self, script, steps: int, warmup: int):
         self.script, self.steps, self.warmup = script, steps, warmup
-        self.compute_losses, self.loss = script.compute_losses, script.lift_place_loss
+        self.compute_losses, self.loss = script.compute_losses, lift_utils.lift_place_loss
         self.watch, self.start, self.inputs = Stopwatch(), None, {}
-        script.compute_losses, script.lift_place_loss = self.step, self.remember_outputs
+        script.compute_losses, lift_utils.lift_place_loss = self.step, self.remember_outputs
         lift_utils.guarded_step, self.guarded_step = self.remember_optimizer, lift_utils.guarded_step
 
     def remember_outputs(self, student, teacher, **options):
@@ -102,7 +102,7 @@ class Probe:
         self.gradients = [parameter.grad for parameter in self.parameters]
         self.guarded_step(optimizer, finite, skipped)
 
-    def step(self, student, teacher, *arguments):
+    def step(self, student, teacher, *arguments, **options):
         """Called once per training step, at its beginning but for the data loading."""
         synchronize()
         now = time.perf_counter()
@@ -118,7 +118,7 @@ class Probe:
                 )
         synchronize()
         self.start = time.perf_counter()
-        return self.compute_losses(student, teacher, *arguments)
+        return self.compute_losses(student, teacher, *arguments, **options)
 
     def time_parts(self, student, teacher) -> None:
         (student_args, student_kwargs), (teacher_args, teacher_kwargs) = self.inputs["student"], self.inputs["teacher"]

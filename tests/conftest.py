@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fashion
+
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 # No test may look for the Hub; the one that uploads starts a server of its own.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What `accelerate launch --cpu` sets for the runs it starts, for the runs inside this process.
@@ -53,6 +54,69 @@ def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
     DDPMPipeline(UNet2DModel(**TINY), DDPMScheduler(num_train_timesteps=1000)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory) -> Path:
+    """A folder of 48 articles of Fashion-MNIST, RGB, 32 x 32, with captions in metadata.jsonl."""
+    source = fashion.find_fashion_mnist(ROOT / ".data")
+    images, labels = fashion.read_fashion_mnist(source, "t10k")
+    return fashion.write_captioned(tmp_path_factory.mktemp("fashion"), images[:48], labels[:48])
+
+
+@pytest.fixture(scope="session")
+def sd_teacher(tmp_path_factory) -> Path:
+    """A Stable Diffusion pipeline folder in full layout, random and tiny: 32 pixels, latents of 8 x 8, four levels."""
+    return save_sd_pipeline(tmp_path_factory.mktemp("sd"))
+
+
+def save_sd_pipeline(folder: Path, prediction_type: str = "epsilon", **unet) -> Path:
+    """A tiny random Stable Diffusion pipeline; `unet` overrides its U-Net's config."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    tokenizer = fashion.make_tokenizer(["a", "photo", "of", "dark", "bright", "bag", "sneaker"], length=24)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=[8, 8, 16],
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    config = {
+        "sample_size": 8,
+        "block_out_channels": [8, 16, 32, 32],
+        "attention_head_dim": [1, 2, 4, 4],
+        "norm_num_groups": 4,
+        "cross_attention_dim": 16,
+        "use_linear_projection": True,
+    }
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    model = UNet2DConditionModel(**{**config, **unet})
+    pipeline = StableDiffusionPipeline(
+        vae, CLIPTextModel(text), tokenizer, model, scheduler, None, None, requires_safety_checker=False
+    )
+    pipeline.save_pretrained(folder)
     return folder
 
 

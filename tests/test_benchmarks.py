@@ -1,17 +1,13 @@
 """The demo and the benchmarks, run as the Makefile runs them but for their budget."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_file
+from conftest import run_file
 from diffusers import DDIMPipeline
 from PIL import Image
-
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import extreme_compression
 

@@ -447,7 +447,7 @@ def make(kind: str):
     args.use_8bit_adam = kind == "8-bit"
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(64, 128)), torch.nn.Parameter(torch.randn(10))]
-    return parameters, Accelerator().prepare(lift_utils.make_optimizer(parameters, args))
+    return parameters, Accelerator().prepare(lift_utils.make_optimizer(torch.nn.ParameterList(parameters), args))
 
 
 def take(parameters, optimizer, step: int, value: float, skipped: torch.Tensor) -> None:
@@ -490,9 +490,9 @@ def test_a_step_that_is_not_finite_leaves_no_trace(kind):
 def test_a_skipped_step_is_counted_and_the_run_goes_on(distil, tmp_path, monkeypatch):
     compute_losses, weights = train_lift_unet.compute_losses, []
 
-    def second_is_nan(student, *others):
+    def second_is_nan(student, *others, **options):
         weights.append(copy.deepcopy(student.state_dict()))
-        loss, logs = compute_losses(student, *others)
+        loss, logs = compute_losses(student, *others, **options)
         factor = float("nan") if len(weights) == 2 else 1.0
         return loss * factor, {**logs, "loss": logs["loss"] * factor}
 

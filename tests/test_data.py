@@ -306,7 +306,7 @@ def shown(monkeypatch):
         args = train_lift_unet.parse_args(["--dry_run", *fixed])
         scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
         lift_utils.seed_step(args.seed, step, 0, 0)
-        train_lift_unet.compute_losses(student, None, images, scheduler, args, 0.5)
+        train_lift_unet.compute_losses(student, None, {"images": images}, 0.5, scheduler, args)
         return seen[0]
 
     return show

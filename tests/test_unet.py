@@ -23,6 +23,9 @@ SHORT = [
 ]
 
 
+EXAMPLE = torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.long)  # a U-Net's inputs
+
+
 @pytest.fixture
 def distil(run, teacher, images, tmp_path):
     """`distil(*flags)` runs three steps into a new folder and returns it."""
@@ -80,7 +83,7 @@ def test_from_scratch_to_student_by_accelerate_launch(images, tmp_path):
     logged = {"loss", "task", "kd", "feat", "coarse", "fine", "weight", "lr", "grad_norm", "images_per_second"}
     logged |= {"slope_mean", "slope_std", "intercept_mean", "intercept_std"}
     assert logged <= metrics(student)[-1].keys()
-    events = EventAccumulator(str(student / "logs" / "lift-unet")).Reload().Tags()
+    events = EventAccumulator(str(student / "logs" / "lift")).Reload().Tags()
     assert events["images"] == ["samples"] and logged <= set(events["scalars"])
     for kind in (DDPMPipeline, DDIMPipeline):
         pipeline = kind.from_pretrained(student)
@@ -174,7 +177,7 @@ def test_the_loss_falls_and_every_weight_moves(distil, teacher):
     assert mean("coarse", last) < mean("coarse", first) and mean("weight", last) > mean("weight", first)
 
     student = UNet2DModel.from_config({**TINY, "block_out_channels": [8, 16]})
-    train_lift_unet.prune_width(student, UNet2DModel.from_pretrained(teacher / "unet"))
+    lift_utils.prune_width(student, UNet2DModel.from_pretrained(teacher / "unet"), EXAMPLE)
     trained = load_file(folder / "checkpoint-60" / "student.safetensors")
     still = [key for key, value in student.state_dict().items() if torch.equal(value, trained[f"model.{key}"])]
     # The teacher's key biases start at 0, and softmax does not see them: they alone may stay.
@@ -245,7 +248,7 @@ def test_presets_of_the_celeba_ddpm(preset, parameters):
         student = UNet2DModel.from_config(train_lift_unet.student_config(dict(teacher.config), recipe))
     assert teacher.num_parameters() == 78_700_803
     assert student.num_parameters() == parameters
-    assert train_lift_unet.is_narrower(student, teacher)
+    assert lift_utils.is_narrower(student, teacher)
 
 
 def widened(small: UNet2DModel) -> UNet2DModel:
@@ -286,7 +289,7 @@ def test_pruning_finds_the_channels_that_matter(init):
         def accumulate(model):
             train_lift_unet.accumulate_gradients(model, scheduler=DDPMScheduler(), images=images)
 
-    train_lift_unet.prune_width(student, teacher, accumulate)
+    lift_utils.prune_width(student, teacher, EXAMPLE, accumulate)
     ours, wanted = student(*inputs).sample, small(*inputs).sample
     if init == "magnitude":
         torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4)
@@ -301,7 +304,7 @@ def test_pruned_weights_are_the_teachers(fraction, head_dim):
     teacher = UNet2DModel(**{**TINY, "block_out_channels": [32, 64], "attention_head_dim": head_dim})
     student = UNet2DModel.from_config(train_lift_unet.student_config(dict(teacher.config), {"width": fraction}))
     assert student.config.block_out_channels == [32 * fraction, 64 * fraction]
-    train_lift_unet.prune_width(student, teacher)
+    lift_utils.prune_width(student, teacher, EXAMPLE)
     inputs = torch.randn(2, 1, 16, 16), torch.tensor([3, 700])
     if fraction == 1:
         torch.testing.assert_close(student(*inputs).sample, teacher(*inputs).sample, rtol=1e-3, atol=1e-4)
@@ -388,7 +391,7 @@ def test_macs_and_kept_bytes_of_a_known_layer():
     with torch.device("meta"):
         layer = torch.nn.Conv2d(4, 8, 3, padding=1)
         image = torch.zeros(1, 4, 16, 16)
-    assert lift_utils.profile_forward(layer, image) == (16 * 16 * 4 * 8 * 9, 4 * 16 * 16 * 4)
+    assert lift_utils.profile_forward(layer, input=image) == (16 * 16 * 4 * 8 * 9, 4 * 16 * 16 * 4)
 
 
 def test_grid_rows_start_from_the_same_noise(distil, teacher):

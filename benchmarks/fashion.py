@@ -1,0 +1,99 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Fashion-MNIST (Xiao et al., 2017) as captioned or labelled image folders."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lift_utils import fail
+
+
+CLASSES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+DEBIAN = "dataset-fashion-mnist"  # the Debian package, 30 MB
+INSTALLED = Path("/usr/share/datasets/fashion-mnist")
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+def find_fashion_mnist(cache: Path) -> Path:
+    """The folder of the four gzipped files: Debian's, installed or unpacked into `cache`, which needs no root."""
+    unpacked = cache / INSTALLED.relative_to("/")
+    for folder in (INSTALLED, unpacked):
+        if (folder / "t10k-labels-idx1-ubyte.gz").exists():
+            return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        subprocess.run(["apt-get", "download", DEBIAN], cwd=cache, check=True, capture_output=True)
+        package = next(cache.glob(f"{DEBIAN}_*.deb"))
+        subprocess.run(["dpkg", "-x", package, cache], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError, StopIteration) as error:
+        fail(
+            f"Fashion-MNIST is not at hand and apt-get cannot fetch it ({error}); install Debian's {DEBIAN}, or put "
+            f"the four .gz files of github.com/zalandoresearch/fashion-mnist into {unpacked}"
+        )
+    return unpacked
+
+
+def read_fashion_mnist(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images, uint8 (N, 28, 28), and labels (N,) of the split "train" or "t10k", from the IDX files."""
+
+    def read(name: str, header: int) -> np.ndarray:
+        with gzip.open(folder / f"{split}-{name}-ubyte.gz") as file:
+            return np.frombuffer(file.read(), np.uint8, offset=header)
+
+    return read("images-idx3", 16).reshape(-1, 28, 28), read("labels-idx1", 8)
+
+
+def caption(label: int, image: np.ndarray) -> str:
+    """A caption that says what can be seen: the class, and whether it is dark or bright."""
+    tone = "bright" if image[image > 32].mean() > 150 else "dark"
+    return f"a photo of a {tone} {CLASSES[label]}"
+
+
+def write_captioned(folder: Path, images: np.ndarray, labels: np.ndarray, side: int = 32) -> Path:
+    """An image folder with captions in metadata.jsonl: RGB PNGs, the 28 pixels centred on black."""
+    folder.mkdir(parents=True, exist_ok=True)
+    margin = (side - 28) // 2
+    lines = []
+    for index, (pixels, label) in enumerate(zip(images, labels)):
+        Image.fromarray(np.pad(pixels, margin)).convert("RGB").save(folder / f"{index:05d}.png")
+        lines.append(json.dumps({"file_name": f"{index:05d}.png", "text": caption(label, pixels)}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------- the parts
+
+
+def make_tokenizer(words: list[str], length: int):
+    """A CLIPTokenizer that knows these words whole and spells all others."""
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'!-"
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters)]
+    merges = []
+    for word in words:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            merges.append((parts[0], parts[1]))
+            parts[:2] = ["".join(parts[:2])]
+            vocabulary.append(parts[0])
+    vocabulary = [*dict.fromkeys(vocabulary), "<|startoftext|>", "<|endoftext|>"]
+    numbered = {token: index for index, token in enumerate(vocabulary)}
+    return CLIPTokenizer(vocab=numbered, merges=list(dict.fromkeys(merges)), model_max_length=length)
