@@ -513,21 +513,29 @@ class FeatureModel(torch.nn.Module):
 
     Args:
         model: A Diffusers model whose forward takes `return_dict`.
-        names: Submodules whose outputs are wanted. Of a tuple of outputs the first is taken.
+        names: Submodules whose outputs are wanted.
         projections: One module per name, applied to its feature.
+        item: Which of a submodule's outputs to take where it returns several.
     """
 
-    def __init__(self, model: torch.nn.Module, names: list[str], projections: list[torch.nn.Module] | None = None):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        names: list[str],
+        projections: list[torch.nn.Module] | None = None,
+        item: int = 0,
+    ):
         super().__init__()
         self.model = model
         self.names = names
+        self.item = item
         self.projections = torch.nn.ModuleList(projections or [torch.nn.Identity() for _ in names])
         self._captured: dict[str, torch.Tensor] = {}
         for name in names:
             model.get_submodule(name).register_forward_hook(partial(self._capture, name))
 
     def _capture(self, name: str, module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        self._captured[name] = output[0] if isinstance(output, tuple) else output
+        self._captured[name] = output[self.item] if isinstance(output, tuple) else output
 
     def forward(self, *args, **kwargs) -> tuple[torch.Tensor, list[torch.Tensor]]:
         prediction = self.model(*args, return_dict=False, **kwargs)[0]
@@ -578,6 +586,7 @@ def pair_features(
     pairs: list[list[str]],
     inputs: dict[str, torch.Tensor],
     always_project: bool = False,
+    item: int = 0,
 ) -> tuple[FeatureModel, FeatureModel | None]:
     """Both models with their features, the student's projected to the teacher's widths (FitNet).
 
@@ -588,6 +597,7 @@ def pair_features(
         pairs: `[student module, teacher module]` each.
         inputs: Arguments of the forward pass of both, on the meta device: nothing is computed.
         always_project: Whether features of equal width are projected too.
+        item: Which of a submodule's outputs to take where it returns several.
     """
     if teacher is None:
         return FeatureModel(student, []), None
@@ -597,7 +607,7 @@ def pair_features(
             if pair[side] not in dict(model.named_modules()):
                 fail(f'--student pairs features of "{pair[side]}", which does not exist; correct its "features"')
         with torch.device("meta"), torch.no_grad():
-            replica = FeatureModel(type(model).from_config(model.config), [pair[side] for pair in pairs])
+            replica = FeatureModel(type(model).from_config(model.config), [pair[side] for pair in pairs], item=item)
             shapes.append([feature.shape for feature in replica(**inputs)[1]])
     projections: list[torch.nn.Module] = []
     for pair, ours, theirs in zip(pairs, *shapes):
@@ -610,9 +620,52 @@ def pair_features(
             projections.append(torch.nn.Conv2d(ours[1], theirs[1], 1))
         else:
             projections.append(torch.nn.Linear(ours[-1], theirs[-1]))
-    models = [FeatureModel(model, [pair[side] for pair in pairs]) for side, model in enumerate((student, teacher))]
+    models = [
+        FeatureModel(model, [pair[side] for pair in pairs], item=item) for side, model in enumerate((student, teacher))
+    ]
     models[0].projections = torch.nn.ModuleList(projections)
     return models[0], models[1]
+
+
+@torch.no_grad()
+def measure_influence(blocks: torch.nn.ModuleList, run: Callable[[], Any], item: int = 0) -> list[float]:
+    """How much each transformer block changes its tokens: 1 - cosine of input and output, averaged over all tokens.
+
+    The block influence of ShortGPT (Men et al., 2024): the blocks of least influence are the first to go.
+
+    Args:
+        blocks: Their forward takes `hidden_states` (B, N, C), by name or first.
+        run: Forward passes of the whole model on data.
+        item: Which of a block's outputs are the tokens where it returns several.
+    """
+    sums, calls = [0.0] * len(blocks), [0] * len(blocks)
+
+    def record(index: int, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        after = output[item] if isinstance(output, tuple) else output
+        sums[index] += 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1).mean().item()
+        calls[index] += 1
+
+    hooks = [block.register_forward_hook(partial(record, i), with_kwargs=True) for i, block in enumerate(blocks)]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return [total / count for total, count in zip(sums, calls)]
+
+
+def plot_influence(influence: list[float], kept: list[int], path: Path) -> None:
+    """The influence of each block as a bar, those that the student keeps in another colour, to a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(4, 0.3 * len(influence)), 2.8), layout="constrained")
+    axis = figure.subplots()
+    for label, chosen, colour in (("kept", True, "C0"), ("left out", False, "0.8")):
+        blocks = [block for block in range(len(influence)) if (block in kept) == chosen]
+        axis.bar(blocks, [influence[block] for block in blocks], color=colour, label=label)
+    axis.set_xlabel("block of the teacher")
+    axis.set_ylabel("1 - cosine(input, output)")
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
 
 
 def is_narrower(student: torch.nn.Module, teacher: torch.nn.Module) -> bool:

@@ -414,6 +414,10 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return padded["input_ids"]
 
 
+def load_frozen(args: argparse.Namespace, kind, name: str, device: torch.device, dtype: torch.dtype):
+    return lift_utils.freeze(lift_utils.load_part(args, kind, name, EXPECTED), device, dtype)
+
+
 class Encoders:
     """The frozen VAE and text encoder, in the precision of the run, on its device."""
 
@@ -424,9 +428,7 @@ class Encoders:
             if vae
             else None
         )
-        self.text_encoder = lift_utils.freeze(
-            lift_utils.load_part(args, CLIPTextModel, "text_encoder", EXPECTED), device, dtype
-        )
+        self.text_encoder = load_frozen(args, CLIPTextModel, "text_encoder", device, dtype)
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -512,7 +514,7 @@ def compute_losses(
         no_text: Embedding of the empty caption, (77, D).
     """
     moments, text = encode_batch(batch, encoders, args)
-    mean, std = moments.float().unbind(1)
+    mean, std = moments.float().contiguous().unbind(1)  # randn_like follows the layout in memory
     latents = mean + std * torch.randn_like(mean)
     count, device = len(latents), latents.device
     noise = torch.randn_like(latents)
@@ -581,9 +583,7 @@ def log_validation(teacher, student, ema, cache, sampler, text, prompts, args, a
         sampler: The teacher's scheduler.
         text: Embeddings of the empty caption and of the prompts.
     """
-    vae = lift_utils.freeze(
-        lift_utils.load_part(args, AutoencoderKL, "vae", EXPECTED), accelerator.device, torch.float32
-    )
+    vae = load_frozen(args, AutoencoderKL, "vae", accelerator.device, torch.float32)
     text = text.to(accelerator.device)
 
     def sample(unet):
