@@ -423,11 +423,7 @@ class Encoders:
 
     def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, vae: bool = True):
         self.device, self.dtype = device, dtype
-        self.vae = (
-            lift_utils.freeze(lift_utils.load_part(args, AutoencoderKL, "vae", EXPECTED), device, dtype)
-            if vae
-            else None
-        )
+        self.vae = load_frozen(args, AutoencoderKL, "vae", device, dtype) if vae else None
         self.text_encoder = load_frozen(args, CLIPTextModel, "text_encoder", device, dtype)
 
     @torch.no_grad()
