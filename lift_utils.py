@@ -783,17 +783,27 @@ def _fit_time_embedding(student, teacher, state: dict) -> dict[str, torch.Tensor
     return {"time_embedding.linear_1.weight": solution[:-1].T, "time_embedding.linear_1.bias": solution[-1]}
 
 
-def profile_forward(model: torch.nn.Module, **inputs: torch.Tensor) -> tuple[int, int]:
-    """Multiply-accumulates of a forward pass and the bytes it keeps for the backward pass, without computing anything.
+# What Diffusers recomputes as one piece under gradient checkpointing.
+CHECKPOINTED = re.compile(r"(^|\.)(resnets|transformer_blocks)\.\d+$")
+
+
+def profile_forward(model: torch.nn.Module, **inputs: torch.Tensor) -> tuple[int, int, int]:
+    """What a forward pass costs, without computing anything.
 
     Args:
-        model: A model on the meta device. Its parameters do not count as kept.
+        model: A model on the meta device.
         inputs: Meta tensors for its forward.
+
+    Returns:
+        Multiply-accumulates; the bytes of activations kept for the backward pass; and the most bytes that one block
+        keeps, which gradient checkpointing brings back for a while.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     parameters = {id(parameter) for parameter in model.parameters()}
     kept: dict[int, tuple[torch.Tensor, int]] = {}
+    before: dict[torch.nn.Module, int] = {}
+    largest = 0
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         base = tensor if tensor._base is None else tensor._base
@@ -802,36 +812,60 @@ def profile_forward(model: torch.nn.Module, **inputs: torch.Tensor) -> tuple[int
             kept[id(base)] = (base, base.numel() * base.element_size())
         return tensor
 
+    def size() -> int:
+        return sum(size for _, size in kept.values())
+
+    def enter(module: torch.nn.Module, inputs: Any) -> None:
+        before[module] = size()
+
+    def leave(module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
+        nonlocal largest
+        largest = max(largest, size() - before[module])
+
+    for name, module in model.named_modules():
+        if CHECKPOINTED.search(name):
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         FlopCounterMode(display=False) as flops,
     ):
         model(**inputs)
-    return flops.get_total_flops() // 2, sum(size for _, size in kept.values())
+    return flops.get_total_flops() // 2, size(), largest
 
 
 def print_memory_estimate(
-    args, kept: int, student: int, teacher: int, trained: int | None = None, encoders: int = 0
+    args,
+    activations: tuple[int, int],
+    student: int,
+    teacher: int,
+    trained: int | None = None,
+    encoders: int = 0,
 ) -> None:
     """Print what a training step holds, by part, in MiB.
 
     Args:
         args: The script's flags.
-        kept: Bytes one image's forward pass keeps in float32, from [`profile_forward`].
+        activations: Bytes that one image's forward pass keeps in float32: all those kept to the backward pass, and
+            those of the block that gradient checkpointing recomputes, 0 without. See [`profile_forward`].
         student: Parameters of the student.
         teacher: Parameters of the teacher, 0 without one.
         trained: Parameters that learn, if not all of the student's; those that do not are held like the teacher's.
         encoders: Parameters of what encodes images and captions in every step.
     """
-    width = 2 if args.mixed_precision in ("fp16", "bf16") else 4
+    half = args.mixed_precision in ("fp16", "bf16")
+    width = 2 if half else 4
     trained = student if trained is None else trained
+    kept, recomputed = (args.train_batch_size * size * width // 4 for size in activations)
     parts = {
         "trained weights (fp32)": 4 * trained,
+        "their copies for autocast": 2 * trained if half else 0,
         "frozen weights of the student": width * (student - trained),
         "gradients (fp32)": 4 * trained,
         "optimizer moments": (2 if args.use_8bit_adam else 8) * trained,
         "averaged weights": 4 * trained if args.use_ema else 0,
-        f"student activations, batch {args.train_batch_size}": args.train_batch_size * kept * width // 4,
+        f"student activations, batch {args.train_batch_size}": kept,
+        "the block being recomputed": recomputed,
         "teacher weights": width * teacher,
         "encoders' weights": width * encoders,
     }
@@ -839,6 +873,21 @@ def print_memory_estimate(
     for name, size in [*parts.items(), ("sum", sum(parts.values()))]:
         if size:
             print(f"  {name:<40}{size / 2**20:>12,.1f} MiB")
+
+
+def estimate_activations(make: Callable[[], torch.nn.Module], checkpointing: bool, **inputs) -> tuple[int, int, int]:
+    """MACs, kept and recomputed bytes of a training step's forward pass on one image: see [`profile_forward`].
+
+    Args:
+        make: Builds the model on the meta device.
+        checkpointing: Whether its blocks are recomputed.
+    """
+    macs, kept, largest = profile_forward(make().train(), **inputs)
+    if not checkpointing:
+        return macs, kept, 0
+    model = make().train()
+    model.enable_gradient_checkpointing()
+    return macs, profile_forward(model, **inputs)[1], largest
 
 
 # -------------------------------------------------------------------------------------------------------- the training

@@ -66,7 +66,8 @@ def bk_student(levels: int, mid: bool) -> dict:
     """A student in the manner of BK-SDM (Kim et al., ECCV 2024): the outer `levels` of the teacher's four.
 
     Each block keeps one of two (down) or two of three (up) pairs of a residual and an attention layer, the last of an
-    up block's coming from the teacher's third. `mid` keeps the middle block.
+    up block's coming from the teacher's third. `mid` keeps the middle block. With two levels, where the level that is
+    gone was wider, the innermost first pair comes from the teacher's second, which has inputs of the right width.
     """
     offset = 4 - levels
     last = levels - 1
@@ -78,7 +79,8 @@ def bk_student(levels: int, mid: bool) -> dict:
         for layer in layers if level < 3 else layers[:1]:
             blocks[f"{down}.{layer}.0"] = f"{down}.{layer}.0"
         for layer in layers if level + offset > 0 else layers[:1]:
-            blocks |= {f"{up}.{layer}.0": f"{source}.{layer}.0", f"{up}.{layer}.1": f"{source}.{layer}.2"}
+            first = 1 if levels == 2 and level == 0 else 0
+            blocks |= {f"{up}.{layer}.0": f"{source}.{layer}.{first}", f"{up}.{layer}.1": f"{source}.{layer}.2"}
         if level < last:
             blocks |= {f"{down}.downsamplers": f"{down}.downsamplers", f"{up}.upsamplers": f"{source}.upsamplers"}
             features.append([down, down])
@@ -320,7 +322,12 @@ def build_student(teacher: UNet2DConditionModel, latents: int, args: argparse.Na
 
 
 def check_sizes(student: UNet2DConditionModel, vae: AutoencoderKL, args: argparse.Namespace) -> None:
-    """Refuse resolutions and groups with which no step could be taken."""
+    """Refuse sizes with which no step could be taken."""
+    if student.config.in_channels != vae.config.latent_channels:
+        fail(
+            f"--pretrained_teacher_model {args.pretrained_teacher_model} takes {student.config.in_channels} channels "
+            f"for latents of {vae.config.latent_channels} (inpainting or depth); {EXPECTED}"
+        )
     factor = vae_factor(vae) * 2 ** (len(student.config.block_out_channels) - 1)
     if args.resolution % factor:
         fail(f"--resolution {args.resolution} is not divisible by VAE and U-Net; pass a multiple of {factor}")
@@ -349,7 +356,9 @@ def add_adapters(student: UNet2DConditionModel, rank: int, dtype: torch.dtype) -
     """Freeze the student and give its attention, feed-forward and residual layers LoRA adapters in float32."""
     from peft import LoraConfig
 
-    student.requires_grad_(False).to(dtype=dtype)
+    student.requires_grad_(False)
+    if dtype != torch.float32:
+        student.to(dtype)
     student.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS))
     cast_training_params(student, dtype=torch.float32)
 
@@ -395,15 +404,15 @@ def make_dataset(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple[da
     )
     if long:
         logger.warning(f"{long} of {len(captions)} captions are longer than {limit} tokens and are cut there")
-    return dataset.with_transform(partial(load_examples, args=args, tokenizer=tokenizer)), contents
+    transform = partial(load_examples, image=image, caption=caption, size=args.resolution, tokenizer=tokenizer)
+    return dataset.with_transform(transform), contents
 
 
-def load_examples(batch: dict, args: argparse.Namespace, tokenizer: CLIPTokenizer) -> dict[str, list[torch.Tensor]]:
+def load_examples(batch: dict, image: str, caption: str, size: int, tokenizer) -> dict[str, list[torch.Tensor]]:
     """Decode, resize the shorter side and crop the centre; tokenize."""
-    size = args.resolution
     transform = v2.Compose([v2.Resize(size, v2.InterpolationMode.LANCZOS), v2.CenterCrop(size), v2.PILToTensor()])
-    images = [transform(lift_utils.open_image(record, "RGB")) for record in batch[args.image_column]]
-    return {"images": images, "input_ids": list(tokenize(tokenizer, batch[args.caption_column]))}
+    images = [transform(lift_utils.open_image(record, "RGB")) for record in batch[image]]
+    return {"images": images, "input_ids": list(tokenize(tokenizer, batch[caption]))}
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -654,23 +663,26 @@ def save_adapter(student: UNet2DConditionModel, folder: Path) -> UNet2DCondition
 def print_dry_run(student, teacher, vae, args: argparse.Namespace) -> None:
     """Print parameters, MACs, a memory estimate and the student's config. All models are skeletons."""
     ours, theirs, inputs = student.num_parameters(), teacher.num_parameters(), example_inputs(student)
-    macs, _ = lift_utils.profile_forward(teacher.requires_grad_(False), **inputs)
+    macs, *_ = lift_utils.profile_forward(teacher.requires_grad_(False), **inputs)
     print(f"teacher: {theirs:,} parameters, {macs:,} MACs per image of {args.resolution} pixels and forward pass")
-    trained = None
-    if args.lora_rank:
-        add_adapters(student, args.lora_rank, torch.float32)
-        trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
-    if args.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-    macs, kept = lift_utils.profile_forward(student.train(), **inputs)
+
+    def make() -> UNet2DConditionModel:
+        with torch.device("meta"):
+            model = UNet2DConditionModel.from_config(student.config)
+            if args.lora_rank:
+                add_adapters(model, args.lora_rank, torch.float32)
+        return model
+
+    macs, *activations = lift_utils.estimate_activations(make, args.gradient_checkpointing, **inputs)
     print(f"student: {ours:,} parameters, {macs:,} MACs; {ours / theirs:.2%} of the teacher")
+    trained = sum(parameter.numel() for parameter in make().parameters() if parameter.requires_grad)
     encoders = 0
     if not args.cache_latents:
         config = lift_utils.from_teacher(args, CLIPTextConfig.from_pretrained, EXPECTED, subfolder="text_encoder")
         with torch.device("meta"):
             encoders = vae.num_parameters() + CLIPTextModel(config).num_parameters()
     shown = theirs if args.kd_loss != "none" else 0
-    lift_utils.print_memory_estimate(args, kept, ours, shown, trained, encoders)
+    lift_utils.print_memory_estimate(args, activations, ours, shown, trained, encoders)
     print(json.dumps({key: value for key, value in student.config.items() if not key.startswith("_")}, indent=2))
 
 

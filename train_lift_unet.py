@@ -482,19 +482,21 @@ def save_pipeline(student: UNet2DModel, teacher: UNet2DModel | None, scheduler, 
 
 def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, args: argparse.Namespace) -> None:
     """Print parameters, MACs, a memory estimate and the student's config."""
-    count, total = student.num_parameters(), 0
-    with torch.device("meta"):
-        ours = UNet2DModel.from_config(student.config).train()
-        theirs = UNet2DModel.from_config(teacher.config).requires_grad_(False) if teacher is not None else None
-    if args.gradient_checkpointing:
-        ours.enable_gradient_checkpointing()
-    macs, kept = lift_utils.profile_forward(ours, **example_inputs(student))
+    count, total, inputs = student.num_parameters(), 0, example_inputs(student)
+
+    def skeleton(model: UNet2DModel) -> UNet2DModel:
+        with torch.device("meta"):
+            return UNet2DModel.from_config(model.config)
+
+    macs, *activations = lift_utils.estimate_activations(
+        partial(skeleton, student), args.gradient_checkpointing, **inputs
+    )
     print(f"student: {count:,} parameters, {macs:,} MACs per image and forward pass")
-    if theirs is not None:
+    if teacher is not None:
         total = teacher.num_parameters()
-        macs, _ = lift_utils.profile_forward(theirs, **example_inputs(student))
+        macs, *_ = lift_utils.profile_forward(skeleton(teacher).requires_grad_(False), **inputs)
         print(f"teacher: {total:,} parameters, {macs:,} MACs; the student is {count / total:.2%} of it")
-    lift_utils.print_memory_estimate(args, kept, count, total)
+    lift_utils.print_memory_estimate(args, activations, count, total)
     print(student.to_json_string())
 
 

@@ -391,7 +391,7 @@ def test_macs_and_kept_bytes_of_a_known_layer():
     with torch.device("meta"):
         layer = torch.nn.Conv2d(4, 8, 3, padding=1)
         image = torch.zeros(1, 4, 16, 16)
-    assert lift_utils.profile_forward(layer, input=image) == (16 * 16 * 4 * 8 * 9, 4 * 16 * 16 * 4)
+    assert lift_utils.profile_forward(layer, input=image) == (16 * 16 * 4 * 8 * 9, 4 * 16 * 16 * 4, 0)
 
 
 def test_grid_rows_start_from_the_same_noise(distil, teacher):
