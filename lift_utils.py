@@ -209,6 +209,7 @@ def check_args(args: argparse.Namespace) -> None:
             fail(f"--{name} {value} is negative; pass a positive number")
     counts = "train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps logging_steps"
     counts += " validation_steps num_validation_images num_inference_steps checkpoints_total_limit max_train_samples"
+    counts += " resolution encoding_batch_size"
     for name in counts.split():
         if getattr(args, name, None) == 0:
             fail(f"--{name} 0 is too small; pass at least 1")
@@ -282,9 +283,11 @@ def load_data(args, columns: list[str], **options):
         name = getattr(args, flag)
         if name not in dataset.column_names:
             fail(f"--{flag} {name} is not in the data; choose one of {', '.join(dataset.column_names)}" + hint)
+    if args.train_data_dir is not None and "caption_column" in columns:
+        name_unlisted(dataset, args.image_column, source, args)
     if args.max_train_samples is not None and args.max_train_samples < len(dataset):
         dataset = dataset.shuffle(seed=args.seed).select(range(args.max_train_samples))
-    return dataset.select_columns([getattr(args, flag) for flag in columns]), source
+    return dataset.select_columns(list(dict.fromkeys(getattr(args, flag) for flag in columns))), source
 
 
 def drop_unreadable(dataset, column: str, source: str, args):
@@ -327,11 +330,33 @@ def leave_out(dataset, rows: list[int], column: str, problem: str, source: str, 
         return dataset
     paths = [(dataset[index][column] or {}).get("path") for index in rows[:10]]
     names = ", ".join(path or f"row {index}" for path, index in zip(paths, rows))
-    found = f"{len(rows)} of {len(dataset)} images {problem}: {names}"
-    if len(rows) > args.max_unreadable * len(dataset):
-        fail(f"{source}: {found}; repair or remove them, or raise --max_unreadable {args.max_unreadable}")
-    print(f"leaving out {found}", flush=True)
+    accept_loss(len(rows), len(dataset), names, problem, source, args)
     return dataset.select(sorted(set(range(len(dataset))) - set(rows)))
+
+
+def name_unlisted(dataset, column: str, source: str, args) -> None:
+    """Name the images that a folder holds and its metadata does not list; `datasets` leaves them out in silence."""
+    from datasets import Image
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    if not isinstance(dataset.features[column], Image):
+        return
+    listed = {record["path"] for record in dataset.cast_column(column, Image(decode=False))[column]}
+    folders = sorted(filter(os.path.isdir, {os.path.dirname(path) for path in listed}))  # not inside archives
+    found = (os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder)))
+    suffixes = tuple(ImageFolder.EXTENSIONS)
+    unlisted = [path for path in found if path.lower().endswith(suffixes) and path not in listed]
+    if unlisted:
+        total = len(listed) + len(unlisted)
+        accept_loss(len(unlisted), total, ", ".join(unlisted[:10]), "have no caption", source, args)
+
+
+def accept_loss(count: int, total: int, names: str, problem: str, source: str, args) -> None:
+    """Say which images are left out, or end the run where they are more than `--max_unreadable` says."""
+    if count > args.max_unreadable * total:
+        found = f"{count} of {total} images {problem}: {names}"
+        fail(f"{source}: {found}; repair or remove them, or raise --max_unreadable {args.max_unreadable}")
+    print(f"leaving out {count} of {total} images, which {problem}: {names}", flush=True)
 
 
 def open_image(record: dict[str, Any], mode: str):
@@ -420,14 +445,19 @@ def _as_rows(encoded: dict[str, torch.Tensor]) -> list[bytes]:
 def _write_shard(path: Path, rows: list[bytes]) -> None:
     import datasets
 
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     datasets.Dataset.from_dict({"tensors": rows}).save_to_disk(str(temporary))
     if shown:
         datasets.enable_progress_bars()
-    temporary.rename(path)
+    for file in temporary.iterdir():
+        _flush(file)
+    try:
+        temporary.rename(path)
+    except OSError:  # another run has written the same
+        shutil.rmtree(temporary)
 
 
 def _read_rows(batch: dict[str, list[bytes]]) -> dict[str, list[torch.Tensor]]:
@@ -464,6 +494,7 @@ def from_teacher(args, load: Callable, expected: str, **options):
         expected: What to pass instead, e.g. "pass a DDPM pipeline".
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from safetensors import SafetensorError
 
     source = args.pretrained_teacher_model
     folder = Path(source)
@@ -471,7 +502,7 @@ def from_teacher(args, load: Callable, expected: str, **options):
         fail(f"--pretrained_teacher_model {source} is no folder; {expected}")
     try:
         return load(source, revision=args.teacher_revision, **options)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         causes, cause = [error], error.__cause__ or error.__context__
         while cause is not None:
             causes.append(cause)
@@ -501,8 +532,8 @@ def load_skeleton(args, kind, name: str, expected: str):
 
 def freeze(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """The model on the device in the dtype, ready for nothing but forward passes."""
-    model = model.requires_grad_(False).eval().to(device)
-    return model if dtype == torch.float32 else model.to(dtype)
+    # Diffusers' own `to` warns of a dtype. In this order the device never holds float32.
+    return torch.nn.Module.to(model.requires_grad_(False).eval(), dtype).to(device)
 
 
 class FeatureModel(torch.nn.Module):
@@ -599,8 +630,8 @@ def pair_features(
         always_project: Whether features of equal width are projected too.
         item: Which of a submodule's outputs to take where it returns several.
     """
-    if teacher is None:
-        return FeatureModel(student, []), None
+    if teacher is None or not pairs:
+        return FeatureModel(student, []), teacher and FeatureModel(teacher, [])
     shapes = []
     for side, model in enumerate((student, teacher)):
         for pair in pairs:
@@ -923,6 +954,24 @@ def make_optimizer(model: torch.nn.Module, args) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
+def get_scheduler(name: str, optimizer: torch.optim.Optimizer, num_warmup_steps: int, num_training_steps: int):
+    """Diffusers' course of the learning rate of this name, or "cosine_to_half", a cosine down to half the peak."""
+    from diffusers import optimization
+
+    if name != "cosine_to_half":
+        return optimization.get_scheduler(
+            name, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps
+        )
+
+    def factor(step: int) -> float:
+        if step < num_warmup_steps:
+            return step / num_warmup_steps
+        share = (step - num_warmup_steps) / max(1, num_training_steps - num_warmup_steps)
+        return 0.75 + 0.25 * math.cos(math.pi * min(1, share))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
 def make_accelerator(args):
     """An Accelerator with the flags' settings and a sampler whose order depends on the seed and the epoch alone."""
     from accelerate import Accelerator, DataLoaderConfiguration
@@ -1110,9 +1159,12 @@ def load_training(output_dir: Path, resume_from: str, training: Training) -> int
     tensors, state = found
     ours = json.loads(json.dumps(dict(training.student.model.config)))
     different = [key for key in ours if not key.startswith("_") and ours[key] != state["config"].get(key)]
-    same_tensors = tensors["student"].keys() == training.student.state_dict().keys()
-    if different or not same_tensors or ("ema" in tensors) != (training.ema is not None):
-        what = ", ".join(different) or "the features or the averaged weights"
+    shapes = [
+        {key: tensor.shape for key, tensor in state.items()}
+        for state in (tensors["student"], training.student.state_dict())
+    ]
+    if different or shapes[0] != shapes[1] or ("ema" in tensors) != (training.ema is not None):
+        what = ", ".join(different) or "the features, adapters or averaged weights"
         fail(f"--resume_from_checkpoint {resume_from} is of another student ({what} differ); pass the run's own flags")
     kind = state["optimizer"]["kind"]
     if kind != flatten_optimizer(training.optimizer)[1]["kind"]:
@@ -1272,6 +1324,12 @@ def gather_logs(accelerator, tensors: dict[str, torch.Tensor]) -> dict[str, floa
     """Scalar tensors of this step, averaged over the processes, in a single read from the device."""
     values = accelerator.reduce(torch.stack([tensor.detach().float() for tensor in tensors.values()]), "mean")
     return dict(zip(tensors, values.tolist()))
+
+
+def tracked_flags(args) -> dict[str, Any]:
+    """The flags as trackers take them: TensorBoard refuses lists and None."""
+    flags = {key: value for key, value in vars(args).items() if value is not None}
+    return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in flags.items()}
 
 
 def append_metrics(path: Path, row: dict[str, float]) -> None:

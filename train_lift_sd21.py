@@ -60,6 +60,13 @@ EXPECTED = (
     "pass a Stable Diffusion 1.x/2.x pipeline with safetensors weights: a folder, or a Hub id such as "
     f"{MIRROR} (stabilityai's own 2.x repositories are gone)"
 )
+PARTS = {  # of the pipeline, and their classes where no other will do
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "tokenizer": None,
+    "scheduler": None,
+}
 
 
 def bk_student(levels: int, mid: bool) -> dict:
@@ -243,8 +250,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what can be seen to be wrong before anything is loaded."""
     lift_utils.check_args(args)
-    if args.caption_dropout > 1:
-        fail(f"--caption_dropout {args.caption_dropout} is more than every caption; pass a share such as 0.1")
+    if not args.caption_dropout <= 1:
+        fail(f"--caption_dropout {args.caption_dropout} is no share of the captions; pass one such as 0.1")
     if args.lora_rank and importlib.util.find_spec("peft") is None:
         fail(f"--lora_rank {args.lora_rank} needs peft; pip install peft, or drop the flag")
 
@@ -256,12 +263,32 @@ def check_pipeline(args: argparse.Namespace) -> str:
     """Refuse pipelines with other parts than those this script distils; returns the name of the sampler's class."""
     source = args.pretrained_teacher_model
     parts = lift_utils.from_teacher(args, DiffusionPipeline.load_config, EXPECTED)
+    if not isinstance(parts, dict):
+        fail(f"--pretrained_teacher_model {source} has a model_index.json that lists no parts; {EXPECTED}")
     kinds = {name: part[1] for name, part in parts.items() if isinstance(part, list)}
-    if kinds.get("unet") != "UNet2DConditionModel" or kinds.get("text_encoder") != "CLIPTextModel":
-        fail(f"--pretrained_teacher_model {source} is a {parts.get('_class_name')}; {EXPECTED}")
     if "text_encoder_2" in kinds:
         fail(f"--pretrained_teacher_model {source} has two text encoders (SDXL); {EXPECTED}")
+    for name, kind in PARTS.items():
+        if kinds.get(name) is None or kind not in (None, kinds[name]):
+            fail(
+                f"--pretrained_teacher_model {source} is a {parts.get('_class_name')} with {kinds.get(name) or 'no'} "
+                f"{name}; {EXPECTED}"
+            )
+    if not hasattr(diffusers, kinds["scheduler"]):
+        fail(f"--pretrained_teacher_model {source} has an unknown scheduler, {kinds['scheduler']}; {EXPECTED}")
     return kinds["scheduler"]
+
+
+def check_teacher(teacher: UNet2DConditionModel, vae: AutoencoderKL, args: argparse.Namespace) -> None:
+    """Refuse teachers that take more than noisy latents and a caption, or give more than a prediction."""
+    config, latents = teacher.config, vae.config.latent_channels
+    extra = [key for key in ("class_embed_type", "num_class_embeds", "addition_embed_type") if config[key] is not None]
+    if extra or config.in_channels != latents or config.out_channels != latents:
+        what = f"has {extra[0]}" if extra else f"maps {config.in_channels} channels to {config.out_channels}"
+        fail(
+            f"--pretrained_teacher_model {args.pretrained_teacher_model}: its U-Net {what}, so it is for inpainting, "
+            f"depth or upscaling and not from text to latents of {latents} channels; {EXPECTED}"
+        )
 
 
 def student_config(teacher_config: dict, recipe: dict) -> dict:
@@ -285,32 +312,36 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
             for width, wide, of in zip(narrow, widths, heads)
         ]
         config |= {"block_out_channels": narrow, "norm_num_groups": groups, "attention_head_dim": fewest}
-    return config | recipe.get("config", {})
+    overrides = recipe.get("config", {})
+    unknown = [key for key in overrides if key not in config]
+    if unknown:
+        raise ValueError(f"the U-Net's config has no {', '.join(unknown)}")
+    return config | overrides
 
 
-def build_student(teacher: UNet2DConditionModel, latents: int, args: argparse.Namespace):
-    """The student on the meta device and its recipe, both checked against the teacher's skeleton.
-
-    Args:
-        latents: Height and width of the latents.
-    """
+def build_student(teacher: UNet2DConditionModel, vae: AutoencoderKL, args: argparse.Namespace):
+    """The student on the meta device and its recipe, both checked against the skeletons of the teacher's parts."""
     recipe = lift_utils.read_recipe(args, STUDENTS, ("levels", "width", "config", "blocks", "features"))
     if recipe is None:
         fail(f"--student {args.student} is unknown; pass {', '.join(STUDENTS)}, or a .json file")
     misfit = f"--student {args.student} does not fit the teacher"
+    for key in ("levels", "width"):
+        if not isinstance(recipe.get(key, 1), (int, float)) or recipe.get(key, 1) <= 0:
+            fail(f'--student {args.student} has {recipe[key]!r} as "{key}"; pass a positive number')
     if recipe.get("levels", 1) > len(teacher.config.block_out_channels):
         fail(f"{misfit} of {len(teacher.config.block_out_channels)} levels; pass a smaller or a width_ one")
-    config = student_config(dict(teacher.config), recipe) | {"sample_size": latents}
     try:
+        config = student_config(dict(teacher.config), recipe) | {"sample_size": args.resolution // vae_factor(vae)}
         with torch.device("meta"):
             student = UNet2DConditionModel.from_config(config)
         if args.student_init == "teacher" and "blocks" in recipe:
             lift_utils.copy_blocks(student, teacher.state_dict(), recipe["blocks"])
-    except (ValueError, TypeError, ZeroDivisionError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, KeyError, IndexError) as error:
         fail(f"{misfit}: {lift_utils.reason(error)}; pass another preset, or correct the JSON file")
     for key in ("in_channels", "out_channels", "cross_attention_dim"):
         if student.config[key] != teacher.config[key]:
             fail(f"{misfit}: its {key} is {student.config[key]}; keep the teacher's {teacher.config[key]}")
+    check_sizes(student, vae, args)
     if "features" not in recipe:
         blocks = [name for name, _ in student.named_children() if name == "mid_block"]
         blocks += [f"{side}_blocks.{level}" for side in ("down", "up") for level in range(len(student.down_blocks))]
@@ -322,12 +353,7 @@ def build_student(teacher: UNet2DConditionModel, latents: int, args: argparse.Na
 
 
 def check_sizes(student: UNet2DConditionModel, vae: AutoencoderKL, args: argparse.Namespace) -> None:
-    """Refuse sizes with which no step could be taken."""
-    if student.config.in_channels != vae.config.latent_channels:
-        fail(
-            f"--pretrained_teacher_model {args.pretrained_teacher_model} takes {student.config.in_channels} channels "
-            f"for latents of {vae.config.latent_channels} (inpainting or depth); {EXPECTED}"
-        )
+    """Refuse resolutions and groups with which no step could be taken."""
     factor = vae_factor(vae) * 2 ** (len(student.config.block_out_channels) - 1)
     if args.resolution % factor:
         fail(f"--resolution {args.resolution} is not divisible by VAE and U-Net; pass a multiple of {factor}")
@@ -423,6 +449,14 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return padded["input_ids"]
 
 
+def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
+    """The teacher's tokenizer; one whose files are missing loads all the same, without words and without a limit."""
+    tokenizer = lift_utils.load_part(args, CLIPTokenizer, "tokenizer", EXPECTED)
+    if tokenizer.model_max_length > 1_000_000:
+        fail(f"--pretrained_teacher_model {args.pretrained_teacher_model} lacks files of its tokenizer; {EXPECTED}")
+    return tokenizer
+
+
 def load_frozen(args: argparse.Namespace, kind, name: str, device: torch.device, dtype: torch.dtype):
     return lift_utils.freeze(lift_utils.load_part(args, kind, name, EXPECTED), device, dtype)
 
@@ -469,8 +503,9 @@ def cache_encodings(dataset, prompts: list[str], contents: dict, tokenizer, args
         return lambda batch: {"text": encoders.encode_text(batch)}
 
     parts = ["vae", "text_encoder", "tokenizer"]
-    key = lift_utils.identify(args.pretrained_teacher_model, args.teacher_revision, parts) | {"dtype": str(dtype)}
-    rows = {"resolution": args.resolution, "crop": "centre", "both flips": args.random_flip, "variant": args.variant}
+    key = lift_utils.identify(args.pretrained_teacher_model, args.teacher_revision, parts)
+    key |= {"dtype": str(dtype), "variant": args.variant}
+    rows = {"resolution": args.resolution, "crop": "centre", "both flips": args.random_flip}
     encoded = lift_utils.cache_encodings(dataset, load_encoders, {**key, **rows, **contents}, args, accelerator)
     ids = tokenize(tokenizer, prompts)
     text = lift_utils.cache_encodings(ids, load_text_encoder, {**key, "prompts": prompts}, args, accelerator)
@@ -618,14 +653,14 @@ def save_pipeline(student: UNet2DConditionModel, teacher: UNet2DConditionModel, 
         student = save_adapter(student, output_dir / "lora")
     options = {"unet": student, "variant": args.variant, "use_safetensors": True}
     pipeline = lift_utils.from_teacher(args, DiffusionPipeline.from_pretrained, EXPECTED, **options)
-    models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    for model in models:
-        model.float()
-    pipeline.save_pretrained(output_dir)
-    if args.save_fp16_variant:
-        for model in models:
-            model.half()
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    if args.save_fp16_variant:  # first: a text encoder's config names the dtype saved last, and it loads in that one
+        for name, model in models.items():
+            setattr(pipeline, name, copy.deepcopy(model).half())
         pipeline.save_pretrained(output_dir, variant="fp16")
+    for name, model in models.items():
+        setattr(pipeline, name, model.float())
+    pipeline.save_pretrained(output_dir)
 
     ours, theirs = student.num_parameters(), teacher.num_parameters()
     facts = [
@@ -646,11 +681,10 @@ def save_pipeline(student: UNet2DConditionModel, teacher: UNet2DConditionModel, 
 
 def save_adapter(student: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:
     """Save the LoRA adapter and the U-Net it belongs to; returns that U-Net with the adapter merged."""
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    adapter = convert_state_dict_to_diffusers(get_peft_model_state_dict(student))
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=adapter)
+    # In peft's own names: Diffusers' older ones cover the attention alone, and of a mixture it loads one part.
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(student))
     student.float()
     merged = copy.deepcopy(student)
     merged.fuse_lora()
@@ -682,7 +716,8 @@ def print_dry_run(student, teacher, vae, args: argparse.Namespace) -> None:
         with torch.device("meta"):
             encoders = vae.num_parameters() + CLIPTextModel(config).num_parameters()
     shown = theirs if args.kd_loss != "none" else 0
-    lift_utils.print_memory_estimate(args, activations, ours, shown, trained, encoders)
+    held = ours + trained if args.lora_rank else ours
+    lift_utils.print_memory_estimate(args, activations, held, shown, trained, encoders)
     print(json.dumps({key: value for key, value in student.config.items() if not key.startswith("_")}, indent=2))
 
 
@@ -697,12 +732,12 @@ def main(args: argparse.Namespace) -> None:
     teacher_shape = lift_utils.load_skeleton(args, UNet2DConditionModel, "unet", EXPECTED)
     vae_shape = lift_utils.load_skeleton(args, AutoencoderKL, "vae", EXPECTED)
     args.resolution = args.resolution or teacher_shape.config.sample_size * vae_factor(vae_shape)
-    student_shape, recipe = build_student(teacher_shape, args.resolution // vae_factor(vae_shape), args)
-    check_sizes(student_shape, vae_shape, args)
+    check_teacher(teacher_shape, vae_shape, args)
+    student_shape, recipe = build_student(teacher_shape, vae_shape, args)
     if args.dry_run:
         return print_dry_run(student_shape, teacher_shape, vae_shape, args)
     scheduler = lift_utils.load_part(args, DDPMScheduler, "scheduler", EXPECTED)
-    tokenizer = lift_utils.load_part(args, CLIPTokenizer, "tokenizer", EXPECTED)
+    tokenizer = load_tokenizer(args)
     dtype = lift_utils.working_dtype(accelerator)
 
     # ---- output
@@ -735,9 +770,9 @@ def main(args: argparse.Namespace) -> None:
     fill_student(unet, teacher, recipe, args)
     if args.kd_loss == "none":
         teacher = None
-    student, teacher_model = lift_utils.pair_features(unet, teacher, recipe["features"], example_inputs(unet))
-    if args.lora_rank:
+    if args.lora_rank:  # before the features: a layer's adapter is part of its output
         add_adapters(unet, args.lora_rank, dtype)
+    student, teacher_model = lift_utils.pair_features(unet, teacher, recipe["features"], example_inputs(unet))
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -750,7 +785,7 @@ def main(args: argparse.Namespace) -> None:
             model.compile()
 
     # ---- optimizer, average
-    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
     optimizer = lift_utils.make_optimizer(student, args)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -771,7 +806,7 @@ def main(args: argparse.Namespace) -> None:
         first_step = lift_utils.load_training(output_dir, args.resume_from_checkpoint, training)
     if accelerator.is_main_process:
         lift_utils.rewind_metrics(output_dir / "metrics.jsonl", first_step)
-        accelerator.init_trackers("lift", {key: value for key, value in vars(args).items() if value is not None})
+        accelerator.init_trackers("lift", lift_utils.tracked_flags(args))
     logger.info(
         f"{len(dataset)} images, {len(dataloader)} batches an epoch, step {first_step} of {args.max_train_steps}"
     )

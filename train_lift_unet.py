@@ -557,7 +557,7 @@ def main(args: argparse.Namespace) -> None:
         for model in filter(None, (student, teacher_model)):
             model.compile()
     # ---- optimizer, average
-    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
     optimizer = lift_utils.make_optimizer(student, args)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -578,7 +578,7 @@ def main(args: argparse.Namespace) -> None:
         first_step = lift_utils.load_training(output_dir, args.resume_from_checkpoint, training)
     if accelerator.is_main_process:
         lift_utils.rewind_metrics(output_dir / "metrics.jsonl", first_step)
-        accelerator.init_trackers("lift", {key: value for key, value in vars(args).items() if value is not None})
+        accelerator.init_trackers("lift", lift_utils.tracked_flags(args))
     logger.info(
         f"{len(dataset)} images, {len(dataloader)} batches an epoch, step {first_step} of {args.max_train_steps}"
     )

@@ -1,0 +1,1016 @@
+"""Stable Diffusion's script: launched as a user does, then the pipelines that it saved are loaded and run."""
+
+import hashlib
+import importlib.util
+import inspect
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, launch, save_sd_pipeline
+from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import lift_utils
+import train_lift_sd21
+from train_lift_sd21 import STUDENTS
+
+
+SHORT = [
+    *("--train_batch_size", 4, "--gradient_accumulation_steps", 1, "--max_train_steps", 2, "--logging_steps", 1),
+    *("--num_inference_steps", 1, "--report_to", "none", "--dataloader_num_workers", 0, "--learning_rate", 1e-3),
+]
+TEACHER = "--pretrained_teacher_model"
+PROMPTS = ("--validation_prompts", "a dark bag")
+WIDTHS = [name for name in STUDENTS if name.startswith("width_")]
+
+
+@pytest.fixture
+def distil(run, sd_teacher, captioned, tmp_path, monkeypatch):
+    """`distil(*flags)` runs two steps into a new folder and returns it. The curves take half of the time: left out."""
+    monkeypatch.setattr(lift_utils, "plot_curves", lambda *arguments: None)
+
+    def distil_into(*flags, output_dir=tmp_path / "student") -> Path:
+        source = ("--pretrained_teacher_model", sd_teacher, "--train_data_dir", captioned, "--student", "bk_base")
+        run("train_lift_sd21", *source, "--output_dir", output_dir, *SHORT, *PROMPTS, *flags)
+        return output_dir
+
+    return distil_into
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def draw(folder: Path, **options) -> np.ndarray:
+    """An image, (32, 32, 3) in [0, 1], by a pipeline folder."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("a photo of a bag", num_inference_steps=2, generator=generator, output_type="np").images[0]
+
+
+# --------------------------------------------------------------------------------------------------- as a user does it
+
+
+def test_from_teacher_to_student_by_accelerate_launch(sd_teacher, captioned, tmp_path):
+    """In a folder that holds nothing but the script and lift_utils.py."""
+    for name in ("train_lift_sd21.py", "lift_utils.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    before = digest(sd_teacher)
+    flags = ("--pretrained_teacher_model", sd_teacher, "--student", "bk_base", "--train_data_dir", captioned)
+    prompts = ("--validation_prompts", "a dark bag", "a bright sneaker")
+    finished = launch(
+        *("train_lift_sd21.py", *flags, "--output_dir", "student", *SHORT, *prompts, "--report_to", "tensorboard"),
+        cwd=tmp_path,
+    )
+    assert finished.returncode == 0, finished.stdout
+    assert "coarse=" in finished.stdout and "weight=" in finished.stdout  # beside the progress bar
+    assert digest(sd_teacher) == before
+
+    student = tmp_path / "student"
+    assert [row["step"] for row in metrics(student)] == [1, 2]
+    logged = {"loss", "task", "kd", "feat", "coarse", "fine", "weight", "lr", "grad_norm", "images_per_second"}
+    logged |= {"slope_mean", "slope_std", "intercept_mean", "intercept_std", "skipped"}
+    assert logged <= metrics(student)[-1].keys()
+    events = EventAccumulator(str(student / "logs" / "lift")).Reload().Tags()
+    assert events["images"] == ["samples"] and logged <= set(events["scalars"])
+
+    image = draw(student)
+    assert image.shape == (32, 32, 3) and 0 <= image.min() < image.max() <= 1
+    for part in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+        assert same(load_file(student / part), load_file(sd_teacher / part))
+    names = {path.relative_to(sd_teacher) for path in sd_teacher.rglob("*") if path.is_file()}
+    assert names <= {path.relative_to(student) for path in student.rglob("*") if path.is_file()}
+
+    ours, theirs = (
+        UNet2DConditionModel.from_pretrained(folder / "unet").num_parameters() for folder in (student, sd_teacher)
+    )
+    card = (student / "README.md").read_text()
+    for fact in (
+        *("library_name: diffusers", "PLACE, group size 16", "samples.png", "--student bk_base", "text-to-image"),
+        *(
+            f"{theirs:,}",
+            f"{ours:,} parameters, {ours / theirs:.1%}",
+            "32 pixels",
+            "10% of the captions",
+        ),
+        'StableDiffusionPipeline.from_pretrained("student")("a prompt")',
+    ):
+        assert fact in card
+    grid = Image.open(student / "samples.png")
+    assert grid.height == 24 + 2 * (64 + 4) and grid.width >= 3 * 64  # teacher, student, EMA student; two prompts
+    assert Image.open(student / "curves.png").width > 1000
+
+
+def test_grid_columns_start_from_the_same_noise(distil):
+    """With a learning rate of 0 the whole student is the teacher, and its pictures must be the teacher's."""
+    prompts = ("--validation_prompts", "a bag", "a sneaker", "a coat")
+    folder = distil("--student", "whole", "--learning_rate", 0, "--validation_steps", 1, *prompts)
+    assert [path.name for path in sorted((folder / "samples").iterdir())] == ["step-000001.png", "step-000002.png"]
+    grid = Image.open(folder / "samples.png").convert("RGB")
+    assert grid.height == 24 + 3 * 68
+    pixels = torch.tensor(list(grid.tobytes())).view(grid.height, grid.width, 3).float()
+    steps = [width for width in range(66, 120) if (grid.width - 3 * width) >= 12]
+    rows = [pixels[26 + 68 * row : 26 + 68 * row + 64] for row in range(3)]
+    margins = [(step, grid.width - 3 * step) for step in steps]
+    exact = [
+        (step, margin)
+        for step, margin in margins
+        if all(
+            (row[:, margin : margin + 64] - row[:, margin + step * column : margin + step * column + 64]).abs().max()
+            <= 2
+            for row in rows
+            for column in (1, 2)
+        )
+        and all(row[:, margin : margin + 64].std() > 20 for row in rows)
+    ]
+    assert exact
+    margin = exact[0][1]
+    pictures = [row[:, margin : margin + 64] for row in rows]
+    assert all((one - other).abs().max() > 2 for one, other in itertools.combinations(pictures, 2))
+
+
+# -------------------------------------------------------------------------------------------------------- the students
+
+
+def origin(preset: str, name: str) -> str:
+    """Where in the teacher a BK student's tensor comes from, by METHOD.md's words."""
+    side, level, kind, index, *rest = [*name.split("."), "", "", ""]
+    if side != "up_blocks":
+        return name
+    moved = {"bk_base": 0, "bk_small": 0, "bk_tiny": 1, "bk_extreme": 2}[preset]
+    if kind in ("resnets", "attentions"):
+        index = {"0": "0", "1": "2"}[index]
+        if preset == "bk_extreme" and level == "0" and index == "0":
+            index = "1"  # the teacher's first takes more channels than this student has there
+    return ".".join([side, str(int(level) + moved), kind, index, *rest]).rstrip(".")
+
+
+LAYERS = {  # levels, residual layers of a down block, of an up block, blocks with attention, middle block
+    "bk_base": (4, 1, 2, 3, True),
+    "bk_small": (4, 1, 2, 3, False),
+    "bk_tiny": (3, 1, 2, 3, False),
+    "bk_extreme": (2, 1, 2, 2, False),
+    **dict.fromkeys((*WIDTHS, "whole"), (4, 2, 3, 3, True)),
+}
+
+
+@pytest.mark.parametrize("preset", [name for name in STUDENTS if name not in WIDTHS[1:-1]])  # those are alike
+def test_presets_start_from_the_teachers_blocks(distil, sd_teacher, preset):
+    folder = distil("--student", preset, "--learning_rate", 0, "--no-use_ema", "--max_train_steps", 1)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    levels, down, up, attending, mid = LAYERS[preset]
+    assert [len(block.resnets) for block in unet.down_blocks] == [down] * levels
+    assert [len(block.resnets) for block in unet.up_blocks] == [up] * levels
+    attentions = [len(getattr(block, "attentions", [])) for block in unet.down_blocks]
+    assert attentions == [down] * attending + [0] * (levels - attending)
+    attentions = [len(getattr(block, "attentions", [])) for block in unet.up_blocks]
+    assert attentions == [0] * (levels - attending) + [up] * attending
+    assert (unet.mid_block is not None) == mid
+    assert unet.config.sample_size == 8 and metrics(folder)[0]["feat"] > 0
+
+    ours, theirs = weights(folder), weights(sd_teacher)
+    assert ours.keys() == unet.state_dict().keys()
+    if preset in WIDTHS:
+        share = int(preset.removeprefix("width_")) / 320
+        assert unet.config.block_out_channels[-1] == pytest.approx(32 * share, abs=4)
+        assert ours.keys() == theirs.keys() and unet.num_parameters() < 0.9 * sum(map(torch.numel, theirs.values()))
+        for name in ("conv_in.weight", "mid_block.resnets.0.conv1.weight", "mid_block.attentions.0.proj_in.weight"):
+            assert set(ours[name].flatten().tolist()) <= set(theirs[name].flatten().tolist())
+    else:
+        sources = {name: origin(preset, name) if preset != "whole" else name for name in ours}
+        assert [name for name in ours if not torch.equal(ours[name], theirs[sources[name]])] == []
+    if preset == "bk_tiny":
+        ours, name = ours["up_blocks.0.resnets.1.conv2.weight"], "up_blocks.1.resnets.{}.conv2.weight"
+        assert torch.equal(ours, theirs[name.format(2)]) and not torch.equal(ours, theirs[name.format(1)])
+    assert draw(folder).shape == (32, 32, 3)
+
+
+SIZES = {
+    "whole": 865_910_724,
+    "bk_base": 583_480_964,
+    "bk_small": 485_787_524,
+    "bk_tiny": 326_825_604,
+    "bk_extreme": 83_324_164,
+    "width_256": 558_347_012,
+    "width_224": 429_761_700,
+    "width_192": 317_974_084,
+    "width_160": 222_984_164,
+    "width_128": 144_791_940,
+}
+SD21 = {
+    "sample_size": 64,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+}
+SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def full_size() -> dict[str, torch.nn.Module]:
+    """The U-Nets of Stable Diffusion 2.1 and 1.5 and their VAE, without weights."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            block_out_channels=[128, 256, 512, 512],
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+        )
+        return {"2.1": UNet2DConditionModel(**SD21), "1.5": UNet2DConditionModel(**SD15), "vae": vae}
+
+
+@pytest.mark.parametrize("preset", STUDENTS)
+def test_presets_of_stable_diffusion(full_size, preset):
+    for version, teacher in (("2.1", full_size["2.1"]), ("1.5", full_size["1.5"])):
+        args = train_lift_sd21.parse_args(["--dry_run", "--student", preset, "--lambda_kd_feat", "0"])
+        args.resolution = 512
+        student, _ = train_lift_sd21.build_student(teacher, full_size["vae"], args)
+        if version == "2.1":
+            assert student.num_parameters() == SIZES[preset]
+        else:
+            assert student.num_parameters() / teacher.num_parameters() == pytest.approx(
+                SIZES[preset] / SIZES["whole"], abs=0.01
+            )
+        if preset in WIDTHS:
+            assert lift_utils.is_narrower(student, teacher)
+            widths = student.config.block_out_channels
+            heads = student.config.attention_head_dim
+            heads = [heads] * 4 if isinstance(heads, int) else heads
+            assert widths[0] == int(preset.removeprefix("width_")) and not any(w % h for w, h in zip(widths, heads))
+
+
+def test_feature_pairs_of_the_full_size_have_one_size(full_size):
+    """Only narrower students need projections; BK-SDM's pairs have the teacher's shapes."""
+    for preset, projected in (("bk_tiny", False), ("bk_extreme", False), ("width_128", True)):
+        args = train_lift_sd21.parse_args(["--dry_run", "--student", preset])
+        args.resolution = 64
+        student, recipe = train_lift_sd21.build_student(full_size["2.1"], full_size["vae"], args)
+        inputs = train_lift_sd21.example_inputs(student)
+        pair, _ = lift_utils.pair_features(student, full_size["2.1"], recipe["features"], inputs)
+        assert len(pair.projections) == len(recipe["features"]) >= 4
+        assert all(isinstance(layer, torch.nn.Conv2d) == projected for layer in pair.projections)
+
+
+def widened(small: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A teacher of twice the width that computes the same: every second channel is a copy that nothing reads."""
+    config = {key: value for key, value in small.config.items() if not key.startswith("_")}
+    config["block_out_channels"] = [2 * width for width in config["block_out_channels"]]
+    wide = UNet2DConditionModel.from_config(config)
+    state = {}
+    for name, target in wide.state_dict().items():
+        value = small.state_dict()[name]
+        if target.shape[0] != value.shape[0]:
+            value = value.repeat_interleave(2, dim=0)
+        if ".to_q." in name:
+            value = value * 2**0.5  # the wider head divides by the root of its width
+            value[1::2] = 0
+        if value.ndim > 1 and target.shape[1] != value.shape[1]:
+            value = torch.stack([value, torch.zeros_like(value)], dim=2).flatten(1, 2)
+        state[name] = value
+    wide.load_state_dict(state)
+    return wide
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["linear projections", "convolutions"])
+def test_pruning_finds_the_channels_that_matter(linear):
+    """GEGLU's halves, heads and cross attention stay consistent: the function survives."""
+    torch.manual_seed(1)
+    small = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=[8, 16, 32, 32],
+        attention_head_dim=[1, 2, 4, 4],
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        use_linear_projection=linear,
+    )
+    for weight in small.parameters():
+        if weight.ndim > 1:  # equal magnitudes, so that a channel's rank is whether something reads it
+            weight.data = weight.data.sign() * weight.data.abs().mean()
+    teacher, student = widened(small), UNet2DConditionModel.from_config(small.config)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 600]), torch.randn(2, 8, 16)
+    wanted = small(*inputs).sample
+    torch.testing.assert_close(teacher(*inputs).sample, wanted, rtol=1e-3, atol=1e-4)
+    assert (student(*inputs).sample - wanted).abs().max() > 0.1 * wanted.std()
+    example = torch.zeros(1, 4, 16, 16), torch.zeros(1, dtype=torch.long), torch.zeros(1, 8, 16)
+    lift_utils.prune_width(student, teacher, example)
+    torch.testing.assert_close(student(*inputs).sample, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_json_student_with_blocks_and_features(distil, sd_teacher, tmp_path):
+    """What a preset can say, a file can: here one level less, other weights fresh, features inside blocks."""
+    recipe = {
+        "levels": 3,
+        "blocks": {"conv_in": "conv_in", "down_blocks.0": "down_blocks.0"},
+        "features": [
+            ["down_blocks.0.resnets.0", "down_blocks.0.resnets.1"],
+            ["down_blocks.1.attentions.0.transformer_blocks.0", "down_blocks.1.attentions.1.transformer_blocks.0"],
+        ],
+    }
+    path = tmp_path / "student.json"
+    path.write_text(json.dumps(recipe))
+    folder = distil("--student", path, "--learning_rate", 0, "--no-use_ema")
+    assert all(row["feat"] > 0 for row in metrics(folder))
+    ours, theirs = weights(folder), weights(sd_teacher)
+    copied = {name for name in ours if name in theirs and torch.equal(ours[name], theirs[name])}
+    assert copied >= {name for name in ours if name.startswith(("conv_in.", "down_blocks.0."))}
+    assert not [name for name in copied if "conv1.weight" in name and not name.startswith("down_blocks.0.")]
+    assert draw(folder).shape == (32, 32, 3)
+
+
+# ----------------------------------------------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--kd_loss", "lift", "--coarse_norm", "l2", "--lambda_kd_feat", 0],
+        ["--kd_loss", "mse", "--student", "bk_small"],
+        ["--kd_loss", "none"],
+        ["--group_size", 64, "--group_by", "position", "--kd_weighting", "constant", "--lambda_kd_feat", 0],
+        ["--kd_weighting", "linear", "--student", "bk_tiny", "--gradient_checkpointing"],
+        ["--kd_weighting", "cosine", "--random_flip", "--max_train_samples", 8],
+        ["--kd_weighting", "coarse_only", "--no-use_ema", "--lambda_kd_feat", 0],
+        ["--kd_weighting", "fine_only", "--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine"],
+        ["--student_init", "random", "--student", "bk_extreme", "--resolution", 64],
+        ["--use_8bit_adam", "--lambda_kd_feat", 0],
+        ["--mixed_precision", "bf16"],
+        ["--mixed_precision", "bf16", "--cache_latents", "--student", "width_160"],
+        ["--mixed_precision", "bf16", "--lora_rank", 2, "--gradient_checkpointing"],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_flags_train_a_student_that_loads(distil, sd_teacher, tmp_path, flags):
+    folder = distil(*flags, "--cache_dir", tmp_path / "cache")
+    after = weights(folder)
+    assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in after.values())
+    if "--student" not in flags:
+        before = weights(sd_teacher)
+        still = [name for name in after if torch.equal(after[name], before[origin("bk_base", name)])]
+        assert len(still) < (0.7 if "--lora_rank" in flags else 0.1) * len(after)
+    moments = load_file(folder / "checkpoint-2" / "optimizer.safetensors")
+    moments = {key: value for key, value in moments.items() if key.endswith((".exp_avg", ".state1"))}
+    learning = sum(bool(value.any()) for value in moments.values())
+    if "--lora_rank" in flags:
+        assert 0 < learning <= len(moments)
+    else:  # every tensor of the U-Net, and of the projections; a narrow one's 1 x 1 innermost features are few
+        assert len(moments) >= len(after) and learning >= len(moments) - 4
+    rows = metrics(folder)
+    assert len(rows) == 2 and all(row["loss"] > 0 and row["skipped"] == 0 for row in rows)
+    assert ("coarse" in rows[0]) == ("mse" not in flags and "none" not in flags)
+    assert ("feat" in rows[0]) == ("none" not in flags and "--lambda_kd_feat" not in flags)
+    if "linear" in flags:
+        assert [row["weight"] for row in rows] == pytest.approx([0.5, 1])
+    if "--random_flip" in flags:
+        assert [row["weight"] for row in rows] == pytest.approx([0.5, 1])  # cosine
+    if "coarse_only" in flags:
+        assert [row["weight"] for row in rows] == [0, 0]
+    if "--resolution" in flags:
+        assert UNet2DConditionModel.load_config(folder / "unet")["sample_size"] == 16
+    assert draw(folder).min() >= 0
+
+
+def test_the_loss_falls_and_the_average_is_saved(distil):
+    folder = distil(*("--max_train_steps", 40, "--ema_decay", 0.9, "--lambda_task", 0, "--student", "bk_small"))
+    rows = metrics(folder)
+
+    def mean(key, part):
+        return sum(row[key] for row in rows[part]) / len(rows[part])
+
+    first, last = slice(0, 3), slice(-8, None)
+    assert mean("loss", last) < 0.7 * mean("loss", first)
+    assert mean("coarse", last) < mean("coarse", first) and mean("weight", last) > mean("weight", first)
+    trained = load_file(folder / "checkpoint-40" / "student.safetensors")
+    averaged = load_file(folder / "checkpoint-40" / "ema.safetensors")
+    names = list(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
+    assert same(weights(folder), {name: averaged[str(index)] for index, name in enumerate(names)})
+    assert not any(torch.equal(trained[f"model.{name}"], weights(folder)[name]) for name in names if "conv1" in name)
+
+
+@pytest.mark.parametrize("preset", ["bk_tiny", "inside"])
+def test_features_under_checkpointing(sd_teacher, preset):
+    """Neither what FeatureModel returns nor its gradients depend on what is recomputed."""
+    teacher = UNet2DConditionModel.from_pretrained(sd_teacher / "unet")
+    names = [ours for ours, _ in STUDENTS["bk_tiny"]["features"]]
+    if preset == "inside":  # of what is recomputed as one piece
+        names = [
+            *("down_blocks.0.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.ff.net.2"),
+            *("up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_q", "up_blocks.0.resnets.1"),
+        ]
+        unet = teacher.train()
+    else:
+        config = train_lift_sd21.student_config(dict(teacher.config), STUDENTS["bk_tiny"])
+        unet = UNet2DConditionModel.from_config(config).train()
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 24, 16)
+
+    def gradients(model):
+        unet.zero_grad()
+        prediction, features = model(*inputs)
+        loss = prediction.square().mean() + sum(feature.square().mean() for feature in features)
+        loss.backward()
+        results = {name: parameter.grad.clone() for name, parameter in unet.named_parameters()}
+        return {"prediction": prediction.detach(), "loss": loss.detach(), **results}
+
+    plain = lift_utils.FeatureModel(unet, names)
+    wanted = gradients(plain)
+    assert len(plain(*inputs)[1]) == len(names)
+    unet.enable_gradient_checkpointing()
+    assert unet.is_gradient_checkpointing
+    for _ in range(2):  # nothing is left over from one step to the next
+        torch.testing.assert_close(gradients(plain), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_equals_eager(distil, tmp_path, monkeypatch):
+    """The whole run; by a backend that traces both models but leaves out the minutes of code generation."""
+    compile_module, calls = torch.nn.Module.compile, []
+
+    def compile_quickly(module):
+        calls.append(module)
+        compile_module(module, fullgraph=True, backend="aot_eager")
+
+    monkeypatch.setattr(lift_utils.FeatureModel, "compile", compile_quickly)
+    teacher = save_sd_pipeline(
+        tmp_path / "teacher",
+        block_out_channels=[8],
+        attention_head_dim=1,
+        layers_per_block=1,
+        down_block_types=["CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D"],
+        mid_block_type=None,
+    )
+    flags = (TEACHER, teacher, "--student", "whole", "--student_init", "random", "--max_train_steps", 1)
+    eager = distil(*flags, output_dir=tmp_path / "eager")
+    assert not calls
+    compiled = distil(*flags, "--compile", output_dir=tmp_path / "compiled")
+    assert len(calls) == 2
+    assert metrics(eager)[0]["loss"] == pytest.approx(metrics(compiled)[0]["loss"], rel=1e-4)
+    assert weights(compiled).keys() == weights(eager).keys()
+
+
+def test_fp16_variant_loads(distil):
+    folder = distil("--save_fp16_variant", "--student", "bk_small")
+    half = load_file(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    full = weights(folder)
+    assert half.keys() == full.keys() and all(torch.equal(half[name], full[name].half()) for name in full)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, variant="fp16", torch_dtype=torch.float16)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        assert part.dtype == torch.float16
+    half_image = draw(folder, variant="fp16", torch_dtype=torch.float16)
+    assert np.abs(half_image - draw(folder)).max() < 0.1
+
+
+# ---------------------------------------------------------------------------------------------- noise, time and target
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_target_is_what_the_scheduler_inverts(prediction_type, tmp_path):
+    """The exact prediction must lead the scheduler's own step back to the clean latents."""
+    teacher = save_sd_pipeline(tmp_path / "teacher", prediction_type)
+    scheduler = DDPMScheduler.from_pretrained(teacher, subfolder="scheduler")
+    assert scheduler.config.prediction_type == prediction_type
+    latents, noise = torch.rand(4, 4, 8, 8) * 2 - 1, torch.randn(4, 4, 8, 8)
+    for step in (1, 300, 900):
+        noisy, target = train_lift_sd21.noise_latents(scheduler, latents, noise, torch.full((4,), step))
+        clean = scheduler.step(target, step, noisy).pred_original_sample
+        torch.testing.assert_close(clean, latents, rtol=1e-3, atol=1e-3)
+
+
+def test_velocity_teachers_by_the_schedulers_config(distil, tmp_path, monkeypatch):
+    teacher = save_sd_pipeline(tmp_path / "teacher", "v_prediction")
+    targets = []
+    noise_latents = train_lift_sd21.noise_latents
+
+    def record(scheduler, latents, noise, timesteps):
+        noisy, target = noise_latents(scheduler, latents, noise, timesteps)
+        targets.append((target, scheduler.get_velocity(latents, noise, timesteps), noise))
+        return noisy, target
+
+    monkeypatch.setattr(train_lift_sd21, "noise_latents", record)
+    folder = distil("--pretrained_teacher_model", teacher)
+    assert len(targets) == 2
+    assert all(torch.equal(target, velocity) and not torch.equal(target, e) for target, velocity, e in targets)
+    scheduler = PNDMScheduler.from_pretrained(folder, subfolder="scheduler")
+    assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.skip_prk_steps
+    assert draw(folder).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_dropped_captions_are_empty_for_student_and_teacher(distil, sd_teacher, monkeypatch, share):
+    seen: dict[str, list[torch.Tensor]] = {"student": [], "teacher": [], "own": []}
+    compute_losses, encode_batch = train_lift_sd21.compute_losses, train_lift_sd21.encode_batch
+
+    class Spy:
+        def __init__(self, model, name):
+            self.model, self.name = model, name
+
+        def __call__(self, noisy, timesteps, text):
+            seen[self.name].append(text)
+            return self.model(noisy, timesteps, text)
+
+        def parameters(self):
+            return self.model.parameters()
+
+    def spied_losses(student, teacher, *others, **options):
+        return compute_losses(Spy(student, "student"), Spy(teacher, "teacher"), *others, **options)
+
+    def spied_batch(*arguments):
+        moments, text = encode_batch(*arguments)
+        seen["own"].append(text)
+        return moments, text
+
+    monkeypatch.setattr(train_lift_sd21, "compute_losses", spied_losses)
+    monkeypatch.setattr(train_lift_sd21, "encode_batch", spied_batch)
+    distil("--caption_dropout", share, "--max_train_steps", 4)
+    pipeline = StableDiffusionPipeline.from_pretrained(sd_teacher)
+    empty = pipeline.tokenizer("", padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        empty = pipeline.text_encoder(empty)[0][0]
+    student, teacher, own = (torch.cat(texts) for texts in seen.values())
+    assert torch.equal(student, teacher) and student.shape == (16, 24, 16)
+    dropped = torch.tensor([torch.allclose(row, empty, atol=1e-6) for row in student])
+    kept = torch.tensor([torch.equal(row, text) for row, text in zip(student, own)])
+    assert torch.equal(dropped, ~kept)  # no caption of the data is empty
+    assert {0: dropped.sum() == 0, 0.5: 1 < dropped.sum() < 15, 1: dropped.all()}[share]
+
+
+# -------------------------------------------------------------------------------------------------- resuming, and LoRA
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--cache_latents", "--random_flip"], ["--lora_rank", 2, "--student", "bk_tiny", "--gradient_checkpointing"]],
+    ids=lambda flags: flags[0],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(distil, tmp_path, flags):
+    flags = [*flags, "--max_train_steps", 3, "--checkpointing_steps", 2, "--cache_dir", tmp_path / "cache"]
+    flags += ["--train_batch_size", 20]  # two batches an epoch, eight images left out of each
+    whole = distil(*flags, output_dir=tmp_path / "whole")
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("unet", "vae", "lora", "checkpoint-3", "*.json"))
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2", dirs_exist_ok=True)
+    distil(*flags, "--resume_from_checkpoint", "latest", output_dir=resumed)
+    assert digest(resumed / "checkpoint-3") == digest(whole / "checkpoint-3")
+    assert digest(resumed / "checkpoint-3") != digest(whole / "checkpoint-2")
+    assert digest(resumed / "unet") == digest(whole / "unet")
+    if "--lora_rank" in flags:
+        assert digest(resumed / "lora") == digest(whole / "lora")
+    rows = [[{**row, "images_per_second": 0} for row in metrics(folder)] for folder in (whole, resumed)]
+    assert rows[0] == rows[1] and len(rows[0]) == 3
+
+
+def test_lora_trains_adapters_and_saves_both_forms(distil, sd_teacher):
+    flags = ("--lora_rank", 2, "--student", "bk_tiny", "--learning_rate", 1e-2, "--max_train_steps", 3)
+    folder = distil(*flags, "--ema_decay", 0.5)
+    theirs = weights(sd_teacher)
+    base = weights(folder / "lora")
+    assert all(torch.equal(value, theirs[origin("bk_tiny", name)]) for name, value in base.items())
+    merged = weights(folder)
+    assert merged.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(merged[name], base[name])}
+    assert len(changed) > 40 and all(name.endswith(".weight") and "norm" not in name for name in changed)
+    adapter = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    assert all(value.any() and value.dtype == torch.float32 and 2 in value.shape for value in adapter.values())
+
+    checkpoint = folder / "checkpoint-3"
+    trained = load_file(checkpoint / "student.safetensors")
+    averaged = [*load_file(checkpoint / "ema.safetensors").values()]
+    assert len(averaged) == len(adapter) == sum("lora_" in name for name in trained)
+    assert all(any(torch.equal(value, average) for average in averaged) for value in adapter.values())
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    assert sum(key.endswith(".exp_avg") for key in moments) == len(adapter)
+    assert len(metrics(folder)) == 3 and all(row["feat"] > 0 and row["grad_norm"] > 0 for row in metrics(folder))
+
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.randn(2, 24, 16)
+    unet = UNet2DConditionModel.from_pretrained(folder / "lora" / "unet")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, unet=unet)
+    with torch.no_grad():
+        plain = pipeline.unet(*inputs).sample
+        pipeline.load_lora_weights(folder / "lora")
+        adapted = pipeline.unet(*inputs).sample
+        both = UNet2DConditionModel.from_pretrained(folder / "unet")(*inputs).sample
+    torch.testing.assert_close(adapted, both, rtol=1e-4, atol=1e-4)
+    assert (adapted - plain).abs().max() > 1e-2
+    assert "LoRA of rank 2" in (folder / "README.md").read_text()
+    assert draw(folder).shape == (32, 32, 3)
+
+    with pytest.raises(SystemExit, match=r"is of another student .*adapters.* pass the run's own flags"):
+        distil(*flags, "--resume_from_checkpoint", "latest", "--lora_rank", 4)
+
+
+def test_features_come_from_adapted_layers(distil, tmp_path):
+    """The pairs of bk_tiny and bk_extreme name a layer that gets an adapter: its output is with the adapter."""
+    layer = "down_blocks.2.attentions.0.proj_out"
+    recipe = tmp_path / "student.json"
+    recipe.write_text(
+        json.dumps({**STUDENTS["bk_tiny"], "features": [[layer, "down_blocks.2.attentions.1.proj_out"]]})
+    )
+    flags = ("--student", recipe, "--lora_rank", 2, "--lambda_task", 0, "--lambda_kd_output", 0)
+    folder = distil(*flags, "--max_train_steps", 1)
+    adapter = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    assert adapter[f"unet.{layer}.lora_B.weight"].any()
+    assert not adapter["unet.up_blocks.2.attentions.1.proj_out.lora_B.weight"].any()
+
+
+# ------------------------------------------------------------------------------------------------------- what it shows
+
+
+def test_dry_run_needs_no_weights(run, sd_teacher, tmp_path, capsys):
+    teacher = tmp_path / "configs"
+    shutil.copytree(sd_teacher, teacher, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer"))
+    fixed = (
+        "--pretrained_teacher_model",
+        teacher,
+        "--output_dir",
+        tmp_path / "none",
+        "--dry_run",
+        "--lambda_kd_feat",
+        0,
+    )
+
+    def shown(*flags) -> tuple[str, dict[str, float]]:
+        run("train_lift_sd21", *fixed, *flags)
+        text = capsys.readouterr().out
+        return text, {name: float(size) for name, size in re.findall(r"^  (\S.*?)\s+([\d.]+) MiB$", text, re.M)}
+
+    theirs = UNet2DConditionModel.from_pretrained(sd_teacher / "unet")
+    ours = UNet2DConditionModel.from_config(
+        train_lift_sd21.student_config(dict(theirs.config), STUDENTS["bk_tiny"])
+    ).num_parameters()
+    text, parts = shown("--student", "bk_tiny")
+    theirs = theirs.num_parameters()
+    for fact in (f"student: {ours:,} parameters", f"teacher: {theirs:,}", f"{ours / theirs:.2%}", "MACs", "32 pixels"):
+        assert fact in text
+    assert '"mid_block_type": null' in text
+    pipeline = StableDiffusionPipeline.from_pretrained(sd_teacher)
+    encoders = pipeline.vae.num_parameters() + pipeline.text_encoder.num_parameters()
+    assert parts["encoders' weights"] == pytest.approx(4 * encoders / 2**20, abs=0.06)
+    assert parts["teacher weights"] == pytest.approx(4 * theirs / 2**20, abs=0.06)
+    assert parts["sum"] == pytest.approx(sum(parts.values()) - parts["sum"], abs=0.5)
+
+    cached = shown("--student", "bk_tiny", "--cache_latents")[1]
+    assert "encoders' weights" not in cached
+    assert cached["sum"] == pytest.approx(parts["sum"] - parts["encoders' weights"], abs=0.11)
+    lora = shown("--student", "bk_tiny", "--lora_rank", 2)[1]
+    assert lora["trained weights (fp32)"] < 0.3 * parts["trained weights (fp32)"]
+    assert lora["frozen weights of the student"] == pytest.approx(4 * ours / 2**20, abs=0.06)
+    saving = shown("--student", "bk_tiny", "--gradient_checkpointing")[1]
+    activations = "student activations, batch 4"
+    assert saving[activations] < parts[activations]
+    assert "teacher weights" not in shown("--student", "bk_tiny", "--kd_loss", "none")[1]
+    assert not (tmp_path / "none").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def spoilt(source: Path, folder: Path, *removed: str, **index) -> Path:
+    """A copy of a pipeline folder without some files, and with other entries in its model_index.json."""
+    shutil.copytree(source, folder)
+    for name in removed:
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    parts = json.loads((folder / "model_index.json").read_text()) | index
+    parts = {name: part for name, part in parts.items() if part != "gone"}
+    (folder / "model_index.json").write_text(json.dumps(parts))
+    return folder
+
+
+PIPELINES = {
+    "sdxl": partial(spoilt, text_encoder_2=["transformers", "CLIPTextModelWithProjection"]),
+    "no_scheduler": partial(spoilt, scheduler="gone"),
+    "null_scheduler": partial(spoilt, scheduler=[None, None]),
+    "odd_scheduler": partial(spoilt, scheduler=["diffusers", "NoSuchScheduler"]),
+    "no_vae": partial(spoilt, vae="gone"),
+    "lost_vae": lambda source, folder: spoilt(source, folder, "vae"),
+    "no_tokenizer": partial(spoilt, tokenizer="gone"),
+    "lost_tokenizer": lambda source, folder: spoilt(source, folder, "tokenizer"),
+    "lost_scheduler": lambda source, folder: spoilt(source, folder, "scheduler"),
+    "lost_text_encoder": lambda source, folder: spoilt(source, folder, "text_encoder"),
+    "lost_weights": lambda source, folder: spoilt(source, folder, "unet/diffusion_pytorch_model.safetensors"),
+    "torn_text": lambda source, folder: (spoilt(source, folder) / "text_encoder/model.safetensors").write_text(""),
+    "list_index": lambda source, folder: (spoilt(source, folder) / "model_index.json").write_text("[]"),
+    "torn_index": lambda source, folder: (spoilt(source, folder) / "model_index.json").write_text("{"),
+    "inpainting": lambda _, folder: save_sd_pipeline(folder, in_channels=9),
+    "upscaler": lambda _, folder: save_sd_pipeline(folder, num_class_embeds=10),
+    "two_levels": lambda _, folder: save_sd_pipeline(
+        folder,
+        block_out_channels=[8, 16],
+        attention_head_dim=[1, 2],
+        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+    ),
+    "one_layer": lambda _, folder: save_sd_pipeline(folder, layers_per_block=1),
+}
+RECIPES = {
+    "odd": {"blocs": {}},
+    "list": [1],
+    "levels": {"levels": "three"},
+    "width": {"width": 0},
+    "typo": {"config": {"block_out_chanels": [8, 16, 32, 32]}},
+    "listed": {"config": [1]},
+    "nine": {"config": {"in_channels": 9}},
+    "text": {"config": {"cross_attention_dim": 32}},
+    "groups": {"config": {"block_out_channels": [6, 16, 32, 32]}},
+    "nowhere": {"blocks": {"nowhere": "conv_in"}},
+    "features": {"features": [["down_blocks.9", "down_blocks.0"]]},
+    "teachers": {"features": [["conv_in", "nothing"]]},
+    "sizes": {"features": [["conv_in", "down_blocks.2"]]},
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ([TEACHER, "/no/such/teacher"], "--pretrained_teacher_model /no/such/teacher is no folder; pass a Stable"),
+        ([TEACHER, "{images}"], "--pretrained_teacher_model {images} does not load"),
+        ([TEACHER, "{ddpm}"], "is a DDPMPipeline with UNet2DModel unet; pass a Stable Diffusion"),
+        ([TEACHER, "{sdxl}"], "has two text encoders (SDXL); pass"),
+        ([TEACHER, "{no_scheduler}"], "with no scheduler; pass"),
+        ([TEACHER, "{null_scheduler}"], "with no scheduler; pass"),
+        ([TEACHER, "{odd_scheduler}"], "unknown scheduler, NoSuchScheduler; pass"),
+        ([TEACHER, "{no_vae}"], "with no vae; pass"),
+        ([TEACHER, "{lost_vae}"], "{lost_vae} does not load: Error no file named config.json"),
+        ([TEACHER, "{no_tokenizer}"], "with no tokenizer; pass"),
+        ([TEACHER, "{lost_tokenizer}"], "lacks files of its tokenizer; pass"),
+        ([TEACHER, "{lost_scheduler}"], "no file named scheduler_config.json"),
+        ([TEACHER, "{lost_text_encoder}"], "no file named model.safetensors"),
+        ([TEACHER, "{lost_text_encoder}", "--cache_latents"], "no file named model.safetensors"),
+        ([TEACHER, "{lost_weights}"], "no file named diffusion_pytorch_model.safetensors"),
+        ([TEACHER, "{torn_text}"], "{torn_text} does not load: "),
+        ([TEACHER, "{list_index}"], "lists no parts; pass"),
+        ([TEACHER, "{torn_index}"], "{torn_index} does not load: "),
+        ([TEACHER, "{inpainting}"], "its U-Net maps 9 channels to 4"),
+        ([TEACHER, "{upscaler}"], "its U-Net has num_class_embeds"),
+        ([TEACHER, "nobody/nothing"], "--pretrained_teacher_model nobody/nothing does not load"),
+        (["--variant", "fp16"], "no file named diffusion_pytorch_model.fp16.safetensors"),
+        (["--student", "bk_huge"], "--student bk_huge is unknown; pass bk_base"),
+        (["--student", "{missing_json}"], "cannot be read"),
+        (["--student", "{odd}"], "holds ['blocs']; use"),
+        (["--student", "{list}"], "holds ['a list']; use"),
+        (["--student", "{levels}"], "has 'three' as \"levels\"; pass a positive number"),
+        (["--student", "{width}"], 'has 0 as "width"; pass a positive number'),
+        (["--student", "{typo}"], "config has no block_out_chanels"),
+        (["--student", "{listed}"], "{listed} does not fit the teacher"),
+        (["--student", "{nine}"], "its in_channels is 9; keep the teacher's 4"),
+        (["--student", "{text}"], "its cross_attention_dim is 32; keep the teacher's 16"),
+        (["--student", "{groups}"], "num_channels (6) must be divisible"),
+        (["--student", "{nowhere}"], 'no block "nowhere"'),
+        (["--student", "{features}"], 'features of "down_blocks.9", which does not exist; correct its "features"'),
+        (["--student", "{teachers}"], 'features of "nothing", which does not exist'),
+        (["--student", "{sizes}"], "pair equal sizes, or --lambda_kd_feat 0"),
+        ([TEACHER, "{two_levels}", "--student", "bk_tiny"], "--student bk_tiny does not fit the teacher of 2 levels"),
+        ([TEACHER, "{two_levels}", "--student", "bk_extreme"], "--student bk_extreme does not fit the teacher"),
+        ([TEACHER, "{one_layer}"], "--student bk_base does not fit the teacher: the teacher has no"),
+        (["--resolution", 24], "--resolution 24 is not divisible by VAE and U-Net; pass a multiple of 32"),
+        (["--resolution", 2], "--resolution 2 is not divisible by VAE and U-Net; pass a multiple of 32"),
+        (["--resolution", 0], "--resolution 0 is too small"),
+        (["--group_size", 24], "--group_size 24: group_size 24 does not divide the 64 elements"),
+        (["--group_size", 1], "the nearest that does: 2"),
+        (["--caption_dropout", 2], "--caption_dropout 2.0 is no share of the captions; pass one such as 0.1"),
+        (["--caption_dropout", "nan"], "--caption_dropout nan is no share of the captions"),
+        (["--caption_dropout", -1], "--caption_dropout -1.0 is negative"),
+        (["--lora_rank", -1], "--lora_rank -1 is negative"),
+        (["--encoding_batch_size", 0], "--encoding_batch_size 0 is too small; pass at least 1"),
+        (["--train_data_dir", "/no/such/images"], "--train_data_dir /no/such/images is no folder"),
+        (["--caption_column", "prompt"], "--caption_column prompt is not in the data; choose one of image, text"),
+        (["--image_column", "text"], "48 of 48 images cannot be read"),
+        (["--train_batch_size", 49], "--train_batch_size 49 is more than the 48 images"),
+        (["--enable_xformers_memory_efficient_attention"], "needs a CUDA device"),
+        (["--output_dir", "{file}/student"], "cannot be written to"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_bad_input_ends_with_one_line_before_any_step(
+    distil, images, teacher, sd_teacher, tmp_path, monkeypatch, flags, complaint
+):
+    monkeypatch.setattr(train_lift_sd21, "compute_losses", None)  # a step would be a TypeError
+    paths = {"images": images, "ddpm": teacher, "file": tmp_path / "file", "missing_json": tmp_path / "missing.json"}
+    paths["file"].touch()
+    for name in {str(flag).strip("{}") for flag in flags}:
+        if name in PIPELINES:
+            paths[name] = tmp_path / name
+            PIPELINES[name](sd_teacher, paths[name])
+        if name in RECIPES:
+            paths[name] = tmp_path / f"{name}.json"
+            paths[name].write_text(json.dumps(RECIPES[name]))
+    flags = [str(flag).format(**paths) for flag in flags]
+    if "features" not in complaint and "sizes" not in complaint:
+        flags += ["--lambda_kd_feat", 0]  # quicker
+    with pytest.raises(SystemExit) as error:
+        distil(*flags, *(("--cache_dir", tmp_path / "cache") if "--cache_latents" in flags else ()))
+    message = str(error.value)
+    assert message.startswith("error: ") and complaint.format(**paths) in message
+    assert "\n" not in message
+    assert not list(tmp_path.glob("**/metrics.jsonl")) and not list(tmp_path.glob("**/checkpoint-*"))
+
+
+def test_flags_of_the_wrong_kind_are_refused_by_name(capsys):
+    for flags in (["--validation_prompts"], ["--lora_rank", "1.5"], ["--kd_loss", "kl"]):
+        with pytest.raises(SystemExit):
+            train_lift_sd21.parse_args(["--dry_run", *flags])
+        assert (
+            capsys.readouterr()
+            .err.splitlines()[-1]
+            .startswith(f"{Path(sys.argv[0]).name}: error: argument {flags[0]}")
+        )
+
+
+def test_lora_needs_peft(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
+    with pytest.raises(SystemExit, match="--lora_rank 4 needs peft; pip install peft, or drop the flag"):
+        train_lift_sd21.parse_args(["--dry_run", "--lora_rank", "4"])
+    assert train_lift_sd21.parse_args(["--dry_run"]).lora_rank == 0
+
+
+@pytest.fixture
+def prepare(captioned, sd_teacher, tmp_path):
+    """`prepare(change, *flags)` makes the dataset of a folder whose metadata rows `change` has edited."""
+
+    def make(change, *flags):
+        folder = shutil.copytree(captioned, tmp_path / "edited")
+        lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        lines = change(folder, lines) or lines
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        fixed = ("--pretrained_teacher_model", sd_teacher, "--train_data_dir", folder, "--cache_dir", tmp_path / "c")
+        fixed = (*fixed, "--resolution", 32, "--dataloader_num_workers", 0)
+        args = train_lift_sd21.parse_args([str(flag) for flag in (*fixed, *flags)])
+        return train_lift_sd21.make_dataset(args, train_lift_sd21.load_tokenizer(args))[0]
+
+    return make
+
+
+def edit(value, count: int = 1):
+    """A change of the first captions; `edit(...)` with an Exception class leaves their lines without a caption."""
+
+    def change(folder, lines):
+        for line in lines[:count]:
+            line["text"] = value
+            if value is KeyError:
+                del line["text"]
+
+    return change
+
+
+def drop_line(folder, lines):
+    return lines[1:]
+
+
+def drop_image(folder, lines):
+    (folder / lines[0]["file_name"]).unlink()
+
+
+def spoil_image(folder, lines):
+    (folder / lines[0]["file_name"]).write_text("no image")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (edit(None), "have no caption"),
+        (edit("  "), "have no caption"),
+        (edit(KeyError), "have no caption"),
+        (drop_line, "have no caption"),
+        (drop_image, "cannot be read"),
+        (spoil_image, "cannot be read"),
+    ],
+    ids=["null", "blank", "no key", "no line", "no file", "damaged"],
+)
+def test_images_without_a_caption_are_named(prepare, tmp_path, capsys, change, problem):
+    with pytest.raises(SystemExit) as error:
+        prepare(change)
+    message = str(error.value)
+    assert "\n" not in message and f"edited: 1 of 48 images {problem}: " in message and "00000.png" in message
+    assert "--max_unreadable 0.01" in message and "repair or remove them" in message
+    shutil.rmtree(tmp_path / "edited")
+    dataset = prepare(change, "--max_unreadable", 0.03)
+    output = capsys.readouterr().out
+    assert f"leaving out 1 of 48 images, which {problem}: " in output and "00000.png" in output
+    assert len(dataset) == 47 and output.count("leaving out") == 1
+    assert dataset[0]["images"].shape == (3, 32, 32) and dataset[0]["input_ids"].shape == (24,)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (edit(7, 48), "--caption_column text holds Value('int64'); pass a column of strings"),
+        (edit(["a", "b"], 48), "--caption_column text holds List(Value('string')); pass a column of strings"),
+        (edit(KeyError, 48), "--caption_column text is not in the data; choose one of image, or give it in the"),
+        (edit(None, 48), "--caption_column text holds Value('null'); pass a column of strings"),
+        (edit(7), "edited does not load: "),
+    ],
+    ids=["numbers", "lists", "no column", "nulls", "mixed"],
+)
+def test_captions_that_are_none(prepare, change, complaint):
+    with pytest.raises(SystemExit) as error:
+        prepare(change)
+    assert str(error.value).startswith("error: --") and complaint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_long_captions_are_cut_counted_and_said_once(prepare, sd_teacher, caplog):
+    long = "a photo of a dark bag " * 10
+    dataset = prepare(edit(long, 3))
+    said = [record.getMessage() for record in caplog.records if "longer" in record.getMessage()]
+    assert [line.removeprefix("[RANK 0] ") for line in said] == [
+        "3 of 48 captions are longer than 24 tokens and are cut there"
+    ]
+    tokenizer = train_lift_sd21.CLIPTokenizer.from_pretrained(sd_teacher, subfolder="tokenizer")
+    whole = tokenizer(long, verbose=False)["input_ids"]
+    ids = dataset[0]["input_ids"]
+    assert len(whole) > 24 and ids.tolist() == [*whole[:23], tokenizer.eos_token_id]
+    for _ in range(2):
+        assert len(dataset[3]["input_ids"]) == 24
+    assert sum("longer" in record.getMessage() for record in caplog.records) == 1
+
+
+HUB = """
+import sys, train_lift_sd21
+for name in sys.argv[1:]:
+    args = train_lift_sd21.parse_args(["--dry_run", "--pretrained_teacher_model", name])
+    try:
+        train_lift_sd21.check_pipeline(args)
+    except SystemExit as error:
+        print(error)
+"""
+
+
+class Refusal(BaseHTTPRequestHandler):
+    """The Hub, for whoever asks for a model that is gone, gated, or behind a server that fails."""
+
+    def do_GET(self):
+        status, code = {"gone": (404, "RepoNotFound"), "gated": (403, "GatedRepo")}.get(
+            self.path.split("/")[1], (400, "")
+        )
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_models_that_are_gone_or_gated_get_one_line(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    variables = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    finished = subprocess.run(
+        [sys.executable, "-c", HUB, "gone/model", "gated/model", "broken/model"],
+        **{"cwd": ROOT, "env": {**variables, "PATH": "", "OMP_NUM_THREADS": "1"}, "text": True, "timeout": 100},
+        capture_output=True,
+    )
+    server.shutdown()
+    server.server_close()
+    gone, gated, broken = finished.stdout.splitlines()
+    assert gone.startswith("error: --pretrained_teacher_model gone/model is not on the Hub, or private; pass a Stable")
+    assert train_lift_sd21.MIRROR in gone
+    assert gated.startswith("error: --pretrained_teacher_model gated/model is gated; accept its terms at ")
+    assert "huggingface.co/gated/model" in gated and "hf auth login" in gated
+    assert broken.startswith("error: --pretrained_teacher_model broken/model does not load: ")
+    assert "Traceback" not in finished.stderr
+
+
+# --------------------------------------------------------------------------------------------------- the four scripts
+
+
+def test_the_training_loop_is_the_same_text_in_every_script():
+    scripts = sorted(ROOT.glob("train_lift_*.py"))
+    assert len(scripts) >= 2
+    for start, end in (("# ---- optimizer, average", "# ---- what a step"), ("# ---- loop", "# ---- result")):
+        texts = {}
+        for path in scripts:
+            main = path.read_text().split("\ndef main(")[1]
+            assert main.count(start) == main.count(end) == 1, path.name
+            texts[path.name] = inspect.cleandoc(main.split(start)[1].split(end)[0])
+        assert len(set(texts.values())) == 1, texts.keys()
