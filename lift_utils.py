@@ -449,7 +449,8 @@ def _write_shard(path: Path, rows: list[bytes]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    datasets.Dataset.from_dict({"tensors": rows}).save_to_disk(str(temporary))
+    large = datasets.Features({"tensors": datasets.Value("large_binary")})  # "binary" holds no more than 2 GiB
+    datasets.Dataset.from_dict({"tensors": rows}, features=large).save_to_disk(str(temporary))
     if shown:
         datasets.enable_progress_bars()
     for file in temporary.iterdir():

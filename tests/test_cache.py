@@ -100,14 +100,32 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(cache, tmp_path):
         cache(Encoder(fail_at=6))
     (first,) = shards(tmp_path)
     written = {path: path.stat().st_mtime_ns for path in first.iterdir()}
-    half = first.with_name(".rows-000000004")  # as a kill in the middle of writing leaves it
+    half = first.with_name(".rows-000000004-1")  # as a kill in the middle of writing leaves it
     half.mkdir()
     (half / "data-00000-of-00001.arrow").write_bytes(b"half")
     encoder = Encoder()
     assert_rows(cache(encoder), 10)
     assert encoder.rows == [*range(4, 10)]
     assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == written
-    assert len(shards(tmp_path)) == 3 and not list(first.parent.glob(".rows*"))
+    assert len(shards(tmp_path)) == 3 and list(first.parent.glob(".rows*")) == [half]
+
+
+def test_two_runs_may_fill_one_cache(cache, tmp_path):
+    """The other run finishes a shard while this one computes it."""
+    cache(Encoder())
+    (other, *rest) = shards(tmp_path)
+    aside = other.rename(tmp_path / "aside")
+    for shard in rest:
+        shutil.rmtree(shard)
+
+    class Slow(Encoder):
+        def encode(self, batch):
+            if aside.exists():
+                aside.rename(other)
+            return super().encode(batch)
+
+    assert_rows(cache(Slow()), 10)
+    assert len(shards(tmp_path)) == 3 and not list(other.parent.glob(".rows*"))
 
 
 def test_a_lost_shard_is_computed_again(cache, tmp_path):
