@@ -1,0 +1,856 @@
+"""DiT's script: launched as a user does, then the pipelines that it saved are loaded and run."""
+
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, launch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.models.embeddings import LabelEmbedding
+from PIL import Image
+from safetensors.torch import load_file
+
+import fashion
+import lift_utils
+import train_lift_dit
+from train_lift_dit import STUDENTS
+
+
+SHORT = [
+    *("--train_batch_size", 8, "--gradient_accumulation_steps", 1, "--max_train_steps", 3, "--logging_steps", 1),
+    *("--num_inference_steps", 1, "--report_to", "none", "--dataloader_num_workers", 0, "--learning_rate", 1e-3),
+]
+TINY = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 8,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+}
+NAMES = {0: "t-shirt, tee", 1: "trousers", 999: "ankle boot"}
+
+
+@pytest.fixture(scope="module")
+def articles(tmp_path_factory) -> Path:
+    """A folder of 48 articles of Fashion-MNIST, 32 x 32, with a sub-folder per class."""
+    images, labels = fashion.read_fashion_mnist(fashion.find_fashion_mnist(ROOT / ".data"), "t10k")
+    folder = tmp_path_factory.mktemp("articles")
+    for index in range(48):
+        place = folder / fashion.CLASSES[labels[index]]
+        place.mkdir(exist_ok=True)
+        Image.fromarray(np.pad(images[index], 2)).save(place / f"{index:02d}.png")
+    return folder
+
+
+def save_dit_pipeline(folder: Path, **changes) -> Path:
+    """A tiny random DiTPipeline of 32 pixels with class names; `changes` overrides its transformer's config."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=[8, 8, 16],
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    pipeline = DiTPipeline(DiTTransformer2DModel(**{**TINY, **changes}), vae, DDIMScheduler(clip_sample=False))
+    pipeline.register_to_config(id2label={str(number): name for number, name in NAMES.items()})
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dit_teacher(tmp_path_factory) -> Path:
+    return save_dit_pipeline(tmp_path_factory.mktemp("dit"))
+
+
+@pytest.fixture
+def distil(run, dit_teacher, articles, tmp_path, monkeypatch):
+    """`distil(*flags)` runs three steps into a new folder and returns it. The curves take half of the time: left out.
+
+    Without a flag that says otherwise the student is d4: every second of the eight blocks.
+    """
+    monkeypatch.setattr(lift_utils, "plot_curves", lambda *arguments: None)
+
+    def distil_into(*flags, output_dir=tmp_path / "student") -> Path:
+        source = [*("--pretrained_teacher_model", dit_teacher, "--train_data_dir", articles)]
+        if not {"--student", "--keep_blocks", "--student_depth"} & set(flags):
+            source += ["--student", "d4"]
+        run("train_lift_dit", *source, "--output_dir", output_dir, *SHORT, *flags)
+        return output_dir
+
+    return distil_into
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def draw(folder: Path, guidance_scale: float = 2.0, **options) -> np.ndarray:
+    """Two images, (2, H, W, C) in [0, 1], by a pipeline folder."""
+    pipeline = DiTPipeline.from_pretrained(folder, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    numbers = [*pipeline.labels.values()][:2]
+    options = {"num_inference_steps": 2, "generator": generator, "output_type": "np"}
+    return pipeline(numbers, guidance_scale=guidance_scale, **options).images
+
+
+def without_time(folder: Path) -> list[dict]:
+    return [{**row, "images_per_second": 0} for row in metrics(folder)]
+
+
+# --------------------------------------------------------------------------------------------------- as a user does it
+
+
+def test_from_scratch_to_student_by_accelerate_launch(articles, tmp_path):
+    """The docstring's two commands, run in a folder that holds nothing but the script and lift_utils.py."""
+    for name in ("train_lift_dit.py", "lift_utils.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    config = {**TINY, "sample_size": 16, "in_channels": 3, "out_channels": 6, "patch_size": 4, "num_layers": 4}
+    (tmp_path / "teacher.json").write_text(json.dumps({"config": config}))
+    data = ("--train_data_dir", articles, "--vae", "none", *SHORT)
+    scratch = ("--kd_loss", "none", "--student", "teacher.json", "--output_dir", "teacher")
+    finished = launch("train_lift_dit.py", *data, *scratch, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stdout
+    before = digest(tmp_path / "teacher")
+    assert DiTTransformer2DModel.from_pretrained(tmp_path / "teacher" / "transformer").config.num_layers == 4
+
+    flags = ("--pretrained_teacher_model", "teacher", "--keep_blocks", "1,3", "--output_dir", "student")
+    finished = launch("train_lift_dit.py", *data, *flags, "--validation_classes", "bag", 3, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stdout
+    assert "coarse=" in finished.stdout and "weight=" in finished.stdout  # beside the progress bar
+    assert digest(tmp_path / "teacher") == before
+
+    student = tmp_path / "student"
+    assert [row["step"] for row in metrics(student)] == [1, 2, 3]
+    logged = {"loss", "task", "vb", "kd", "kd_vb", "feat", "coarse", "fine", "weight", "lr", "grad_norm"}
+    assert logged <= metrics(student)[-1].keys()
+    pipeline = DiTPipeline.from_pretrained(student)
+    assert pipeline.transformer.config.num_layers == 2
+    assert pipeline.get_label_ids(["ankle boot", "trousers"]) == [0, 9]  # in the order of the alphabet
+    assert draw(student).shape == (2, 16, 16, 3)
+
+    card = (student / "README.md").read_text()
+    for fact in (
+        "library_name: diffusers",
+        "`teacher`",
+        "1, 3 of its 4 blocks",
+        "PLACE, group size 16",
+        "samples.png",
+    ):
+        assert fact in card
+    assert str(tmp_path) not in card.split("The command:")[0]
+    code = card.split("```python\n")[1].split("```")[0].replace('"student"', repr(str(student)))
+    assert "DiTPipeline" in code and "guidance_scale=4.0" in code
+    drawn: dict = {}
+    exec(code, drawn)
+    assert drawn["image"].size == (16, 16)
+    assert Image.open(student / "samples.png").height >= 2 * 64  # a row per class
+
+
+def test_grid_columns_start_from_the_same_noise(distil, articles):
+    """With a learning rate of 0 a student of all blocks is the teacher, and its column must be the teacher's."""
+    flags = ("--keep_blocks", "0,1,2,3,4,5,6,7", "--learning_rate", 0, "--num_inference_steps", 3)
+    folder = distil(*flags, "--validation_steps", 2)
+    assert [path.name for path in sorted((folder / "samples").iterdir())] == ["step-000002.png", "step-000003.png"]
+    grid = np.array(Image.open(folder / "samples.png").convert("L")).astype(float)
+    ink = grid[24:] < 250
+    columns = np.flatnonzero(ink.mean(0) > 0.8)  # the pictures' own columns: images have no white
+    blocks = [part for part in np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1) if len(part) >= 60]
+    assert len(blocks) == 3
+    pictures = [grid[24:, part[0] : part[0] + 64] for part in blocks]
+    assert pictures[0].std() > 5
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2 and np.abs(pictures[0] - pictures[2]).max() <= 2
+
+
+def test_samples_are_the_pipelines(dit_teacher):
+    """The script's own sampler, which can guide models of any number of classes, agrees with DiTPipeline."""
+    from accelerate import Accelerator
+
+    pipeline = DiTPipeline.from_pretrained(dit_teacher)
+    pipeline.set_progress_bar_config(disable=True)
+    args = train_lift_dit.parse_args(
+        ["--student", "d4", "--dry_run", "--num_inference_steps", "3", "--guidance_scale", "3"]
+    )
+    ours = train_lift_dit.sample_images(
+        pipeline.transformer, pipeline.vae, pipeline.scheduler, [1, 999], args, Accelerator()
+    )
+    lift_utils.seed_step(args.seed)
+    theirs = pipeline([1, 999], guidance_scale=3.0, num_inference_steps=3).images
+    for one, other in zip(ours, theirs):
+        assert np.array(other).std() > 1
+        assert np.abs(np.array(one).astype(int) - np.array(other)).max() <= 1
+
+
+# -------------------------------------------------------------------------------------------------------- the students
+
+
+FULL = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "out_channels": 8}
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"), [("d19", 509_682_848), ("d14", 376_269_728), ("d7", 189_491_360), ("d4", 109_443_488)]
+)
+def test_presets_of_dit_xl(preset, parameters):
+    with torch.device("meta"):
+        teacher = DiTTransformer2DModel(**FULL)
+    assert teacher.num_parameters() == 749_826_464
+    args = train_lift_dit.parse_args(["--student", preset, "--dry_run"])
+    student, recipe = train_lift_dit.build_student(teacher, args)
+    assert student.num_parameters() == parameters
+    assert len(recipe["features"]) == student.config.num_layers == int(preset[1:])
+
+
+def test_published_pairs():
+    kept = {name: train_lift_dit.spaced_blocks(recipe["depth"], 28) for name, recipe in STUDENTS.items()}
+    assert kept["d14"] == [2 * index + 1 for index in range(14)]
+    assert kept["d7"] == [4 * index + 3 for index in range(7)]
+    assert kept["d4"] == [6, 13, 20, 27]
+    assert kept["d19"] == [0, 1, 3, 4, 6, 7, 9, 10, 12, 13, 15, 16, 18, 19, 21, 22, 24, 25, 27]
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        (["--student", "d4"], [1, 3, 5, 7]),
+        (["--student", "d7"], [0, 1, 2, 3, 4, 5, 7]),
+        (["--keep_blocks", "6,0,3"], [0, 3, 6]),
+        (["--student_depth", 8], [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_students_start_from_the_teachers_blocks(distil, dit_teacher, flags, kept):
+    ours, theirs = weights(distil(*flags, "--learning_rate", 0)), weights(dit_teacher)
+    assert ours.keys() == {key for key in ours if not key.startswith("transformer_blocks")} | {
+        key.replace("_blocks.0.", f"_blocks.{index}.")
+        for key in theirs
+        for index in range(len(kept))
+        if "_blocks.0." in key
+    }
+    for key, value in ours.items():
+        if key.startswith("transformer_blocks."):
+            _, index, rest = key.split(".", 2)
+            key = f"transformer_blocks.{kept[int(index)]}.{rest}"
+        assert torch.equal(value, theirs[key]), key
+
+
+def idle_teacher(folder: Path, idle: tuple[int, ...]) -> Path:
+    """A teacher some of whose blocks change nothing: their gates are zero."""
+    save_dit_pipeline(folder)
+    transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer")
+    for block in idle:
+        torch.nn.init.zeros_(transformer.transformer_blocks[block].norm1.linear.weight)
+        torch.nn.init.zeros_(transformer.transformer_blocks[block].norm1.linear.bias)
+    transformer.save_pretrained(folder / "transformer")
+    return folder
+
+
+def test_depth_by_influence_leaves_out_what_changes_nothing(distil, tmp_path, caplog):
+    """Without its idle blocks the student computes what the teacher does."""
+    teacher = idle_teacher(tmp_path / "teacher", idle=(1, 2, 4, 5))
+    flags = ("--pretrained_teacher_model", teacher, "--student_depth", 4, "--learning_rate", 0)
+    with caplog.at_level("INFO"):
+        folder = distil(*flags)
+    assert "the student keeps 0, 3, 6, 7: the same as --keep_blocks 0,3,6,7" in caplog.text
+    assert "0, 3, 6, 7 of its 8 blocks" in (folder / "README.md").read_text()
+    bars = np.array(Image.open(folder / "influence.png").convert("RGB"))
+    assert len(np.unique(bars.reshape(-1, 3), axis=0)) > 4
+    assert all(row["kd"] < 1e-6 and row["feat"] < 1e-6 for row in metrics(folder))
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 999])
+    models = [DiTTransformer2DModel.from_pretrained(path / "transformer").eval() for path in (teacher, folder)]
+    torch.testing.assert_close(models[0](*inputs).sample, models[1](*inputs).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_json_student_with_blocks_and_features(distil, dit_teacher, tmp_path):
+    """A narrower feed-forward cannot be asked for, fewer blocks and pairs of one's own choice can."""
+    recipe = {
+        "config": {"num_layers": 2},
+        "blocks": {"transformer_blocks.0": "transformer_blocks.5", "proj_out_2": "proj_out_2"},
+        "features": [["transformer_blocks.1", "transformer_blocks.6"]],
+    }
+    path = tmp_path / "student.json"
+    path.write_text(json.dumps(recipe))
+    folder = distil("--student", path, "--learning_rate", 0)
+    assert metrics(folder)[0]["feat"] > 0
+    ours, theirs = weights(folder), weights(dit_teacher)
+    for rest in ("attn1.to_q.weight", "norm1.emb.class_embedder.embedding_table.weight"):
+        assert torch.equal(ours[f"transformer_blocks.0.{rest}"], theirs[f"transformer_blocks.5.{rest}"])
+        for block in range(8):
+            assert not torch.equal(ours[f"transformer_blocks.1.{rest}"], theirs[f"transformer_blocks.{block}.{rest}"])
+    assert torch.equal(ours["proj_out_2.weight"], theirs["proj_out_2.weight"])
+    assert not torch.equal(ours["proj_out_1.weight"], theirs["proj_out_1.weight"])
+
+
+def test_narrower_json_student_gets_projected_features(distil, tmp_path):
+    path = tmp_path / "student.json"
+    path.write_text(json.dumps({"config": {"num_layers": 3, "num_attention_heads": 1}}))
+    folder = distil("--student", path)
+    state = load_file(folder / "checkpoint-3" / "student.safetensors")
+    assert [tuple(state[f"projections.{index}.weight"].shape) for index in range(3)] == [(16, 8)] * 3
+    assert DiTPipeline.from_pretrained(folder).transformer.inner_dim == 8
+
+
+# ----------------------------------------------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--kd_loss", "lift", "--coarse_norm", "l1"],
+        ["--kd_loss", "mse", "--kd_alpha", 0.5],
+        ["--kd_loss", "none", "--student_depth", 3],
+        ["--kd_weighting", "constant", "--lambda_kd_feat", 0],
+        ["--group_size", 32, "--group_by", "position", "--no-use_ema"],
+        ["--student_init", "random", "--gradient_checkpointing"],
+        ["--gradient_accumulation_steps", 2, "--no-random_flip", "--max_train_samples", 24],
+        ["--use_8bit_adam", "--adam_weight_decay", 0.01],
+        ["--mixed_precision", "bf16"],
+        ["--cache_latents", "--mixed_precision", "bf16", "--save_fp16_variant"],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_flags_train_a_student_that_loads(distil, dit_teacher, tmp_path, flags):
+    before = digest(dit_teacher)
+    folder = distil(*flags, "--cache_dir", tmp_path / "cache")
+    assert digest(dit_teacher) == before
+    after = weights(folder)
+    assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in after.values())
+    moments = load_file(folder / "checkpoint-3" / "optimizer.safetensors")
+    moments = [value for key, value in moments.items() if key.endswith((".exp_avg", ".state1"))]
+    # Softmax does not see the bias of the keys, so its gradient may be zero; every other tensor learns.
+    blocks = DiTTransformer2DModel.load_config(folder / "transformer")["num_layers"]
+    assert len(moments) >= len(after) and sum(bool(value.any()) for value in moments) >= len(moments) - blocks
+    rows = metrics(folder)
+    assert len(rows) == 3 and all(row["loss"] > 0 and row["vb"] > 0 and row["skipped"] == 0 for row in rows)
+    assert ("coarse" in rows[0]) == ("mse" not in flags and "none" not in flags)
+    assert ("kd_vb" in rows[0]) == ("none" not in flags)
+    assert ("feat" in rows[0]) == ("none" not in flags and "--lambda_kd_feat" not in flags)
+    if "mse" in flags:
+        row = rows[-1]  # where the feature term has come down to nothing
+        assert row["loss"] == pytest.approx(0.5 * (row["task"] + row["vb"]) + 0.5 * (row["kd"] + row["kd_vb"]))
+    if "none" in flags:
+        assert rows[0]["loss"] == pytest.approx(rows[0]["task"] + rows[0]["vb"])
+    assert np.isfinite(draw(folder)).all()
+    if "--save_fp16_variant" in flags:
+        half = DiTPipeline.from_pretrained(folder, variant="fp16", torch_dtype=torch.float16).transformer
+        torch.testing.assert_close(half.proj_out_2.weight, after["proj_out_2.weight"].half())
+
+
+def test_the_terms_are_weighted_as_published(distil):
+    """(1 - α) · (task + vb) + α · (kd + kd_vb) + β · feat, β linear to 0."""
+    rows = metrics(distil("--kd_alpha", 0.7, "--lambda_kd_feat", 3, "--max_train_steps", 4))
+    for row in rows:
+        share = row["step"] / 4
+        expected = 0.3 * (row["task"] + row["vb"]) + 0.7 * (row["kd"] + row["kd_vb"]) + 3 * (1 - share) * row["feat"]
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+        assert row["kd"] == pytest.approx(row["coarse"] + row["weight"] * row["fine"], rel=1e-5)
+
+
+def test_the_loss_falls_and_the_average_is_saved(distil):
+    flags = ("--max_train_steps", 60, "--kd_alpha", 1, "--lambda_kd_feat", 1, "--ema_decay", 0.9)
+    folder = distil(*flags, "--learning_rate", 3e-3)
+    rows = metrics(folder)
+
+    def mean(key, part):
+        return sum(row[key] for row in rows[part]) / len(rows[part])
+
+    first, last = slice(0, 3), slice(-10, None)
+    for key in ("loss", "kd", "kd_vb", "feat"):
+        assert mean(key, last) < 0.6 * mean(key, first), key
+    trained = load_file(folder / "checkpoint-60" / "student.safetensors")
+    averaged = load_file(folder / "checkpoint-60" / "ema.safetensors")
+    names = [name for name, _ in DiTTransformer2DModel.from_pretrained(folder / "transformer").named_parameters()]
+    saved = weights(folder)
+    assert all(torch.equal(saved[name], averaged[str(index)]) for index, name in enumerate(names))
+    assert not torch.equal(saved["proj_out_2.weight"], trained["model.proj_out_2.weight"])
+
+
+def test_the_learning_rate_falls_to_half(distil):
+    rates = [row["lr"] for row in metrics(distil("--max_train_steps", 6, "--lr_warmup_steps", 2))]
+    cosine = [0.75 + 0.25 * math.cos(math.pi * step / 4) for step in range(5)]
+    assert rates == pytest.approx([0.0005, *(1e-3 * factor for factor in cosine)])
+    assert rates[-1] == pytest.approx(0.5e-3)
+
+
+def test_without_learned_variance(distil, tmp_path):
+    """A teacher whose config leaves out_channels open: the student's says it, since DiTPipeline reads it."""
+    teacher = save_dit_pipeline(tmp_path / "teacher", out_channels=None)
+    folder = distil("--pretrained_teacher_model", teacher)
+    rows = metrics(folder)
+    assert all(not {"vb", "kd_vb"} & row.keys() and row["loss"] > 0 for row in rows)
+    assert DiTPipeline.from_pretrained(folder).transformer.config.out_channels == 4
+    assert draw(folder).shape == (2, 32, 32, 3)
+
+
+def test_the_original_layout_loads(distil, tmp_path):
+    """facebook/DiT-XL-2-256 says Transformer2DModel in its config, with fields that DiT has lost since."""
+    teacher = save_dit_pipeline(tmp_path / "teacher")
+    path = teacher / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "_class_name": "Transformer2DModel", "cross_attention_dim": None}))
+    folder = distil("--pretrained_teacher_model", teacher)
+    assert json.loads((folder / "transformer" / "config.json").read_text())["_class_name"] == "DiTTransformer2DModel"
+    assert DiTPipeline.from_pretrained(folder).labels == {"ankle boot": 999, "t-shirt": 0, "tee": 0, "trousers": 1}
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_prediction_types_by_the_schedulers_config(distil, run, articles, tmp_path, prediction_type):
+    (tmp_path / "scratch.json").write_text(
+        json.dumps({"config": {**TINY, "in_channels": 1, "out_channels": 2, "num_layers": 2}})
+    )
+    scratch = ("--kd_loss", "none", "--student", tmp_path / "scratch.json", "--vae", "none", *SHORT)
+    scratch += ("--train_data_dir", articles, "--prediction_type", prediction_type)
+    run("train_lift_dit", *scratch, "--output_dir", tmp_path / "teacher")
+    folder = distil("--pretrained_teacher_model", tmp_path / "teacher", "--keep_blocks", 1)
+    for path in (tmp_path / "teacher", folder):
+        assert DDIMScheduler.from_pretrained(path, subfolder="scheduler").config.prediction_type == prediction_type
+    assert draw(folder).shape == (2, 8, 8, 1)
+
+
+def test_scratch_in_the_latents_of_a_vae(run, articles, dit_teacher, tmp_path):
+    (tmp_path / "scratch.json").write_text(json.dumps({"config": {**TINY, "num_embeds_ada_norm": 10}}))
+    flags = ("--kd_loss", "none", "--student", tmp_path / "scratch.json", "--vae", dit_teacher / "vae", *SHORT)
+    flags += ("--train_data_dir", articles, "--cache_latents", "--cache_dir", tmp_path / "cache")
+    run("train_lift_dit", *flags, "--output_dir", tmp_path / "student")
+    assert draw(tmp_path / "student", guidance_scale=1.0).shape == (2, 32, 32, 3)
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "The null class is 10" in card and "guidance_scale=1.0" in card
+
+
+def test_pixel_vae_changes_nothing():
+    for channels in (1, 3):
+        vae = train_lift_dit.pixel_vae(channels)
+        images = torch.rand(2, channels, 16, 16) * 2 - 1
+        images[0, :, :2] = 1.0
+        latents = vae.encode(images).latent_dist
+        torch.testing.assert_close(latents.mode(), images, rtol=0, atol=2e-6)
+        assert latents.std.max() < 1e-6
+        torch.testing.assert_close(vae.decode(3 * images).sample, 3 * images, rtol=0, atol=2e-5)
+        half = vae.half().decode(images.half()).sample
+        torch.testing.assert_close(half.float(), images, rtol=0, atol=1 / 255)
+
+
+def test_compiled_equals_eager(distil, tmp_path, monkeypatch):
+    """The whole run; by a backend that traces both models but leaves out the minutes of code generation."""
+    compile_module, calls = torch.nn.Module.compile, []
+
+    def counted(module):
+        calls.append(module)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(lift_utils.FeatureModel, "compile", counted)
+    eager = distil("--keep_blocks", "1,3", output_dir=tmp_path / "eager")
+    assert not calls
+    compiled = distil("--keep_blocks", "1,3", "--compile", output_dir=tmp_path / "compiled")
+    assert len(calls) == 2
+    for ours, theirs in zip(metrics(eager), metrics(compiled)):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert weights(compiled).keys() == weights(eager).keys()
+
+
+def test_checkpointing_changes_nothing(distil, tmp_path):
+    plain = distil(output_dir=tmp_path / "plain")
+    recomputed = distil("--gradient_checkpointing", output_dir=tmp_path / "recomputed")
+    for ours, theirs in zip(metrics(plain), metrics(recomputed)):
+        for key in ("loss", "feat", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ the loss terms
+
+
+def reference_bound(betas, kind, clean, noisy, prediction, variance, step) -> float:
+    """Bits per dimension of one sample's term of the variational bound, element by element, in Python's floats."""
+    kept = [1.0]
+    for beta in betas:
+        kept.append(kept[-1] * (1 - beta))
+    now, before = kept[step + 1], kept[step]
+
+    def posterior_variance(at):
+        return betas[at] * (1 - kept[at]) / (1 - kept[at + 1])
+
+    least = math.log(posterior_variance(max(step, 1)))
+    most = math.log(betas[step])
+    total = 0.0
+    elements = list(zip(clean.flatten(), noisy.flatten(), prediction.flatten(), variance.flatten()))
+    for x0, xt, output, v in elements:
+        if kind == "epsilon":
+            guess = (xt - math.sqrt(1 - now) * output) / math.sqrt(now)
+        elif kind == "v_prediction":
+            guess = math.sqrt(now) * xt - math.sqrt(1 - now) * output
+        else:
+            guess = output
+        first = betas[step] * math.sqrt(before) / (1 - now)
+        second = (1 - before) * math.sqrt(1 - betas[step]) / (1 - now)
+        mean, log_variance = first * guess + second * xt, (v + 1) / 2 * most + (1 - v) / 2 * least
+        if step == 0:
+            sigma = math.exp(0.5 * log_variance)
+
+            def below(value, mean=mean, sigma=sigma):
+                return 0.5 * math.erfc(-(value - mean) / sigma / math.sqrt(2))
+
+            low = 0.0 if x0 < -0.999 else below(x0 - 1 / 255)
+            high = 1.0 if x0 > 0.999 else below(x0 + 1 / 255)
+            total -= math.log(max(high - low, 1e-12))
+        else:
+            truth = first * x0 + second * xt
+            ratio = math.exp(least - log_variance)
+            total += 0.5 * (log_variance - least - 1 + ratio + (truth - mean) ** 2 / math.exp(log_variance))
+    return total / len(elements) / math.log(2)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+def test_the_bound_is_the_references(kind, schedule):
+    scheduler = DDPMScheduler(prediction_type=kind, beta_schedule=schedule)
+    process = train_lift_dit.ReverseProcess(scheduler, torch.device("cpu"))
+    torch.manual_seed(0)
+    timesteps = torch.tensor([0, 1, 2, 250, 800, 0, 990])
+    clean = (torch.rand(7, 2, 4, 4) * 2 - 1) * 1.05
+    clean[[0, 5], :, 0], clean[[0, 5], :, 1] = 1.0, -1.0  # the open bins
+    noise = torch.randn(7, 2, 4, 4)
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    exact = {"epsilon": noise, "v_prediction": scheduler.get_velocity(clean, noise, timesteps), "sample": clean}[kind]
+    prediction = (exact + 0.1 * torch.randn_like(exact)).requires_grad_()
+    variance = torch.randn(7, 2, 4, 4).clamp(-1.2, 1.2).requires_grad_()
+    betas = scheduler.betas.double().tolist()
+    wanted = [
+        reference_bound(betas, kind, *(part[row].double().detach().numpy() for part in parts), int(timesteps[row]))
+        for parts in [(clean, noisy, prediction, variance)]
+        for row in range(7)
+    ]
+    for row in range(7):
+        one = slice(row, row + 1)
+        ours = train_lift_dit.variational_bound(
+            process, prediction[one], variance[one], clean[one], noisy[one], timesteps[one]
+        )
+        assert ours.item() == pytest.approx(wanted[row], rel=2e-3, abs=1e-5), (row, kind)
+    whole = train_lift_dit.variational_bound(process, prediction, variance, clean, noisy, timesteps)
+    assert whole.item() == pytest.approx(sum(wanted) / 7, rel=2e-3)
+    whole.backward()
+    assert prediction.grad is None  # the variance alone learns
+    assert torch.isfinite(variance.grad).all() and variance.grad.flatten(1).any(1).all()
+
+
+def test_the_bound_is_least_at_the_posterior():
+    """With the exact prediction the term is 0 for the posterior's variance, and grows with the variance."""
+    scheduler = DDPMScheduler()
+    process = train_lift_dit.ReverseProcess(scheduler, torch.device("cpu"))
+    clean, noise, timesteps = torch.rand(3, 1, 4, 4) * 2 - 1, torch.randn(3, 1, 4, 4), torch.tensor([10, 100, 500])
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    bounds = [
+        train_lift_dit.variational_bound(process, noise, torch.full_like(noise, v), clean, noisy, timesteps).item()
+        for v in (-1, 0, 1)
+    ]
+    assert abs(bounds[0]) < 1e-4 and bounds[0] < bounds[1] < bounds[2]
+
+
+def test_variance_kd_is_the_divergence_of_the_two_gaussians():
+    scheduler = DDPMScheduler()
+    process = train_lift_dit.ReverseProcess(scheduler, torch.device("cpu"))
+    torch.manual_seed(0)
+    noisy, timesteps = torch.randn(5, 2, 4, 4), torch.tensor([0, 1, 30, 400, 999])
+    ours = [torch.randn(5, 2, 4, 4, requires_grad=True) for _ in range(2)]
+    theirs = [ours[0].detach() + 0.05 * torch.randn(5, 2, 4, 4), torch.randn(5, 2, 4, 4, requires_grad=True)]
+    loss = train_lift_dit.variance_kd(process, ours, theirs, noisy, timesteps)
+    gaussians = []
+    for prediction, variance in (theirs, ours):
+        mean, log_variance = process.predicted(prediction, variance, noisy, timesteps)
+        gaussians.append(torch.distributions.Normal(mean.double(), (0.5 * log_variance.double()).exp()))
+    wanted = torch.distributions.kl_divergence(*gaussians).mean() / math.log(2)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-3)
+    loss.backward()
+    assert ours[0].grad is None and ours[1].grad.flatten(1).any(1).all()
+    assert train_lift_dit.variance_kd(process, theirs, theirs, noisy, timesteps).abs() < 1e-6
+
+
+def test_the_predicted_mean_is_the_schedulers():
+    """DDPMScheduler's own step, without its noise, lands on the same mean."""
+    scheduler = DDPMScheduler(clip_sample=False)
+    process = train_lift_dit.ReverseProcess(scheduler, torch.device("cpu"))
+    torch.manual_seed(0)
+    for step in (5, 300, 950):
+        noisy, prediction, variance = (torch.randn(1, 2, 4, 4) for _ in range(3))
+        mean, log_variance = process.predicted(prediction, variance, noisy, torch.tensor([step]))
+        generator = torch.Generator().manual_seed(0)
+        ours = scheduler.step(prediction, step, noisy, generator=generator).prev_sample
+        noise = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+        sigma = scheduler._get_variance(step, variance_type="fixed_small").sqrt()
+        torch.testing.assert_close(ours - sigma * noise, mean, rtol=1e-3, atol=1e-4)
+        theirs = scheduler._get_variance(step, predicted_variance=variance, variance_type="learned_range")
+        torch.testing.assert_close(theirs, log_variance, rtol=1e-3, atol=1e-3)
+
+
+def test_masked_tokens_leave_out_the_outliers_of_both():
+    torch.manual_seed(0)
+    ours = torch.randn(2, 5, 8, requires_grad=True)
+    theirs = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        ours[0, 1, 2] = 40.0  # each hides the rest of its sample's outliers, and not the other sample's
+        theirs[1, 3, 4] = -40.0
+    total, count = 0.0, 0
+    for sample in range(2):
+        usual = np.ones((5, 8), dtype=bool)
+        for tokens in (ours[sample].detach().double().numpy(), theirs[sample].double().numpy()):
+            usual &= np.abs(tokens - tokens.mean()) <= 2 * tokens.std()
+        difference = (ours[sample].detach() - theirs[sample]).double().numpy()
+        total, count = total + (difference[usual] ** 2).sum(), count + usual.sum()
+    loss = train_lift_dit.masked_mse(ours, theirs)
+    assert count < 80 and loss.item() == pytest.approx(total / count, rel=1e-5)
+    loss.backward()
+    assert ours.grad[0, 1, 2] == 0 and ours.grad[1, 3, 4] == 0 and (ours.grad != 0).sum() == count
+    assert train_lift_dit.masked_mse(ours.bfloat16(), theirs.bfloat16()).dtype == torch.float32
+    assert torch.isnan(train_lift_dit.masked_mse(torch.full_like(theirs, torch.nan), theirs))
+
+
+# ---------------------------------------------------------------------------------------------------------- the labels
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_dropped_labels_are_the_null_class_for_student_and_teacher(distil, monkeypatch, share):
+    """What reaches each block's label embedding, in the student, which is in training mode, and in the teacher."""
+    seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    embed, in_data, losses = torch.nn.Embedding.forward, [], train_lift_dit.compute_losses
+
+    def spied_embed(module, labels):
+        if module.num_embeddings == 1001 and recording:
+            seen[module.weight.requires_grad].append(labels.clone())
+        return embed(module, labels)
+
+    recording: list[int] = []
+
+    def spied_losses(student, teacher, batch, *arguments, **options):
+        assert student.training
+        in_data.append(batch["labels"])
+        recording.append(1)
+        result = losses(student, teacher, batch, *arguments, **options)
+        recording.clear()
+        return result
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", spied_embed)
+    monkeypatch.setattr(train_lift_dit, "compute_losses", spied_losses)
+    distil("--label_dropout", share, "--max_train_steps", 4, "--no-use_ema")
+    data, steps = torch.stack(in_data), 4
+    # A step calls the embedding once per block, and block 0's once more for the output.
+    student, teacher = (torch.stack(labels).view(steps, -1, 8) for labels in (seen[True], seen[False]))
+    assert student.shape[1] == 5 and teacher.shape[1] == 9
+    assert torch.equal(student, student[:, :1].expand_as(student))
+    assert torch.equal(teacher, student[:, :1].expand_as(teacher))
+    dropped = student[:, 0] == 1000
+    assert torch.equal(torch.where(dropped, data, student[:, 0]), data)
+    assert {0: dropped.sum() == 0, 0.5: 4 < dropped.sum() < 28, 1: dropped.all()}[share]
+
+
+def test_the_null_class_stays_usable(distil, tmp_path):
+    """It alone learns where all labels are dropped, and guidance by it changes what is drawn."""
+    teacher = weights(save_dit_pipeline(tmp_path / "teacher"))
+    folder = distil("--label_dropout", 1, "--no-use_ema")
+    for block, source in enumerate((1, 3, 5, 7)):
+        name = "norm1.emb.class_embedder.embedding_table.weight"
+        ours, theirs = (
+            weights(folder)[f"transformer_blocks.{block}.{name}"],
+            teacher[f"transformer_blocks.{source}.{name}"],
+        )
+        assert ours.shape == (1001, 16)
+        assert torch.equal(ours[:1000], theirs[:1000]) and not torch.equal(ours[1000], theirs[1000])
+    assert not np.allclose(draw(folder, guidance_scale=1.0), draw(folder, guidance_scale=6.0), atol=1e-3)
+
+
+def test_label_embeddings_do_not_drop_by_themselves():
+    model = DiTTransformer2DModel(**TINY).train()
+    config, names = dict(model.config), list(model.state_dict())
+    inputs = torch.randn(64, 4, 8, 8), torch.zeros(64, dtype=torch.long), torch.zeros(64, dtype=torch.long)
+    assert not torch.equal(model(*inputs).sample, model(*inputs).sample)
+    train_lift_dit.keep_labels(model)
+    assert torch.equal(model(*inputs).sample, model(*inputs).sample)
+    assert dict(model.config) == config and list(model.state_dict()) == names
+    tables = [
+        module.embedding_table.num_embeddings for module in model.modules() if isinstance(module, LabelEmbedding)
+    ]
+    assert tables == [1001] * 8
+
+
+def test_numeric_sub_folders_are_class_numbers(distil, articles, tmp_path, monkeypatch):
+    """Sorted as text, 10 comes before 2, and would be class 1."""
+    for number, name in ((2, "bag"), (10, "coat"), (207, "dress")):
+        shutil.copytree(articles / name, tmp_path / "data" / str(number))
+    seen, losses = [], train_lift_dit.compute_losses
+
+    def spied_losses(student, teacher, batch, *arguments, **options):
+        seen.append(batch["labels"])
+        return losses(student, teacher, batch, *arguments, **options)
+
+    monkeypatch.setattr(train_lift_dit, "compute_losses", spied_losses)
+    distil("--train_data_dir", tmp_path / "data", "--train_batch_size", 4, "--max_train_steps", 5)
+    assert set(torch.cat(seen).tolist()) == {2, 10, 207}
+
+
+# ---------------------------------------------------------------------------------------------------- cache and resume
+
+
+def test_cached_and_uncached_runs_see_the_same_data(distil, tmp_path):
+    flags = ("--cache_dir", tmp_path / "cache", "--max_train_steps", 4)
+    plain = distil(*flags, output_dir=tmp_path / "plain")
+    cached = distil(*flags, "--cache_latents", output_dir=tmp_path / "cached")
+    for ours, theirs in zip(metrics(plain), metrics(cached)):
+        for key in ("loss", "task", "kd", "feat"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+    caches = list((tmp_path / "cache" / "lift-encodings").iterdir())
+    assert len(caches) == 1
+    distil(*flags, "--cache_latents", "--no-random_flip", output_dir=tmp_path / "unflipped")
+    assert len(list((tmp_path / "cache" / "lift-encodings").iterdir())) == 2
+
+
+@pytest.mark.parametrize("flags", [["--cache_latents"], ["--student_depth", 3]], ids=lambda flags: flags[0])
+def test_a_resumed_run_equals_an_uninterrupted_one(distil, tmp_path, flags):
+    flags = [*flags, "--max_train_steps", 3, "--checkpointing_steps", 2, "--cache_dir", tmp_path / "cache"]
+    flags += ["--train_batch_size", 20]  # two batches an epoch, eight images left out of each
+    whole = distil(*flags, output_dir=tmp_path / "whole")
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    shutil.copy(whole / "metrics.jsonl", resumed)
+    distil(*flags, "--resume_from_checkpoint", "latest", output_dir=resumed)
+    assert digest(resumed / "checkpoint-3") == digest(whole / "checkpoint-3") != digest(whole / "checkpoint-2")
+    assert digest(resumed / "transformer") == digest(whole / "transformer")
+    assert without_time(resumed) == without_time(whole) and len(metrics(whole)) == 3
+
+
+# ------------------------------------------------------------------------------------------------------- what it shows
+
+
+def test_dry_run_needs_no_weights(run, dit_teacher, tmp_path, capsys):
+    shutil.copytree(dit_teacher, tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors"))
+    flags = ("--pretrained_teacher_model", tmp_path / "teacher", "--output_dir", tmp_path / "none", "--dry_run")
+    run("train_lift_dit", *flags, "--student_depth", 2)
+    text = capsys.readouterr().out
+    ours, theirs = (DiTTransformer2DModel(**{**TINY, "num_layers": depth}).num_parameters() for depth in (2, 8))
+    for fact in (f"student: {ours:,} parameters", f"teacher: {theirs:,}", f"{ours / theirs:.2%}", "MACs", "MiB"):
+        assert fact in text
+    assert '"num_layers": 2' in text and not (tmp_path / "none").exists()
+
+
+def test_classes_of_the_grid_by_number_and_name(distil, monkeypatch):
+    rows, grid = [], lift_utils.labelled_grid
+
+    def spied_grid(entries, **options):
+        rows.append([label for label, _ in entries])
+        return grid(entries, **options)
+
+    monkeypatch.setattr(lift_utils, "labelled_grid", spied_grid)
+    distil("--validation_classes", "tee", "ankle boot", 5)
+    assert rows == [["t-shirt, tee", "ankle boot", "class 5"]]
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--student", "d4", "--keep_blocks", "1,2"], "--student d4 and --keep_blocks 1,2 says which blocks"),
+        (["--student", "d14"], "--student d14: the teacher has 8 blocks; keep 1 to 8"),
+        (["--student_depth", 9], "--student_depth 9: the teacher has 8 blocks"),
+        (["--student_depth", 0], "--student_depth 0: the teacher has 8 blocks"),
+        (["--student", "tiny"], "--student tiny is unknown; pass d19, d14, d7, d4, or a .json file"),
+        (["--keep_blocks", "0,8"], "--keep_blocks 0,8: there is no block 8; pass some of 0 to 7"),
+        (["--keep_blocks", "2,-1"], "there is no block -1"),
+        (["--keep_blocks", "3,1,3"], "--keep_blocks 3,1,3 repeats a block"),
+        (["--keep_blocks", "one"], "--keep_blocks one is no list of blocks"),
+        (["--student", "{odd}"], "holds ['blocs']"),
+        (["--student", "{unknown_key}"], "the transformer's config has no num_blocks"),
+        (["--student", "{wider_input}"], "its in_channels is 3; keep the teacher's 4"),
+        (["--student", "{wrong_block}"], 'the teacher has no "transformer_blocks.9'),
+        (["--student", "{wrong_feature}"], 'pairs features of "transformer_blocks.7"'),
+        (["--kd_alpha", 1.5], "--kd_alpha 1.5 is more than the whole"),
+        (["--label_dropout", 2], "--label_dropout 2.0 is more than the whole"),
+        (["--group_size", 24], "--group_size 24: group_size 24 does not divide the 64 elements"),
+        (["--vae", "none"], "--vae none makes 4 channels"),
+        (["--vae", "/no/such/vae"], "--vae /no/such/vae does not load"),
+        (["--vae", "none", "--cache_latents"], "--cache_latents has nothing to do with --vae none"),
+        (["--validation_classes", "unicorn"], "--validation_classes unicorn is no class"),
+        (["--validation_classes", 1000], "--validation_classes 1000 is no class"),
+        (["--pretrained_teacher_model", "{pixel_unet}"], "is a DDPMPipeline"),
+        (["--pretrained_teacher_model", "/no/such/teacher"], "/no/such/teacher is no folder"),
+        (["--pretrained_teacher_model", "{triple}"], "4 channels become 12"),
+        (["--pretrained_teacher_model", "{no_vae}"], "has no vae; pass --vae, or a DiTPipeline with"),
+        (["--pretrained_teacher_model", "{odd_scheduler}"], "has an unknown scheduler, MyScheduler"),
+        (["--train_data_dir", "{flat}"], "--label_column label is not in the data"),
+        (["--train_data_dir", "{flat_without_metadata}"], "--label_column label is not in the data"),
+        (["--train_data_dir", "{strings}", "--label_column", "kind"], "--label_column kind holds Value('string')"),
+        (["--train_data_dir", "{high}", "--label_column", "kind"], "the first 1000 in row 1; correct them"),
+        (["--train_data_dir", "{high}", "--label_column", "gap"], "1 of 2 labels are none of the model's 0 to 999"),
+        (["--train_batch_size", 49], "--train_batch_size 49 is more than the 48 images"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_ends_with_one_line_before_any_step(
+    distil, articles, teacher, dit_teacher, tmp_path, flags, complaint
+):
+    paths = {"pixel_unet": teacher}
+    recipes = {
+        "odd": {"blocs": {}},
+        "unknown_key": {"config": {"num_blocks": 3}},
+        "wider_input": {"config": {"in_channels": 3, "num_layers": 2}},
+        "wrong_block": {"blocks": {"transformer_blocks.0": "transformer_blocks.9"}},
+        "wrong_feature": {
+            "config": {"num_layers": 2},
+            "features": [["transformer_blocks.7", "transformer_blocks.7"]],
+        },
+    }
+    for name, recipe in recipes.items():
+        paths[name] = tmp_path / f"{name}.json"
+        paths[name].write_text(json.dumps(recipe))
+    picture = next((articles / "bag").iterdir())
+    paths["flat_without_metadata"] = articles / "bag"
+    columns = {"flat": ({}, {}), "strings": ({"kind": "bag"}, {"kind": "coat"})}
+    columns["high"] = ({"kind": 3, "gap": None}, {"kind": 1000, "gap": 4})
+    for name, rows in columns.items():
+        paths[name] = tmp_path / name
+        paths[name].mkdir()
+        lines = []
+        for index, row in enumerate(rows):
+            shutil.copy(picture, paths[name] / f"{index}.png")
+            lines.append(json.dumps({"file_name": f"{index}.png", **row}))
+        (paths[name] / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    for name, change in (("no_vae", {"vae": [None, None]}), ("odd_scheduler", {"scheduler": ["own", "MyScheduler"]})):
+        paths[name] = tmp_path / name
+        paths[name].mkdir()
+        index = json.loads((dit_teacher / "model_index.json").read_text())
+        (paths[name] / "model_index.json").write_text(json.dumps(index | change))
+    if "{triple}" in flags:
+        paths["triple"] = save_dit_pipeline(tmp_path / "triple", out_channels=12)
+
+    flags = [str(flag).format(**paths) for flag in flags]
+    with pytest.raises(SystemExit) as error:
+        distil(*flags)
+    message = str(error.value)
+    assert message.startswith("error: ") and complaint in message, message
+    assert "\n" not in message
+    assert not list(tmp_path.glob("**/metrics.jsonl")) and not list(tmp_path.glob("**/checkpoint-*"))
+
+
+def test_what_must_be_given(run, articles, tmp_path):
+    for flags, complaint in (
+        ((), "nothing says which blocks"),
+        (("--student", "x.json", "--kd_loss", "none"), "--vae is not given and there is no teacher"),
+        (("--student", "x.json", "--kd_loss", "none", "--vae", "none"), "--student x.json cannot be read"),
+    ):
+        with pytest.raises(SystemExit, match=complaint):
+            run("train_lift_dit", "--train_data_dir", articles, "--output_dir", tmp_path, *flags)
+    args = train_lift_dit.parse_args(["--student", "d14", "--train_data_dir", str(articles)])
+    assert args.pretrained_teacher_model == "facebook/DiT-XL-2-256"
