@@ -270,12 +270,12 @@ def train(args: argparse.Namespace, run: str, what: str, steps: int, seed: int, 
     return folder
 
 
-def end_training_into(folder: Path) -> None:
+def end_training_into(folder: Path, script: Path = SCRIPT) -> None:
     """End trainings into this folder, such as one that a killed demo left behind; SIGTERM makes them save first."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if str(SCRIPT) in words and str(folder) in words:
+        if str(script) in words and str(folder) in words:
             found.append(process)
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()

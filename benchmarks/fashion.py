@@ -153,8 +153,9 @@ def train_autoencoder(
 ):
     """An AutoencoderKL that halves the sides once per level but the first, trained unless the folder holds it.
 
-    Squared error plus a little of the divergence from a normal distribution, neither perceptual nor adversarial. The
-    config's `scaling_factor` is one over the standard deviation of the latents of 1,000 of the images.
+    Squared error plus a little of the divergence from a normal distribution, neither perceptual nor adversarial. On
+    1,000 of the images the latents' mean is taken off by the layers at the latents, and the config's `scaling_factor`
+    is one over their standard deviation.
 
     Args:
         images: Grey, uint8 (N, H, W).
@@ -179,12 +180,22 @@ def train_autoencoder(
         latents = vae.encode(batch).latent_dist
         error = F.mse_loss(vae.decode(latents.sample()).sample, batch)
         step(error + 1e-4 * latents.kl().mean() / latents.mean[0].numel())
-    vae.eval()
-    with torch.no_grad():
-        latents = vae.encode(as_inputs(images[:1000])).latent_dist.sample()
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    centre_latents(vae.eval(), as_inputs(images[:1000]))
     save_whole(vae, folder)
     return vae
+
+
+@torch.no_grad()
+def centre_latents(vae, images: torch.Tensor) -> None:
+    """Give the latents of these images a mean of 0 in every channel, undone before the decoder, and set their scale.
+
+    Stable Diffusion's pipeline scales latents and does not shift them.
+    """
+    latents = vae.encode(images).latent_dist.sample()
+    mean = latents.mean((0, 2, 3))
+    vae.quant_conv.bias[: len(mean)] -= mean
+    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+    vae.register_to_config(scaling_factor=round(1 / (latents - mean[:, None, None]).std().item(), 5))
 
 
 @torch.no_grad()
@@ -296,3 +307,86 @@ def save_sd_pipeline(folder: Path, vae, text_encoder, tokenizer, seed: int = 0, 
     )
     save_whole(pipeline, folder)
     return folder
+
+
+def save_sd3_pipeline(folder: Path, vae, text_encoder, tokenizer, seed: int = 0, **transformer) -> Path:
+    """A StableDiffusion3Pipeline of these parts and a random MMDiT; it has no T5.
+
+    Diffusers takes string prompts with both CLIP encoders only, so the one encoder stands in both places.
+
+    Args:
+        text_encoder: A CLIPTextModelWithProjection.
+        transformer: Overrides of the MMDiT's config.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    if folder.exists():
+        return folder
+    torch.manual_seed(seed)
+    config = {
+        "sample_size": vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1),
+        "in_channels": vae.config.latent_channels,
+        "out_channels": vae.config.latent_channels,
+        "patch_size": 1,
+        "num_layers": 6,
+        "num_attention_heads": 4,
+        "attention_head_dim": 24,
+        "caption_projection_dim": 96,
+        "joint_attention_dim": 2 * text_encoder.config.hidden_size,
+        "pooled_projection_dim": 2 * text_encoder.config.projection_dim,
+        "pos_embed_max_size": 8,
+    }
+    model = SD3Transformer2DModel(**{**config, **transformer})
+    clip = (text_encoder, tokenizer)
+    pipeline = StableDiffusion3Pipeline(model, FlowMatchEulerDiscreteScheduler(), vae, *clip, *clip, None, None)
+    save_whole(pipeline, folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------ the classifier
+
+FEATURES = 32  # few, so that a covariance from some hundred samples is well conditioned
+
+
+class Classifier(torch.nn.Module):
+    """Ten logits and, before the last layer, the features in which images are compared."""
+
+    def __init__(self, side: int = 32):
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            *(torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2)),
+            *(torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2)),
+            *(torch.nn.Flatten(), torch.nn.Linear(32 * (side // 4) ** 2, FEATURES)),
+        )
+        self.head = torch.nn.Linear(FEATURES, len(CLASSES))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.body(images)
+        return self.head(F.relu(features)), features
+
+
+@torch.no_grad()
+def classify(classifier: Classifier, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Classes (N,) and features (N, FEATURES) of grey uint8 images (N, H, W)."""
+    parts = [classifier(as_inputs(batch)[:, :1]) for batch in np.array_split(images, -(-len(images) // 500))]
+    logits, features = (torch.cat(part) for part in zip(*parts))
+    return logits.argmax(-1), features
+
+
+def train_classifier(path: Path, images: np.ndarray, labels: np.ndarray, steps: int = 1000, seed: int = 0):
+    """A classifier of grey uint8 images (N, H, W), trained unless the .safetensors file holds it."""
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(seed)
+    classifier = Classifier(images.shape[-1])
+    if path.exists():
+        classifier.load_state_dict(load_file(path))
+        return classifier.eval()
+    targets = torch.from_numpy(labels.astype(np.int64))
+    for step in optimize(classifier, steps, learning_rate=3e-3):
+        chosen = torch.randint(len(images), (64,))
+        step(F.cross_entropy(classifier(as_inputs(images[chosen.numpy()])[:, :1])[0], targets[chosen]))
+    temporary = path.with_name(f".{path.name}")
+    save_file(classifier.state_dict(), temporary)
+    temporary.replace(path)
+    return classifier.eval()
