@@ -337,6 +337,7 @@ def save_sd3_pipeline(folder: Path, vae, text_encoder, tokenizer, seed: int = 0,
         "pos_embed_max_size": 8,
     }
     model = SD3Transformer2DModel(**{**config, **transformer})
+    vae.register_to_config(shift_factor=0.0)  # the pipeline adds it, and fails without
     clip = (text_encoder, tokenizer)
     pipeline = StableDiffusion3Pipeline(model, FlowMatchEulerDiscreteScheduler(), vae, *clip, *clip, None, None)
     save_whole(pipeline, folder)

@@ -158,8 +158,12 @@ def train(args: argparse.Namespace, script: Path, run: str, steps: int, flags: l
 # ------------------------------------------------------------------------------------------- the samples and the score
 
 
-def draw_samples(args: argparse.Namespace, model: Path) -> np.ndarray:
-    """Grey images of a finished run, uint8 (N, 32, 32), the prompts in turn, from the noise that every model gets."""
+def draw_samples(args: argparse.Namespace, model: Path, options: dict) -> np.ndarray:
+    """Grey images of a finished run, uint8 (N, 32, 32), the prompts in turn, from the noise that every model gets.
+
+    Args:
+        options: Further arguments of the pipeline's call.
+    """
     path = model / "drawn_samples.npy"
     if path.exists():
         return np.load(path)
@@ -178,6 +182,7 @@ def draw_samples(args: argparse.Namespace, model: Path) -> np.ndarray:
             guidance_scale=args.guidance_scale,
             generator=torch.Generator().manual_seed(first),
             num_inference_steps=args.inference_steps,
+            **options,
         )
         images += [np.array(image.convert("L")) for image in batch.images]
     temporary = path.with_name(".drawn_samples.npy")
@@ -252,14 +257,11 @@ def write_report(args: argparse.Namespace, title: str, results: dict, accuracy: 
 
 
 def draw_pictures(args: argparse.Namespace, images: dict[str, np.ndarray], folders: dict[str, Path]) -> None:
-    """The first samples, a row per model and a column per prompt, bright above dark; the first student's curves."""
-    count, rows = len(fashion.CLASSES), []
-    for name, stack in images.items():
-        for turn, tone in enumerate(("bright", "dark")):
-            row = [Image.fromarray(image) for image in stack[turn * count : (turn + 1) * count]]
-            rows.append((f"{name}, {tone}", row))
-    columns = [name.replace("ankle ", "") for name in fashion.CLASSES]
-    lift_utils.labelled_grid(rows, scale=2, columns=columns).save(args.output_dir / "samples.png")
+    """Samples, a row per model and a column per prompt, bright and dark in turns; the first student's curves."""
+    shown = [number + len(fashion.CLASSES) * (number % 2) for number in range(len(fashion.CLASSES))]
+    rows = [(name, [Image.fromarray(stack[number]) for number in shown]) for name, stack in images.items()]
+    columns = [PROMPTS[number].removeprefix("a photo of a ") for number in shown]
+    lift_utils.labelled_grid(rows, scale=3, columns=columns).save(args.output_dir / "samples.png")
     first = [name for name in folders if name != "teacher"][: len(METHODS)]
     runs = {name: smooth(folders[name] / "metrics.jsonl") for name in first}
     keys = ["loss", "task", "feat", "kd", "coarse", "fine", "weight"]
@@ -275,12 +277,15 @@ def draw_autoencoder(args: argparse.Namespace, images: np.ndarray) -> None:
     grid.save(args.output_dir / "autoencoder.png")
 
 
-def report(args: argparse.Namespace, title: str, folders: dict[str, Path], data: tuple, test: tuple) -> None:
+def report(
+    args: argparse.Namespace, title: str, folders: dict[str, Path], data: tuple, test: tuple, **options
+) -> None:
     """Sample every model, score the samples, write and print the results.
 
     Args:
         folders: The teacher's run and the students'.
         data, test: Images, uint8 (N, 28, 28), and labels to train the classifier on, and to compare with.
+        options: Further arguments of the pipeline's call.
     """
     (images, labels), (test_images, test_labels) = data, test
     test_images = fashion.pad(test_images)
@@ -296,7 +301,7 @@ def report(args: argparse.Namespace, title: str, folders: dict[str, Path], data:
     drawn = {"real, held out": test_images[held_out]}
     results = {"real, held out": score(classifier, test_images[held_out], test_labels[held_out], real)}
     for name, folder in folders.items():
-        drawn[name] = draw_samples(args, folder)
+        drawn[name] = draw_samples(args, folder, options)
         results[name] = describe_run(folder) | score(classifier, drawn[name], wanted, real)
 
     draw_autoencoder(args, test_images[:12])

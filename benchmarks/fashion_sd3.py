@@ -38,7 +38,8 @@ from fashion_sd21 import METHODS, TOKENS
 SCRIPT = Path(lift_utils.__file__).with_name("train_lift_sd3.py")
 STUDENT = "third"
 # In place of the absent T5, the pipeline feeds so many zeros; few make small models quick.
-FLAGS = ["--max_sequence_length", 8, "--weighting_scheme", "none"]
+ZEROS = 8
+FLAGS = ["--max_sequence_length", ZEROS, "--weighting_scheme", "none"]
 
 
 def make_parts(args: argparse.Namespace, images: np.ndarray, labels: np.ndarray) -> Path:
@@ -71,7 +72,8 @@ def run(args: argparse.Namespace) -> None:
         flags = ["--pretrained_teacher_model", folders["teacher"], "--student", STUDENT, "--kd_loss", method, *FLAGS]
         name = f"{STUDENT}-{method}"
         folders[name] = fashion_sd21.train(args, SCRIPT, name, args.student_steps, flags)
-    fashion_sd21.report(args, "A small Stable Diffusion 3 of garments, distilled", folders, data, test)
+    title = "A small Stable Diffusion 3 of garments, distilled"
+    fashion_sd21.report(args, title, folders, data, test, max_sequence_length=ZEROS)
 
 
 if __name__ == "__main__":

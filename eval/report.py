@@ -1,0 +1,531 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""One HTML page about a teacher and its students: what they draw from the same noise, what they cost, how they learned
+and where they still differ.
+
+    python eval/report.py --teacher teacher --students student-a student-b --results results.json --output_dir report
+
+writes report/index.html, which holds its pictures and needs no other file, and the same pictures as PNGs:
+
+- samples: one noise per column, through generate.py's functions, with its flags and its defaults;
+- a table of quality, from the JSON of evaluate.py, against parameters, multiply-accumulates, latency and peak memory,
+  which are measured here, each model in a process of its own;
+- the curves of metrics.jsonl, from the students' folders or from --runs;
+- the mean squared difference between teacher and student by timestep, on the same noisy inputs;
+- PLACE's error groups: which elements of a prediction it fits together, from the least wrong to the most.
+
+The noisy inputs are made of --images, or else of the teacher's own samples.
+"""
+
+import argparse
+import base64
+import gc
+import html
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import generate
+import lift_utils
+from evaluate import COLUMNS, list_images, list_remarks, title_of
+from lift_utils import fail
+
+
+CURVES = ("loss", "coarse", "fine", "weight", "slope_mean", "intercept_mean")
+NOISE = -1  # stands for the number of the image whose generator draws the noise of the inputs
+# Of the quality columns, those that a row of evaluate.py may have.
+QUALITY = ("images", "fid", "kid", "inception_score", "precision", "recall", "clip_score")
+
+
+class Inputs(NamedTuple):
+    """Noisy inputs at a grid of timesteps, and what the model is conditioned on; all of them on the CPU."""
+
+    images: list[Image.Image]  # the clean ones
+    noisy: torch.Tensor  # float32 (T, N, C, h, w)
+    timesteps: torch.Tensor  # (T,)
+    conditions: dict[str, torch.Tensor]  # by the names of the model's arguments, (N, ...)
+
+
+# ------------------------------------------------------------------------------------------------------- the arguments
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, or `input_args`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=lift_utils.HelpFormatter)
+    parser.add_argument("--teacher", required=True, help="pipeline folder or Hub id")
+    parser.add_argument("--students", required=True, nargs="+", help="pipeline folders or Hub ids of the same kind")
+    parser.add_argument("--names", nargs="+", help="of the students (default: their folders')")
+    parser.add_argument("--results", type=Path, help="JSON of evaluate.py; its rows are found by the models' contents")
+    parser.add_argument("--runs", nargs="+", type=Path, help="folders with metrics.jsonl (default: the students')")
+    parser.add_argument("--images", type=Path, help="real images for the noisy inputs (default: teacher's samples)")
+    parser.add_argument("--output_dir", type=Path, default=Path("report"), help="where the page and the PNGs go")
+    parser.add_argument("--columns", type=int, default=8, help="samples of each model, and images of the noisy inputs")
+    parser.add_argument("--timesteps", type=int, default=10, help="points of the error by timestep")
+    parser.add_argument("--group_size", type=int, default=16, help="elements per PLACE group")
+    parser.add_argument("--latency_images", type=int, default=3, help="single images to time, after one to warm up")
+    parser.add_argument("--prompt_file", type=Path, help="a prompt per line, for text-to-image models")
+    parser.add_argument("--classes", nargs="+", help="numbers or names of classes, for class-conditional models")
+    parser.add_argument("--sampler", choices=("as_saved", *generate.SAMPLERS), help="default: the protocol's")
+    parser.add_argument("--num_inference_steps", type=int, help="default: the protocol's")
+    parser.add_argument("--guidance_scale", type=float, help="default: the protocol's; 1 is none")
+    parser.add_argument("--dtype", default="float32", choices=tuple(generate.DTYPES), help="of the weights")
+    parser.add_argument("--resolution", type=int, help="side that a text-to-image model draws (default: its own)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    args = parser.parse_args(input_args)
+    for name in ("columns", "timesteps", "latency_images"):
+        if getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)} is too small; pass at least 1")
+    args.names = args.names or [Path(student).name for student in args.students]
+    if len(args.names) != len(args.students) or len({*args.names, "teacher"}) != len(args.names) + 1:
+        fail(f"--names {' '.join(args.names)} must be one for each of --students, all different and none 'teacher'")
+    if args.runs is None:
+        runs = zip(args.names, args.students)
+        args.runs = {name: Path(folder) for name, folder in runs if (Path(folder) / "metrics.jsonl").exists()}
+    else:
+        args.runs = {run.resolve().name: run for run in args.runs}
+        for run in args.runs.values():
+            if not lift_utils.read_metrics(run / "metrics.jsonl"):
+                fail(f"--runs {run} has no metrics.jsonl with a row in it; pass a training's output folder")
+    return args
+
+
+def flags_of(model: str, args: argparse.Namespace) -> argparse.Namespace:
+    """generate.py's flags for one model."""
+    command = ["--model", model, "--output_dir", str(args.output_dir)]
+    for name in ("prompt_file", "sampler", "num_inference_steps", "guidance_scale", "dtype", "resolution", "seed"):
+        value = getattr(args, name)
+        command += [] if value is None else [f"--{name}", str(value)]
+    return generate.parse_args([*command, *(["--classes", *args.classes] if args.classes else [])])
+
+
+# ------------------------------------------------------------------------------------------------------------ the cost
+
+
+def measure_cost(model: str, args: argparse.Namespace, threads: int) -> dict[str, float]:
+    """Seconds per image, drawn one by one, and peak bytes beyond what the process held before the model was loaded."""
+    torch.set_num_threads(threads)
+    device = pick_device()
+    before = peak_bytes(device)
+    flags = flags_of(model, args)
+    pipeline = generate.load_pipeline(flags, device)
+    conditions = generate.find_conditions(pipeline, flags)
+    seconds = []
+    for index in range(1 + args.latency_images):
+        start = time.perf_counter()
+        generate.draw_images(pipeline, [index], conditions, flags)  # ends in images, so nothing is left to wait for
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds[1:]), "bytes": peak_bytes(device) - before}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held so far: on the GPU, or resident in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text()  # getrusage() would inherit the peak of the parent process
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def measure_costs(models: dict[str, str], args: argparse.Namespace) -> dict[str, dict]:
+    """[`measure_cost`] of each model in a new process, so that none profits or suffers from another."""
+    costs = {}
+    for name, model in models.items():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                costs[name] = pool.submit(measure_cost, model, args, torch.get_num_threads()).result()
+            except BrokenProcessPool:
+                fail(f"{model} could not be measured: its process was killed, for want of memory perhaps")
+    return costs
+
+
+def denoiser(pipeline) -> torch.nn.Module:
+    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+
+
+def count_macs(pipeline, inputs: Inputs) -> int:
+    """Multiply-accumulates of one forward pass on one image."""
+    model = denoiser(pipeline)
+    with torch.device("meta"):
+        skeleton = type(model).from_config(model.config)
+        noisy = torch.empty_like(inputs.noisy[0, :1], device="meta")
+        conditions = {name: torch.empty_like(value[:1], device="meta") for name, value in inputs.conditions.items()}
+        first = "sample" if hasattr(pipeline, "unet") else "hidden_states"
+        return lift_utils.profile_forward(
+            skeleton, **{first: noisy}, timestep=torch.zeros(1, dtype=inputs.timesteps.dtype), **conditions
+        )[0]
+
+
+# ----------------------------------------------------------------------------------------------------- the predictions
+
+
+@torch.no_grad()
+def make_inputs(
+    pipeline, images: list[Image.Image], conditions: list | None, flags: argparse.Namespace, count: int
+) -> Inputs:
+    """Noisy inputs of the teacher's kind at `count` timesteps, evenly spread.
+
+    Args:
+        conditions: Prompts or class numbers; image i gets the i-th, over and over.
+    """
+    given = conditions and [conditions[index % len(conditions)] for index in range(len(images))]
+    clean, named = encode(pipeline, images, flags), {}
+    device = denoiser(pipeline).device
+    generator = generate.seeded(flags.seed, NOISE)
+    noise = torch.randn(clean.shape, generator=generator)
+    shares = (torch.arange(count) + 0.5) / count
+    if hasattr(pipeline, "text_encoder_3"):
+        timesteps, sigmas = shares * pipeline.scheduler.config.num_train_timesteps, shares[:, None, None, None, None]
+        noisy = (1 - sigmas) * clean + sigmas * noise
+        text = pipeline.encode_prompt(given, None, None, device, do_classifier_free_guidance=False)
+        named = {"encoder_hidden_states": text[0], "pooled_projections": text[2]}
+    else:
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        timesteps = (shares * scheduler.config.num_train_timesteps).long()
+        noisy = torch.stack([scheduler.add_noise(clean, noise, step.expand(len(clean))) for step in timesteps])
+        if hasattr(pipeline, "text_encoder"):
+            named = {"encoder_hidden_states": pipeline.encode_prompt(given, device, 1, False)[0]}
+        elif given:
+            named = {"class_labels": torch.tensor(given)}
+    return Inputs(images, noisy, timesteps, {name: value.cpu() for name, value in named.items()})
+
+
+def encode(pipeline, images: list[Image.Image], flags: argparse.Namespace) -> torch.Tensor:
+    """Images, brought to the model's size, as what it adds noise to: float32 (N, C, h, w) on the CPU."""
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    vae = getattr(pipeline, "vae", None)
+    channels = denoiser(pipeline).config.in_channels if vae is None else vae.config.in_channels
+    side = flags.resolution or denoiser(pipeline).config.sample_size * (pipeline_factor(vae) if vae else 1)
+    mode = "L" if channels == 1 else "RGB"
+    pixels = [pil_to_tensor(image.convert(mode).resize((side, side), Image.Resampling.BICUBIC)) for image in images]
+    clean = torch.stack(pixels).float() / 127.5 - 1
+    if vae is None:
+        return clean
+    latents = vae.encode(clean.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
+    return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+
+
+def pipeline_factor(vae) -> int:
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def predict(pipeline, inputs: Inputs) -> torch.Tensor:
+    """The model's predictions on the inputs, float32 (T, N, C, h, w) on the CPU; without the variance of a DiT."""
+    model = denoiser(pipeline)
+    conditions = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.conditions.items()
+    }
+    found = []
+    for step, noisy in zip(inputs.timesteps, inputs.noisy):
+        steps = step.expand(len(noisy)).to(model.device)
+        output = model(noisy.to(model.device, model.dtype), timestep=steps, **conditions).sample
+        found.append(output[:, : noisy.shape[1]].float().cpu())
+    return torch.stack(found)
+
+
+def prediction_kind(pipeline) -> tuple:
+    """What must be equal for two models' predictions to be compared."""
+    config, kind = denoiser(pipeline).config, type(pipeline).__name__.replace("DDIM", "DDPM")
+    side = None if hasattr(pipeline, "text_encoder") else config.sample_size
+    return kind, pipeline.scheduler.config.get("prediction_type"), config.in_channels, side
+
+
+def error_groups(student: torch.Tensor, teacher: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Which of PLACE's groups each element belongs to, 0 for that of the smallest errors.
+
+    Args:
+        student: Predictions (C, h, w), as `teacher`.
+
+    Returns:
+        Integers (C, h, w).
+    """
+    errors = (student - teacher).square().flatten(1)
+    order = errors.sort(dim=-1, stable=True).indices  # as lift_place_loss sorts them
+    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+    return (ranks // group_size).view(student.shape)
+
+
+# -------------------------------------------------------------------------------------------------------- the pictures
+
+
+def draw_groups(predictions: dict[str, torch.Tensor], inputs: Inputs, group_size: int) -> Image.Image:
+    """The image, its noisy version, and the groups of each channel as a colour map; a row per student.
+
+    At the middle timestep of the grid, on the first image.
+    """
+    from matplotlib import colormaps
+
+    middle = len(inputs.timesteps) // 2
+    noisy, teacher = inputs.noisy[middle, 0], predictions["teacher"][middle, 0]
+    shown = ((noisy[:3].mean(0) / 4 + 0.5).clamp(0, 1) * 255).byte().numpy()
+    rows = []
+    for name, prediction in predictions.items():
+        if name == "teacher":
+            continue
+        groups = error_groups(prediction[middle, 0], teacher, group_size)[:4]
+        colours = colormaps["viridis"](groups / max(1, groups.max().item()))[..., :3]
+        maps = [Image.fromarray((colour * 255).astype("uint8")) for colour in colours]
+        rows.append((name, [inputs.images[0], Image.fromarray(shown), *maps]))
+    columns = ["image", f"noisy, t = {inputs.timesteps[middle]:.0f}"]
+    columns += [f"channel {channel}" for channel in range(len(rows[0][1]) - 2)]
+    return lift_utils.labelled_grid(rows, scale=scale_of(inputs.images[0], 128), columns=columns)
+
+
+def scale_of(image: Image.Image, side: int) -> int:
+    """The factor that brings a small image to about this side."""
+    return max(1, side // image.width)
+
+
+def plot_errors(predictions: dict[str, torch.Tensor], inputs: Inputs, path: Path) -> dict[str, list[float]]:
+    """Mean squared difference to the teacher by timestep, to a PNG; returns the values."""
+    from matplotlib.figure import Figure
+
+    errors = {
+        name: (prediction - predictions["teacher"]).square().mean(dim=(1, 2, 3, 4)).tolist()
+        for name, prediction in predictions.items()
+        if name != "teacher"
+    }
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for index, (name, values) in enumerate(errors.items()):
+        axis.semilogy(inputs.timesteps.tolist(), values, label=name, color=f"C{index}", marker=".", linewidth=1)
+    axis.set_xlabel("timestep (noise to the right)")
+    axis.set_ylabel("mean squared difference")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    return errors
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def read_quality(path: Path | None, contents: dict[str, str]) -> tuple[dict[str, dict], list[str], bool]:
+    """Each model's row of evaluate.py's results, remarks, and whether the features are Inception's."""
+    if path is None:
+        return {}, ["No quality: pass the JSON of evaluate.py as --results."], True
+    try:
+        results = json.loads(path.read_text())
+        rows = {row["contents"]: row for row in results["rows"]}
+        extractor, reference = results["extractor"]["name"], results["reference"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"--results {path} cannot be read: {lift_utils.reason(error)}; pass a JSON file of evaluate.py")
+    found = {name: rows[digest] for name, digest in contents.items() if digest in rows}
+    if not found:
+        fail(f"--results {path} has no row of these models; measure images that generate.py drew from them")
+    notes = [f"Quality: features by {extractor}, against {reference['source']}, {reference['images']:,} images."]
+    inception = extractor.startswith("Inception")
+    notes += [] if inception else ["The distance is no Inception FID and compares with no published figure."]
+    return found, notes + list_remarks(found), inception
+
+
+def make_table(facts: dict[str, dict], quality: dict[str, dict], inception: bool) -> str:
+    """The table as HTML, a row per model."""
+    keys = [key for key in QUALITY if any(row.get(key) is not None for row in quality.values())]
+    titles = [title_of(key, inception) for key in keys]
+    head = ["", *titles, "parameters", "share", "GMACs per pass", "latency per image", "peak memory"]
+    rows = [head]
+    for name, fact in facts.items():
+        cells = [name]
+        for key in keys:
+            value = quality.get(name, {}).get(key)
+            _, style, factor = COLUMNS[key]
+            cells.append("–" if value is None else f"{value * factor:{style}}")
+        cells += [f"{fact['parameters']:,}", f"{fact['parameters'] / facts['teacher']['parameters']:.1%}"]
+        cells += [f"{fact['macs'] / 1e9:.4g}", f"{fact['seconds']:.3g} s", f"{fact['bytes'] / 2**20:,.0f} MiB"]
+        rows.append(cells)
+    lines = [
+        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in zip(["th"] + ["td"] * len(facts), rows)
+    ]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222;
+  background: #fff; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { padding: .35em .6em; border-bottom: 1px solid #ddd; text-align: right; }
+th { vertical-align: bottom; } td { white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+.wide { overflow-x: auto; } img { max-width: 100%; height: auto; } li, p { max-width: 46em; }
+"""
+
+
+def make_page(title: str, sections: list[tuple[str, str, list[str], list[Path]]]) -> str:
+    """A self-contained page.
+
+    Args:
+        sections: Heading, HTML, remarks as plain text, and pictures.
+    """
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    for heading, content, remarks, pictures in sections:
+        body.append(f"<section><h2>{html.escape(heading)}</h2>{content}")
+        for path in pictures:
+            data = base64.b64encode(path.read_bytes()).decode()
+            body.append(
+                f'<div class="wide"><img alt="{html.escape(heading)}" src="data:image/png;base64,{data}"></div>'
+            )
+        body.append("<ul>" + "".join(f"<li>{html.escape(remark)}</li>" for remark in remarks) + "</ul></section>")
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+def look_at_models(models: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:
+    """Samples, facts and predictions of each model, which are loaded one after the other, the teacher first."""
+    found: dict[str, Any] = {"samples": {}, "facts": {}, "predictions": {}, "contents": {}, "remarks": []}
+    for name, model in models.items():
+        flags = flags_of(model, args)
+        pipeline = generate.load_pipeline(flags, pick_device())
+        conditions = generate.find_conditions(pipeline, flags)
+        images = generate.draw_images(pipeline, list(range(args.columns)), conditions, flags)
+        if name == "teacher":
+            real = [lift_utils.open_image({"path": str(path), "bytes": None}, "RGB") for path in real_images(args)]
+            inputs = make_inputs(pipeline, real or images, conditions, flags, args.timesteps)
+            args.resolution = flags.resolution  # the students draw as large as the teacher
+            found |= {"inputs": inputs, "kind": prediction_kind(pipeline), "conditions": conditions, "flags": flags}
+            try:
+                lift_utils.check_group_size(args.group_size, inputs.noisy[0, 0, 0].numel())
+            except ValueError as error:
+                fail(f"--group_size {args.group_size}: {error}")
+        elif prediction_kind(pipeline)[0] != found["kind"][0]:
+            fail(f"--students {model} is a {type(pipeline).__name__}, unlike the teacher; pass models of one kind")
+        if prediction_kind(pipeline) == found["kind"]:
+            found["predictions"][name] = predict(pipeline, found["inputs"])
+        else:
+            found["remarks"].append(f"{name} predicts something else than the teacher: left out.")
+        found["samples"][name] = images
+        found["facts"][name] = {
+            "parameters": denoiser(pipeline).num_parameters(),
+            "macs": count_macs(pipeline, found["inputs"]),
+        }
+        found["contents"][name] = generate.digest_model(flags)
+        del pipeline
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
+
+
+def real_images(args: argparse.Namespace) -> list[Path]:
+    """As many images of `--images` as there are columns, from all over the folder; none without the flag."""
+    files = list_images(args.images, "--images") if args.images else []
+    return files[:: max(1, len(files) // args.columns)][: args.columns]
+
+
+def label_columns(found: dict, args: argparse.Namespace) -> list[str] | None:
+    """What the columns of the samples are conditioned on."""
+    conditions = found["conditions"]
+    if conditions is None:
+        return None
+    given = [conditions[index % len(conditions)] for index in range(args.columns)]
+    if all(isinstance(entry, int) for entry in given):
+        return [f"class {entry}" for entry in given]
+    return [f"prompt {index % len(conditions) + 1}" for index in range(args.columns)]
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, draw, write the page."""
+    models = {"teacher": args.teacher, **dict(zip(args.names, args.students))}
+    for model in models.values():  # before minutes are spent
+        flags_of(model, args)
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}; pass another folder")
+    found = look_at_models(models, args)
+    quality, notes, inception = read_quality(args.results, found["contents"])
+    for name, cost in measure_costs(models, args).items():
+        found["facts"][name] |= cost
+    flags, inputs, predictions, output_dir = found["flags"], found["inputs"], found["predictions"], args.output_dir
+
+    # ---- pictures
+    columns, sample = label_columns(found, args), found["samples"]["teacher"][0]
+    rows = [(name, images) for name, images in found["samples"].items()]
+    lift_utils.labelled_grid(rows, scale_of(sample, 96), columns).save(output_dir / "samples.png")
+    curves = []
+    runs = {name: lift_utils.read_metrics(run / "metrics.jsonl") for name, run in args.runs.items()}
+    keys = [key for key in CURVES if any(key in row for rows in runs.values() for row in rows)]
+    for part in range(0, len(keys), 3):
+        curves.append(output_dir / f"curves-{part // 3 + 1}.png")
+        lift_utils.plot_curves(runs, keys[part : part + 3], curves[-1])
+    compared, errors = len(predictions) > 1, {}
+    if compared:
+        errors = plot_errors(predictions, inputs, output_dir / "errors.png")
+        draw_groups(predictions, inputs, args.group_size).save(output_dir / "groups.png")
+
+    # ---- page
+    drawn = f"Seed {args.seed}, {flags.sampler}, {flags.num_inference_steps} steps"
+    drawn += f", guidance {flags.guidance_scale}" if flags.guidance_scale is not None else ""
+    prompts = found["conditions"] if columns and columns[0].startswith("prompt") else []
+    device = pick_device()
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    cost = (
+        f"Latency and memory: {where}, {args.dtype}, whole images one by one ({drawn.split(', ', 1)[1]}), median of "
+    )
+    cost += f"{args.latency_images} after one, in a process of its own; memory beyond what it held before loading."
+    origin = f"images of {args.images}" if args.images else "the teacher's samples"
+    groups = (
+        f"Each channel's {inputs.noisy[0, 0, 0].numel()} elements, sorted by squared error and cut into groups of "
+    )
+    groups += f"{args.group_size}: dark is the group of the smallest errors, yellow that of the largest."
+    sections = [
+        (
+            "Samples",
+            "",
+            [f"{drawn}, {args.dtype}; a column per noise."]
+            + [f"Prompt {number}: {prompt}" for number, prompt in enumerate(prompts[: args.columns], 1)],
+            [output_dir / "samples.png"],
+        ),
+        ("Quality and cost", make_table(found["facts"], quality, inception), [*notes, cost], []),
+        (
+            "Training",
+            "",
+            [] if curves else ["No curves: no folder of --runs or --students has a metrics.jsonl."],
+            curves,
+        ),
+        (
+            "Error by timestep",
+            "",
+            [f"Student against teacher on the same noisy inputs of {origin}.", *found["remarks"]],
+            [output_dir / "errors.png"] if compared else [],
+        ),
+        ("PLACE's error groups", "", [groups] if compared else [], [output_dir / "groups.png"] if compared else []),
+    ]
+    title = f"{', '.join(args.names)} against {Path(args.teacher).name}"
+    (output_dir / "index.html").write_text(make_page(title, sections), encoding="utf-8")
+    summary = {"facts": found["facts"], "timesteps": inputs.timesteps.tolist(), "errors": errors}
+    (output_dir / "report.json").write_text(json.dumps(summary, indent=2))
+    print(f"{output_dir / 'index.html'}", flush=True)
+
+
+if __name__ == "__main__":
+    main(parse_args())

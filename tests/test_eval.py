@@ -1,0 +1,866 @@
+"""eval/: images that anyone can draw again, and the figures and the report made of them."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.error import URLError
+
+import cleanfid.downloads_helper
+import cleanfid.features
+import datasets
+import numpy as np
+import pytest
+import torch
+from cleanfid import fid
+from cleanfid.inception_torchscript import InceptionV3W
+from conftest import ROOT, TINY, launch, save_sd_pipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, UNet2DModel
+from PIL import Image
+from test_dit import save_dit_pipeline
+from test_sd3 import save_sd3_pipeline
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+import evaluate
+import generate
+import lift_utils
+import report
+
+
+PROMPTS = ["a photo of a dark bag", "a photo of a bright sneaker", "a bag"]
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def dit(tmp_path_factory) -> Path:
+    """With learned variance and the 1000 classes that DiTPipeline takes for granted."""
+    return save_dit_pipeline(tmp_path_factory.mktemp("dit"), num_layers=2)
+
+
+@pytest.fixture(scope="session")
+def sd3(tmp_path_factory) -> Path:
+    return save_sd3_pipeline(tmp_path_factory.mktemp("sd3"), absent=(3,), num_layers=2)
+
+
+@pytest.fixture
+def models(teacher, sd_teacher, dit, sd3, prompt_file) -> dict[str, list]:
+    """Flags that choose a model of each kind and what it is conditioned on."""
+    return {
+        "pixels": ["--model", teacher],
+        "sd": ["--model", sd_teacher, "--prompt_file", prompt_file],
+        "dit": ["--model", dit, "--classes", 3, 999, "ankle boot", 0],
+        "sd3": ["--model", sd3, "--prompt_file", prompt_file],
+    }
+
+
+@pytest.fixture
+def draw(run, tmp_path):
+    """`draw(*flags, name="images")` draws six images in two steps; returns their folder."""
+
+    def draw_into(*flags, name: str = "images") -> Path:
+        defaults = [] if "--num_images" in flags else ["--num_images", 6]
+        defaults += [] if "--num_inference_steps" in flags else ["--num_inference_steps", 2]
+        run("generate", "--output_dir", tmp_path / name, *defaults, *flags)
+        return tmp_path / name
+
+    return draw_into
+
+
+def read(folder: Path) -> np.ndarray:
+    """All images, int (N, H, W[, C]), in the order of their numbers."""
+    return np.stack([np.array(Image.open(path)) for path in sorted(folder.glob("*.png"))]).astype(int)
+
+
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        ("pixels", ["--sampler", "ddpm"]),
+        ("pixels", ["--sampler", "euler"]),
+        ("sd", []),
+        ("sd", ["--sampler", "dpm++", "--resolution", 16, "--guidance_scale", 1]),
+        ("dit", []),
+        ("dit", ["--sampler", "unipc", "--guidance_scale", 1]),
+        ("sd3", []),
+        ("sd3", ["--sampler", "heun", "--resize", 8]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else value,
+)
+def test_an_image_depends_on_its_number_alone(draw, models, kind, flags):
+    """Batches of one, four and seven images: they differ by a grey level at most. Another seed is another image."""
+    whole, single = (draw(*models[kind], *flags, "--batch_size", size, name=f"{size}") for size in (4, 1))
+    images = read(whole)
+    assert len(images) == 6 and np.abs(images - read(single)).max() <= 1
+    side = {"pixels": 16, "sd": 32, "dit": 32, "sd3": 32}[kind]
+    side = flags[flags.index("--resolution") + 1] if "--resolution" in flags else side
+    side = 8 if "--resize" in flags else side
+    assert images.shape[1:3] == (side, side) and images.std() > 2
+    assert all(np.abs(images[0] - other).max() > 8 for other in images[1:])  # nor are they one and the same
+    more = read(draw(*models[kind], *flags, "--batch_size", 7, "--num_images", 7, name="7"))
+    assert np.abs(images - more[:6]).max() <= 1
+    other = read(draw(*models[kind], *flags, "--batch_size", 7, "--seed", 1, name="seed"))
+    assert np.abs(images - other).max() > 8
+
+
+def test_published_protocol_by_default(draw, models, sd3):
+    found = {}
+    for kind, flags in models.items():
+        folder = draw(*flags, "--num_images", 1, name=kind)
+        said = manifest(folder)
+        found[kind] = said["sampler"], said["guidance_scale"], said["scheduler"]["class"]
+        assert said["dtype"] == "float32" and said["seed"] == 0 and said["num_inference_steps"] == 2
+        assert torch.__version__.startswith(said["versions"]["torch"]) and said["contents"].startswith("sha256:")
+    assert found == {
+        "pixels": ("ddim", None, "DDIMScheduler"),
+        "sd": ("pndm", 7.5, "PNDMScheduler"),
+        "dit": ("ddpm", 1.5, "DDPMScheduler"),
+        "sd3": ("euler", 7.0, "FlowMatchEulerDiscreteScheduler"),
+    }
+    assert manifest(Path(folder.parent / "dit"))["scheduler"]["variance_type"] == "learned_range"
+    assert manifest(Path(folder.parent / "dit"))["classes"] == [3, 999, 999, 0]
+    assert manifest(folder)["prompts"] == PROMPTS and manifest(folder)["pipeline"] == "StableDiffusion3Pipeline"
+
+
+def test_images_are_those_of_diffusers_own_pipelines(draw, models, teacher, dit):
+    generators = [generate.seeded(0, index) for index in range(6)]
+    pipeline = DDIMPipeline.from_pretrained(teacher)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    theirs = pipeline(6, generators, num_inference_steps=2).images
+    assert np.array_equal(read(draw(*models["pixels"])), np.stack([np.array(image) for image in theirs]))
+
+    generators = [generate.seeded(0, index) for index in range(6)]
+    theirs = DiTPipeline.from_pretrained(dit)(
+        [3, 999, 999, 0, 3, 999], guidance_scale=2.0, generator=generators, num_inference_steps=2
+    ).images
+    ours = draw(*models["dit"], "--sampler", "as_saved", "--guidance_scale", 2, name="dit")
+    assert np.abs(read(ours) - np.stack([np.array(image) for image in theirs])).max() <= 1
+
+
+def test_null_class_is_the_models_own(draw, tmp_path):
+    """Guidance of a DiT of ten classes, whose null class is number 10; DiTPipeline would look up number 1000."""
+    small = save_dit_pipeline(tmp_path / "ten", num_layers=1, num_embeds_ada_norm=10)
+    images = read(draw("--model", small, "--classes", 1, "--num_images", 2, "--guidance_scale", 4))
+    plain = read(draw("--model", small, "--classes", 1, "--num_images", 2, "--guidance_scale", 1, name="plain"))
+    assert np.abs(images - plain).max() > 1
+
+
+def test_sd3_with_a_vae_that_shifts_nothing(draw, sd3, prompt_file, tmp_path):
+    """Its config says null, as an AutoencoderKL's does by default; StableDiffusion3Pipeline would add that."""
+    flags = ("--prompt_file", prompt_file, "--num_images", 1)
+    images = []
+    for name, shift in (("null", None), ("zero", 0.0)):
+        model = shutil.copytree(sd3, tmp_path / f"model-{name}")
+        config = json.loads((model / "vae" / "config.json").read_text())
+        (model / "vae" / "config.json").write_text(json.dumps({**config, "shift_factor": shift}))
+        images.append(read(draw("--model", model, *flags, name=name)))
+    assert np.array_equal(*images)
+
+
+def test_learned_variance_is_used(draw, models):
+    """`ddpm` on a DiT draws its noise with the model's own variance, `as_saved` (DDIM here) draws none."""
+    learned = read(draw(*models["dit"], "--guidance_scale", 1))
+    generators = [generate.seeded(0, index) for index in range(6)]
+    pipeline = DiTPipeline.from_pretrained(models["dit"][1])
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, variance_type="learned_range", clip_sample=False)
+    scheduler.set_timesteps(2)
+    noisy = torch.cat([torch.randn(1, 4, 8, 8, generator=generator) for generator in generators])
+    labels = torch.tensor([3, 999, 999, 0, 3, 999])
+    with torch.no_grad():
+        for step in scheduler.timesteps:
+            output = pipeline.transformer(noisy, timestep=step.expand(6), class_labels=labels).sample
+            noisy = scheduler.step(output, step, noisy, generator=generators).prev_sample
+        pixels = pipeline.vae.decode(noisy / pipeline.vae.config.scaling_factor).sample
+    wanted = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
+    assert np.abs(learned - wanted).max() <= 1
+    fixed = read(draw(*models["dit"], "--guidance_scale", 1, "--sampler", "as_saved", name="fixed"))
+    assert np.abs(learned - fixed).max() > 8
+
+
+def test_two_processes_equal_one(draw, teacher, tmp_path):
+    flags = ("--sampler", "ddpm", "--num_inference_steps", 2, "--batch_size", 2, "--num_images", 7)
+    one = draw("--model", teacher, *flags, name="one")
+    command = ("eval/generate.py", "--model", teacher, "--output_dir", tmp_path / "two", *flags)
+    finished = launch(*command, prefix=("torch.distributed.run", "--nproc_per_node", "2"))
+    assert finished.returncode == 0, finished.stdout
+    assert "Images (2 processes): 100%" in finished.stdout and "7 images in" in finished.stdout
+    assert np.array_equal(read(one), read(tmp_path / "two"))
+    assert manifest(one) == {**manifest(tmp_path / "two"), "model": manifest(one)["model"]}
+
+
+def test_interrupted_and_resumed_equals_whole(draw, models, monkeypatch):
+    flags = (*models["pixels"], "--batch_size", 4, "--sampler", "ddpm", "--num_images", 10)
+    whole = draw(*flags, name="whole")
+    save, count = generate.save_image, [0]
+
+    def stop_after_six(image, path):
+        count[0] += 1
+        if count[0] == 7:
+            path.with_name(f".{path.name}").write_bytes(b"half of it")
+            raise KeyboardInterrupt
+        save(image, path)
+
+    monkeypatch.setattr(generate, "save_image", stop_after_six)
+    with pytest.raises(KeyboardInterrupt):
+        draw(*flags, name="parts")
+    monkeypatch.setattr(generate, "save_image", save)
+    folder = whole.parent / "parts"
+    assert len(list(folder.glob("*.png"))) == 7 and len(list(folder.glob("[0-9]*.png"))) == 6  # and one half-written
+    damaged, kept = folder / "000001.png", folder / "000002.png"
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    before = kept.stat().st_mtime_ns
+    draw(*flags, name="parts")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in whole.iterdir())
+    assert np.array_equal(read(folder), read(whole)) and kept.stat().st_mtime_ns == before
+
+    draw(*flags[:-1], 12, name="parts")  # more of them, by the same command
+    assert len(read(folder)) == 12 and np.array_equal(read(folder)[:10], read(whole))
+    assert manifest(folder)["num_images"] == 12
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--seed", 1], "--seed is 1 but was 0"),
+        (["--num_inference_steps", 3], "--num_inference_steps is 3 but was 2"),
+        (["--sampler", "ddpm"], "--sampler"),
+        (["--batch_size", 3], "--batch_size"),
+        (["--resize", 8], "--resize is 8 but was None"),
+        (["--dtype", "bfloat16"], "--dtype is bfloat16"),
+        (["--num_images", 1], "--num_images 1 is fewer than the 2"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_folder_of_other_settings_is_refused(draw, teacher, capsys, flags, names):
+    folder = draw("--model", teacher, "--num_images", 2)
+    before = read(folder)
+    with pytest.raises(SystemExit, match=names):
+        draw("--model", teacher, *(["--num_images", 2] if "--num_images" not in flags else []), *flags)
+    assert np.array_equal(read(folder), before)
+
+
+def test_a_folder_of_another_model_is_refused(draw, teacher, dit, sd_teacher, prompt_file, tmp_path):
+    copy = shutil.copytree(teacher, tmp_path / "copy")
+    draw("--model", teacher, "--num_images", 1)
+    draw("--model", copy, "--num_images", 2)  # the same contents elsewhere are the same model
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(SystemExit, match="--model's files are others than for the images"):
+        draw("--model", copy, "--num_images", 2)
+    sd = ("--model", sd_teacher, "--num_images", 1, "--prompt_file")
+    draw(*sd, prompt_file, name="sd")
+    (tmp_path / "other.txt").write_text("a bag\n")
+    with pytest.raises(SystemExit, match="the prompts of --prompt_file are others than for"):
+        draw(*sd, tmp_path / "other.txt", name="sd")
+    (tmp_path / "foreign").mkdir()
+    shutil.copy(tmp_path / "images" / "000000.png", tmp_path / "foreign" / "a.png")
+    with pytest.raises(SystemExit, match=r"--output_dir .*foreign holds images of another origin"):
+        draw("--model", teacher, name="foreign")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(draw, models, dtype):
+    for kind in ("pixels", "dit", "sd"):
+        exact, half = (
+            read(draw(*models[kind], "--num_images", 2, "--dtype", name, name=f"{kind}-{name}"))
+            for name in ("float32", dtype)
+        )
+        assert np.abs(exact - half).mean() < 8  # the same noise in fewer bits, not other noise
+
+
+def test_bad_input_of_generation(draw, models, teacher, sd_teacher, sd3, dit, tmp_path):
+    (tmp_path / "gap.txt").write_text("a bag\n\na sneaker\n")
+    (tmp_path / "none.txt").write_text("")
+    (tmp_path / "folder").mkdir()
+    broken = shutil.copytree(teacher, tmp_path / "broken")
+    (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"short")
+    for flags, message in (
+        (["--model", tmp_path / "folder"], "--model .*folder does not load"),
+        (["--model", tmp_path / "nowhere"], "--model .*nowhere is no folder; pass a pipeline folder"),
+        (["--model", teacher / "unet"], "--model .*unet does not load"),
+        (["--model", broken], "--model .*broken does not load"),
+        (["--model", sd_teacher], "--prompt_file is missing"),
+        (["--model", sd_teacher, "--prompt_file", tmp_path / "gap.txt"], "gap.txt has no prompt on line 2"),
+        (["--model", sd_teacher, "--prompt_file", tmp_path / "none.txt"], "none.txt is empty"),
+        (["--model", sd_teacher, "--prompt_file", tmp_path / "no.txt"], "no.txt cannot be read"),
+        ([*models["sd"], "--resolution", 30], "--resolution 30 does not fit the VAE; pass a multiple of 8"),
+        ([*models["sd"], "--classes", 1], "--classes .* does not fit: .* takes prompts"),
+        ([*models["sd3"], "--sampler", "ddim"], "--sampler ddim is not for flow matching"),
+        (["--model", dit, "--classes", 1000], "--classes 1000 is no class"),
+        (["--model", dit, "--classes", "cat"], "--classes cat is no class"),
+        (["--model", teacher, "--guidance_scale", 2], "--guidance_scale 2.0 is for prompts and classes"),
+        (["--model", teacher, "--resolution", 32], "--resolution 32 is for text-to-image"),
+        (["--model", teacher, "--prompt_file", tmp_path / "gap.txt"], "is unconditional; drop the flag"),
+        (["--model", teacher, "--batch_size", 0], "--batch_size 0 is too small"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            draw(*flags)
+    assert not (tmp_path / "images").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+class Pool(torch.nn.Module):
+    """Twelve features, the mean colours of the image's quarters, and logits of dark and bright."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        bright = images.mean(dim=(1, 2, 3)) / 255 - 0.5
+        logits = torch.stack([-1000 * bright, 1000 * bright], dim=1)
+        return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1) / 255, logits
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pool") / "pool.pt"
+    torch.jit.script(Pool()).save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory) -> dict[str, Path]:
+    """Two folders of 60 coloured images of noise, 12 x 12, of different brightness."""
+    root, random = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
+    for name, low, high in (("a", 0, 200), ("b", 90, 256)):
+        (root / name).mkdir()
+        for index in range(60):
+            pixels = random.integers(low, high, (4, 4, 3)).repeat(3, 0).repeat(3, 1).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index:03d}.png")
+    return {"a": root / "a", "b": root / "b"}
+
+
+@pytest.fixture
+def score(tmp_path, monkeypatch):
+    """`score(*flags)` runs evaluate.py and returns its results, and results["text"], the Markdown."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def evaluate_into(*flags, output: str = "results") -> dict:
+        command = ["--output", tmp_path / output, "--statistics_dir", tmp_path / "statistics", *flags]
+        evaluate.main(evaluate.parse_args([str(part) for part in command]))
+        results = json.loads((tmp_path / f"{output}.json").read_text())
+        return {**results, "text": (tmp_path / f"{output}.md").read_text()}
+
+    return evaluate_into
+
+
+def test_frechet_distance_of_known_gaussians():
+    random = np.random.default_rng(0)
+    basis = np.linalg.qr(random.normal(size=(6, 6)))[0]
+    first, second = random.uniform(0.1, 4, 6), random.uniform(0.1, 4, 6)
+    # Covariances that share their axes: the roots of the variances are compared.
+    a, b = basis * first @ basis.T, basis * second @ basis.T
+    shift = random.normal(size=6)
+    wanted = np.square(shift).sum() + np.square(np.sqrt(first) - np.sqrt(second)).sum()
+    assert evaluate.frechet_distance(shift, a, np.zeros(6), b) == pytest.approx(wanted, rel=1e-9)
+    # And any two, by clean-fid's matrix root.
+    c = np.cov(random.normal(size=(6, 50)))
+    theirs = fid.frechet_distance(shift, a, np.ones(6), c)
+    assert evaluate.frechet_distance(shift, a, np.ones(6), c) == pytest.approx(theirs, rel=1e-6)
+    singular = np.diag([1.0, 0, 0, 0, 0, 0])
+    assert evaluate.frechet_distance(shift, singular, shift, singular) == pytest.approx(0, abs=1e-9)
+
+
+def test_figures_are_clean_fids(score, noise, pool):
+    """The whole way from files: decoding, resizing, features, distance."""
+    model = torch.jit.load(str(pool))
+    extract = {"device": torch.device("cpu"), "num_workers": 0, "verbose": False, "mode": "clean"}
+    folders = [str(noise[name]) for name in "ab"]
+    theirs = fid.compute_fid(*folders, custom_feat_extractor=lambda images: model(images)[0], **extract)
+    features = [fid.get_folder_features(folder, lambda images: model(images)[0], **extract) for folder in folders]
+    np.random.seed(0)
+    kid = fid.kernel_distance(features[1], features[0])
+
+    results = score("--images", noise["a"], "--reference", noise["b"], "--features", pool, "--features_size", 299)
+    row = results["rows"][0]
+    assert theirs > 0.1 and row["fid"] == pytest.approx(theirs, rel=1e-5)
+    assert kid > 0.01 and row["kid"] == pytest.approx(kid, rel=0.2)  # other subsets
+    np.random.seed(0)
+    ours, reference = (part.astype(np.float64) for part in features)
+    assert row["kid"] == pytest.approx(fid.kernel_distance(ours, reference), rel=1e-5)
+    assert "pool.pt at 299 px" in results["text"] and "No Inception FID" in results["text"]
+    assert "| FID |" not in results["text"] and "Fréchet distance" in results["text"]
+    assert "60 images and 60 reference images: fewer than 10,000" in results["text"]
+
+
+def test_identical_folders(score, noise, pool, tmp_path):
+    twin = shutil.copytree(noise["a"], tmp_path / "twin")
+    flags = ("--reference", noise["a"], "--features", pool, "--num_workers", 1)
+    same, other = score("--images", twin, noise["b"], *flags)["rows"]
+    assert same["name"] == "twin" and other["name"] == "b" and same["images"] == 60
+    assert abs(same["fid"]) < 1e-9 < 0.1 < other["fid"]
+    assert same["kid"] < 1e-3 < other["kid"]
+    assert same["precision"] == same["recall"] == 1 and other["precision"] < 0.5
+    assert same["size"] == [12, 12]
+
+
+def test_inception_score(score, tmp_path, pool):
+    """Half of the images surely dark, half surely bright: two classes. All dark: one."""
+    for name, levels in (("two", (20, 230)), ("one", (20, 30))):
+        (tmp_path / name).mkdir()
+        for index in range(200):
+            Image.new("RGB", (4, 4), (levels[index % 2],) * 3).save(tmp_path / name / f"{index}.png")
+    two, one = score(
+        *("--images", tmp_path / "two", tmp_path / "one", "--reference", tmp_path / "two", "--features", pool)
+    )["rows"]
+    assert two["inception_score"] == pytest.approx(2, abs=0.06)  # of 20 images at a time, not quite half each
+    assert one["inception_score"] == pytest.approx(1)
+
+
+def test_statistics_are_kept_and_found_again(score, noise, pool, tmp_path, monkeypatch):
+    reference = shutil.copytree(noise["b"], tmp_path / "reference")
+    measured, measure = [], evaluate.measure
+    monkeypatch.setattr(
+        evaluate, "measure", lambda images, *rest: measured.append(len(images)) or measure(images, *rest)
+    )
+    flags = ("--images", noise["a"], "--features", pool, "--reference")
+    first = score(*flags, reference)
+    assert measured == [60, 60]
+    again = score(*flags, reference)
+    kept = list((tmp_path / "statistics").iterdir())
+    assert measured == [60, 60, 60] and len(kept) == 1
+    by_name = score(*flags, kept[0])
+    for row in (again["rows"][0], by_name["rows"][0]):
+        assert {key: row[key] for key in ("fid", "kid", "precision", "recall")} == {
+            key: first["rows"][0][key] for key in ("fid", "kid", "precision", "recall")
+        }
+    (reference / "000.png").unlink()  # other contents are other statistics
+    assert score(*flags, reference)["reference"]["images"] == 59
+    score(*flags, reference, "--features_size", 8)
+    score(*flags, reference, "--features_size", 8, "--reference_resolution", 6)
+    assert len(list((tmp_path / "statistics").iterdir())) == 4
+
+    twice = tmp_path / "twice.pt"  # another extractor
+    torch.jit.script(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())).save(str(twice))
+    with pytest.raises(SystemExit, match="features of another extractor"):
+        score("--images", noise["a"], "--reference", kept[0], "--features", twice)
+    with np.load(kept[0]) as file:
+        np.savez(tmp_path / "foreign.npz", mu=file["mu"], sigma=file["sigma"])  # as other programs save them
+    foreign = score(*flags, tmp_path / "foreign.npz")
+    assert foreign["rows"][0]["fid"] == pytest.approx(first["rows"][0]["fid"])
+    assert foreign["rows"][0]["kid"] is None and "come without features" in foreign["text"]
+
+
+def test_of_large_sets_some_features_are_kept(score, noise, pool, tmp_path, monkeypatch):
+    """FID sees all images, KID a part of them."""
+    flags = ("--images", noise["a"], "--reference", noise["b"], "--features", pool, "--batch_size", 7)
+    whole = score(*flags)["rows"][0]
+    shutil.rmtree(tmp_path / "statistics")
+    monkeypatch.setattr(evaluate, "KEPT", 25)
+    part, again = score(*flags), score(*flags)  # the second time from the file
+    (path,) = (tmp_path / "statistics").iterdir()
+    with np.load(path) as file:
+        assert file["feats"].shape == (25, 12) and file["count"] == 60
+    for results in (part, again):
+        assert results["rows"][0]["fid"] == pytest.approx(whole["fid"]) and results["reference"]["images"] == 60
+        assert results["rows"][0]["kid"] == part["rows"][0]["kid"] != whole["kid"]
+
+
+def test_reference_from_a_dataset(score, noise, pool, monkeypatch):
+    paths = [str(path) for path in sorted(noise["b"].iterdir())]
+    data = datasets.Dataset.from_dict({"image": paths, "label": [0] * 60}).cast_column("image", datasets.Image())
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: data)
+    flags = ("--images", noise["a"], "--features", pool)
+    ours, theirs = (score(*flags, "--reference", source) for source in ("owner/name", noise["b"]))
+    assert ours["rows"][0]["fid"] == pytest.approx(theirs["rows"][0]["fid"])
+    assert ours["reference"] == {**theirs["reference"], "source": "owner/name"}
+    for column, message in (("picture", "choose one of image, label"), ("label", "pass the column of the images")):
+        with pytest.raises(SystemExit, match=f"--image_column {column} .*{message}"):
+            score(*flags, "--reference", "owner/name", "--image_column", column)
+
+
+class FakeInception(torch.nn.Module):
+    """The interface of the file that clean-fid loads: `layers` gives 2048 features, the whole probabilities."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 2048))
+        self.output = torch.nn.Linear(2048, 3)
+
+    def forward(self, images: torch.Tensor, return_features: bool = False, no_output_bias: bool = False):
+        features = self.layers((images - 128) / 128)
+        if return_features:
+            return features
+        bias = None if no_output_bias else self.output.bias
+        return torch.nn.functional.linear(features, self.output.weight, bias).softmax(1)
+
+
+def test_inception_by_clean_fid(score, noise, tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "hub" / "checkpoints" / "inception-2015-12-05.pt"
+    path.parent.mkdir(parents=True)
+    torch.jit.script(FakeInception()).save(str(path))
+    results = score("--images", noise["a"], "--reference", noise["b"])
+    row = results["rows"][0]
+    assert results["extractor"]["name"] == "Inception (clean-fid)" and results["extractor"]["dimensions"] == 2048
+    assert row["fid"] is None and "60 images and 60 reference images are too few" in row["remarks"][0]
+    wrapper = InceptionV3W(str(path.parent), download=False)
+    extract = {"device": torch.device("cpu"), "num_workers": 0, "verbose": False}
+    ours, theirs = (fid.get_folder_features(str(noise[name]), wrapper, **extract).astype(float) for name in "ab")
+    np.random.seed(0)
+    assert row["kid"] == pytest.approx(fid.kernel_distance(ours, theirs), rel=1e-4)
+    assert row["inception_score"] > 1 and "| IS |" in results["text"] and "KID" in results["text"]
+    assert "No Inception FID" not in results["text"]
+
+
+def test_inception_that_cannot_be_fetched(score, noise, tmp_path, monkeypatch):
+    def no_network(folder):
+        Path(folder, "inception-2015-12-05.pt").write_bytes(b"the first half")
+        raise URLError("no network")
+
+    monkeypatch.setattr(cleanfid.downloads_helper, "check_download_inception", no_network)
+    with pytest.raises(SystemExit, match=r"put https://.*/inception-2015-12-05.pt there, or pass --features"):
+        score("--images", noise["a"], "--reference", noise["b"])
+    assert not list((tmp_path / "hub" / "checkpoints").iterdir())
+
+
+def test_published_statistics(score, noise, pool, tmp_path, monkeypatch):
+    path = tmp_path / "inception-2015-12-05.pt"
+    torch.manual_seed(0)
+    torch.jit.script(FakeInception()).save(str(path))
+    features, asked = np.random.default_rng(0).normal(size=(50, 2048)), []
+
+    def fetch(local_folder, url):
+        asked.append(url.rsplit("/", 1)[1])
+        np.savez(tmp_path / "published.npz", feats=features, mu=features.mean(0), sigma=np.cov(features.T))
+        return str(tmp_path / "published.npz")
+
+    monkeypatch.setattr(cleanfid.features, "check_download_url", fetch)
+    flags = ("--images", noise["a"], "--inception", tmp_path, "--reference")
+    assert score(*flags, "clean-fid:cifar10:32:train")["rows"][0]["kid"] is not None
+    assert asked == ["cifar10_clean_train_32.npz", "cifar10_clean_train_32_kid.npz"]
+    with pytest.raises(SystemExit, match="pass clean-fid:NAME:RESOLUTION:SPLIT"):
+        score(*flags, "clean-fid:cifar10")
+    with pytest.raises(SystemExit, match="holds features by Inception; drop --features"):
+        score("--images", noise["a"], "--features", pool, "--reference", "clean-fid:cifar10:32:train")
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory, sd_teacher) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = CLIPTokenizer.from_pretrained(sd_teacher / "tokenizer")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CLIPConfig(
+        text_config={**shape, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 24},
+        vision_config={**shape, "image_size": 32, "patch_size": 8},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+    return folder
+
+
+def test_clip_score(score, draw, models, clip, pool, noise):
+    images = draw(*models["sd"], "--num_images", 5)
+    flags = ("--images", images, "--reference", images, "--features", pool, "--clip_model", clip)
+    row = score(*flags, "--batch_size", 2)["rows"][0]
+    model = CLIPModel.from_pretrained(clip).eval()
+    tokenizer, processor = CLIPTokenizer.from_pretrained(clip), CLIPImageProcessor.from_pretrained(clip)
+    cosines = []
+    for index, prompt in enumerate([*PROMPTS, *PROMPTS][:5]):
+        pixels = processor(images=Image.open(images / f"{index:06d}.png"), return_tensors="pt")
+        output = model(**tokenizer(prompt, return_tensors="pt"), **pixels)
+        cosines.append((output.image_embeds * output.text_embeds).sum().item())  # both of length 1
+    assert row["clip_score"] == pytest.approx(np.mean(cosines), abs=1e-5) and np.std(cosines) > 1e-4
+    with pytest.raises(SystemExit, match=r"needs prompts, and .* has none"):
+        score("--images", noise["a"], *flags[2:])
+
+
+def test_table_of_several_students(score, draw, models, pool, images):
+    """What each manifest says stands beside the figures."""
+    teacher = draw(*models["pixels"], "--num_images", 20, name="teacher")
+    student = draw(*models["pixels"], "--num_images", 20, "--seed", 1, "--sampler", "ddpm", name="student")
+    results = score("--images", teacher, student, "--reference", images, "--features", pool)
+    names = [line.split(" | ")[0] for line in results["text"].splitlines() if line.startswith("| ")]
+    assert names == ["|", "| teacher", "| student"]
+    first, second = results["rows"]
+    assert (first["sampler"], first["seed"], second["sampler"], second["seed"]) == ("ddim", 0, "ddpm", 1)
+    assert first["contents"] == second["contents"] and first["versions"]["diffusers"]
+    assert results["versions"]["clean-fid"] and "| 20 |" in results["text"] and "| ddpm | 2 |" in results["text"]
+
+
+def test_bad_input_of_evaluation(score, draw, models, noise, pool, images, teacher, tmp_path):
+    for name in ("empty", "mixed", "broken", "single"):
+        (tmp_path / name).mkdir()
+    shutil.copy(noise["a"] / "000.png", tmp_path / "single")
+    for name, content in (("mixed", None), ("broken", b"\x89PNG no more")):
+        for index in range(3):
+            shutil.copy(noise["a"] / f"{index:03d}.png", tmp_path / name)
+        if content:
+            (tmp_path / name / "bad.png").write_bytes(content)
+    Image.new("RGB", (20, 10)).save(tmp_path / "mixed" / "wide.png")
+    (tmp_path / "plain.pt").write_bytes(b"no archive")
+    torch.jit.script(torch.nn.Identity()).save(str(tmp_path / "identity.pt"))
+    unfinished = draw(*models["pixels"], "--num_images", 3)
+    (unfinished / "000001.png").unlink()
+    np.save(tmp_path / "array.npz", np.zeros(3))
+    pooled, against = ("--features", pool), ("--reference", noise["b"])
+    for flags, message in (
+        (["--images", tmp_path / "empty", *against, *pooled], "--images .*empty holds no images"),
+        (["--images", tmp_path / "nowhere", *against, *pooled], "--images .*nowhere is no folder"),
+        (["--images", tmp_path / "mixed", *against, *pooled], r"mixes sizes, 12x12 and 20x10 \(.*wide.png\)"),
+        (["--images", noise["a"], "--reference", tmp_path / "mixed", *pooled], "pass --reference_resolution"),
+        (["--images", tmp_path / "broken", *against, *pooled], "bad.png cannot be read; repair or remove"),
+        (["--images", tmp_path / "single", *against, *pooled], "holds 1 image; .* FID more than 12"),
+        (["--images", unfinished, *against, *pooled], "holds 2 of the 3 images of its manifest"),
+        (["--images", noise["a"], noise["a"], *against, *pooled], "is passed twice"),
+        (["--images", images, *against, *pooled], "is 16x16 and the reference 12x12; pass --features_size"),
+        (["--images", noise["a"], "--reference", "no/such", *pooled], "--reference no/such is no folder, and does"),
+        (["--images", noise["a"], "--reference", tmp_path / "no.npz", *pooled], "no.npz cannot be read"),
+        (["--images", noise["a"], "--reference", tmp_path / "array.npz", *pooled], "array.npz cannot be read"),
+        (["--images", noise["a"], *against, "--features", tmp_path / "plain.pt"], "plain.pt does not load"),
+        (["--images", noise["a"], *against, "--features", tmp_path / "identity.pt"], r"returns \(32, 3, 12, 12\)"),
+        (["--images", noise["a"], *against, "--features_size", 8], "--features_size 8 is for --features"),
+        (["--images", noise["a"], *against, *pooled, "--clip_model", tmp_path], "needs prompts"),
+        (["--images", noise["a"], *against, *pooled, "--batch_size", 0], "--batch_size 0 is too small"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            score(*flags)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_reference_of_mixed_sizes_is_cropped(score, noise, pool, tmp_path):
+    """As `--reference_resolution` does it: the shorter side reduced, the longer one cropped at its centre."""
+    (tmp_path / "wide").mkdir()
+    (tmp_path / "square").mkdir()
+    for index in range(20):
+        image = Image.open(noise["b"] / f"{index:03d}.png")
+        image.save(tmp_path / "square" / f"{index}.png")
+        frame = Image.new("RGB", (12 + 2 * (index + 1), 12))
+        frame.paste(image, (index + 1, 0))
+        frame.save(tmp_path / "wide" / f"{index}.png")
+    flags = ("--images", noise["a"], "--features", pool, "--reference_resolution", 12, "--reference")
+    wide, square = (score(*flags, tmp_path / name)["rows"][0] for name in ("wide", "square"))
+    assert wide["fid"] == pytest.approx(square["fid"]) and wide["fid"] > 0.1
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+@pytest.fixture(scope="session")
+def students(tmp_path_factory, teacher) -> list[Path]:
+    """A narrower U-Net with metrics of a run, and the teacher's twin."""
+    root = tmp_path_factory.mktemp("students")
+    torch.manual_seed(1)
+    narrow = UNet2DModel(**{**TINY, "block_out_channels": [8, 16]})
+    DDPMPipeline(narrow, DDPMScheduler()).save_pretrained(root / "narrow")
+    rows = [{"step": step, "loss": 1 / step, "coarse": 2 / step, "weight": 0.5} for step in range(1, 9)]
+    (root / "narrow" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(teacher, root / "twin")
+    return [root / "narrow", root / "twin"]
+
+
+class Page(HTMLParser):
+    """What a page refers to, its headings and its table."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.sources, self.headings, self.rows, self.open = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert tag in self.open, f"</{tag}> without <{tag}>"
+        while self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture
+def write_report(tmp_path, monkeypatch):
+    """`write_report(teacher, students, *flags)` returns the folder; costs are measured in this process, for speed."""
+    monkeypatch.setattr(
+        report,
+        "measure_costs",
+        lambda models, args: {name: report.measure_cost(model, args, 1) for name, model in models.items()},
+    )
+
+    def write_into(teacher, students, *flags, steps: int = 2) -> Path:
+        command = ["--teacher", teacher, "--students", *students, "--output_dir", tmp_path / "report"]
+        command += ["--num_inference_steps", steps, "--columns", 3, "--timesteps", 4, "--latency_images", 1, *flags]
+        report.main(report.parse_args([str(part) for part in command]))
+        return tmp_path / "report"
+
+    return write_into
+
+
+def test_report_of_pixels(write_report, draw, score, images, pool, teacher, students, tmp_path):
+    """As a user has it: images drawn and measured, then the report."""
+    folders = [draw("--model", model, "--num_images", 20, name=model.name) for model in (teacher, *students)]
+    score("--images", *folders, "--reference", images, "--features", pool)
+    write_report(teacher, students, "--results", tmp_path / "results.json", "--images", images, "--timesteps", 10)
+
+    text = (tmp_path / "report" / "index.html").read_text()
+    page = Page(text)
+    assert not page.open[:-1] and page.headings[:2] == ["Samples", "Quality and cost"]
+    pictures = sorted((tmp_path / "report").glob("*.png"))
+    assert [path.name for path in pictures] == ["curves-1.png", "errors.png", "groups.png", "samples.png"]
+    assert len(page.sources) == 4 and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert not re.search(r"https?://|@import|url\(", text)
+
+    head, *rows = page.rows
+    table = {row[0]: dict(zip(head, row)) for row in rows}
+    assert list(table) == ["teacher", "narrow", "twin"]
+    measured = {row["contents"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    wide, narrow = (UNet2DModel.from_pretrained(model / "unet") for model in (teacher, students[0]))
+    assert table["teacher"]["parameters"] == f"{wide.num_parameters():,}"
+    assert table["narrow"]["share"] == f"{narrow.num_parameters() / wide.num_parameters():.1%}"
+    fid = measured[manifest(folders[1])["contents"]]["fid"]
+    assert table["narrow"]["Fréchet distance"] == f"{fid:.2f}" != table["teacher"]["Fréchet distance"]
+    assert "no Inception FID" in text and table["twin"]["images"] == "20"
+
+    summary = json.loads((tmp_path / "report" / "report.json").read_text())
+    facts = summary["facts"]
+    assert facts["twin"]["macs"] == facts["teacher"]["macs"] > 2 * facts["narrow"]["macs"]
+    assert all(0.001 < fact["seconds"] < 60 for fact in facts.values())
+    assert summary["timesteps"] == [50, 150, 250, 350, 450, 550, 650, 750, 850, 950]
+    assert summary["errors"]["twin"] == [0] * 10 and min(summary["errors"]["narrow"]) > 1e-4
+
+
+def test_costs_are_measured_in_a_new_process(teacher, tmp_path):
+    command = (
+        "--teacher",
+        teacher,
+        "--students",
+        tmp_path / "any",
+        "--num_inference_steps",
+        2,
+        "--output_dir",
+        tmp_path,
+    )
+    args = report.parse_args([str(part) for part in command])
+    ballast = torch.ones(2**27)  # 512 MiB in this process are not to show
+    cost = report.measure_costs({"teacher": str(teacher)}, args)["teacher"]
+    assert len(ballast) == 2**27 and 2**20 < cost["bytes"] < 2**28 and 0.001 < cost["seconds"] < 60
+
+
+def test_error_by_timestep_is_what_it_says(write_report, teacher, students, images):
+    folder = write_report(teacher, students, "--images", images)
+    summary = json.loads((folder / "report.json").read_text())
+    clean = [np.array(Image.open(path)) for path in sorted(images.iterdir())[::32]]
+    clean = torch.from_numpy(np.stack(clean)).unsqueeze(1).float() / 127.5 - 1
+    noise = torch.randn(clean.shape, generator=generate.seeded(0, report.NOISE))
+    wide, narrow = (UNet2DModel.from_pretrained(model / "unet").eval() for model in (teacher, students[0]))
+    for step, error in zip((125, 375, 625, 875), summary["errors"]["narrow"]):
+        noisy = DDPMScheduler().add_noise(clean, noise, torch.tensor([step] * 3))
+        with torch.no_grad():
+            difference = narrow(noisy, step).sample - wide(noisy, step).sample
+        assert error == pytest.approx(difference.square().mean().item(), rel=1e-4)
+
+
+def test_error_groups_are_those_of_the_loss():
+    """The fits of `lift_place_loss` are the fits of the groups that the map shows."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 8, 8), torch.randn(2, 8, 8)
+    groups = report.error_groups(student, teacher, 16)
+    parts = lift_utils.lift_place_loss(student[None], teacher[None], group_size=16)
+    for channel in range(2):
+        for group in range(4):
+            inside = groups[channel] == group
+            s, t = student[channel][inside], teacher[channel][inside]
+            assert len(s) == 16
+            slope = ((s - s.mean()) * (t - t.mean())).mean() / (s.var(correction=0) + 1e-7)
+            assert parts.slope[0, channel, group].item() == pytest.approx(slope.item(), rel=1e-4)
+
+
+def test_report_of_each_kind(write_report, sd_teacher, dit, sd3, prompt_file, tmp_path):
+    sd = save_sd_pipeline(tmp_path / "small-sd", block_out_channels=[8, 8, 16, 16])
+    small_dit = save_dit_pipeline(tmp_path / "small-dit", num_layers=1)
+    small_sd3 = save_sd3_pipeline(tmp_path / "small-sd3", absent=(3,), num_layers=1)
+    for teacher, student, *flags in (
+        (sd_teacher, sd, "--prompt_file", prompt_file),
+        (dit, small_dit, "--classes", 1, 2),
+        (sd3, small_sd3, "--prompt_file", prompt_file),
+    ):
+        folder = write_report(teacher, [student], *flags)
+        summary, text = json.loads((folder / "report.json").read_text()), (folder / "index.html").read_text()
+        (errors,) = summary["errors"].values()
+        assert len(errors) == 4 and all(0 < error < 100 for error in errors)
+        facts = summary["facts"]
+        assert facts[student.name]["macs"] < facts["teacher"]["macs"]
+        assert facts[student.name]["parameters"] < facts["teacher"]["parameters"]
+        assert text.count("data:image/png") == 3 and "No curves" in text and "No quality" in text
+        assert ("Prompt 1: a photo of a dark bag" in text) == ("--prompt_file" in flags)
+
+
+def test_other_predictions_are_left_out(write_report, sd_teacher, prompt_file, tmp_path):
+    student = save_sd_pipeline(tmp_path / "velocity", prediction_type="v_prediction")
+    folder = write_report(sd_teacher, [student], "--prompt_file", prompt_file)
+    text = (folder / "index.html").read_text()
+    assert "velocity predicts something else than the teacher" in text and text.count("data:image/png") == 1
+
+
+def test_bad_input_of_the_report(write_report, teacher, students, dit, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.json").write_text("[]")
+    other = {"rows": [{"contents": "sha256:0"}], "extractor": {"name": "a"}, "reference": {"source": "b", "images": 1}}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    for given, flags, message in (
+        ([tmp_path / "empty"], [], "--model .*empty does not load"),
+        ([dit], [], "is a DiTPipeline, unlike the teacher; pass models of one kind"),
+        (students, ["--names", "one"], "--names one must be one for each"),
+        (students, ["--runs", tmp_path / "empty"], "has no metrics.jsonl with a row"),
+        (students, ["--group_size", 7], "--group_size 7: .* does not divide the 256 elements"),
+        (students, ["--results", tmp_path / "list.json"], "list.json cannot be read"),
+        (students, ["--results", tmp_path / "other.json"], "has no row of these models"),
+        (students, ["--images", tmp_path / "empty"], "--images .*empty holds no images"),
+        (students, ["--columns", 0], "--columns 0 is too small"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            write_report(teacher, given, *flags)
+
+
+# -------------------------------------------------------------------------------------------------------------- README
+
+
+def test_every_flag_of_the_readme_exists(capsys):
+    text = (ROOT / "eval" / "README.md").read_text()
+    for module in (generate, evaluate, report):
+        name = f"eval/{module.__name__}.py"
+        commands = re.findall(rf"{name}(?:\\\n|[^\n`])*", text)
+        assert commands, name
+        with pytest.raises(SystemExit):
+            module.parse_args(["--help"])
+        known = set(re.findall(r"--[a-z0-9_]+", capsys.readouterr().out))
+        for command in commands:
+            assert set(re.findall(r"--[a-z0-9_]+", command)) <= known, command
+
+
+def test_protocols_of_the_readme_are_the_defaults():
+    """Its commands spell out sampler, steps and guidance of each kind: those that no flag gives as well."""
+    text = (ROOT / "eval" / "README.md").read_text()
+    commands = re.findall(r"generate\.py(?:\\\n|[^\n`])*", text)
+    spelt = {command for command in commands if "--num_inference_steps" in command}
+    found = set()
+    for command in spelt:
+        args = generate.parse_args(command.replace("\\\n", " ").split()[1:])
+        found.add((args.sampler, args.num_inference_steps, args.guidance_scale))
+    assert found == {protocol[1:] for protocol in generate.PROTOCOLS.values()}
