@@ -2,13 +2,22 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test quality bench
+.PHONY: demo demo-sd21 demo-dit demo-sd3 test quality bench
 
 demo: .venv/installed  ## train a small teacher, distil it four ways, and draw what came out (10 minutes on 2 cores)
 	$(PY) benchmarks/extreme_compression.py --output_dir demo
 
+demo-sd21: .venv/installed  ## the same for a small Stable Diffusion of garments (20 minutes on 2 cores)
+	$(PY) benchmarks/fashion_sd21.py --output_dir demo-sd21
+
+demo-dit: .venv/installed  ## the same for a small DiT of garments, distilled in depth
+	$(PY) benchmarks/fashion_dit.py --output_dir demo-dit
+
+demo-sd3: .venv/installed  ## the same for a small Stable Diffusion 3 of garments
+	$(PY) benchmarks/fashion_sd3.py --output_dir demo-sd3
+
 test: .venv/installed
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses 2 --dist worksteal
 
 quality: .venv/installed
 	.venv/bin/ruff check .
@@ -22,6 +31,7 @@ bench: .venv/installed  ## time the loss and a training step
 	$(PY) benchmarks/loss.py
 	$(PY) benchmarks/step.py
 	$(PY) benchmarks/step.py --small
+	$(PY) benchmarks/cache.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

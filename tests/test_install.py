@@ -1,5 +1,6 @@
 """requirements.txt gives an environment whose parts work together, and the README speaks of what is there."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -8,8 +9,6 @@ from importlib.metadata import version
 import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
-
-import train_lift_unet
 
 
 def requirements() -> list[Requirement]:
@@ -41,18 +40,32 @@ assert callable(xformers.ops.memory_efficient_attention)
     assert finished.returncode == 0, finished.stderr
 
 
-def test_every_flag_the_readme_names_exists(capsys):
-    commands = re.findall(r"train_lift_unet\.py(?:[^\n`]|\\\n)*", (ROOT / "README.md").read_text())
-    assert len(commands) >= 5
+@pytest.mark.parametrize("script", ["train_lift_unet", "train_lift_sd21", "train_lift_dit", "train_lift_sd3"])
+def test_every_flag_the_readme_names_exists(script, capsys):
+    commands = re.findall(rf"{script}\.py(?:\\\n|[^\n`])*", (ROOT / "README.md").read_text())
+    assert len(commands) >= 2
     with pytest.raises(SystemExit):
-        train_lift_unet.parse_args(["--help"])
+        importlib.import_module(script).parse_args(["--help"])
     known = set(re.findall(r"--[a-z0-9_]+", capsys.readouterr().out))
     for command in commands:
         assert set(re.findall(r"--[a-z0-9_]+", command)) <= known, command
 
 
-def test_the_readme_shows_the_demo_as_it_was_measured():
-    measured = (ROOT / "benchmarks" / "results" / "demo" / "results.md").read_text()
+RESULTS = sorted(path.parent.name for path in (ROOT / "benchmarks" / "results").glob("*/results.md"))
+
+
+@pytest.mark.parametrize("results", RESULTS)
+def test_the_readme_shows_what_was_measured(results):
+    measured = (ROOT / "benchmarks" / "results" / results / "results.md").read_text()
     table = [line for line in measured.splitlines() if line.startswith("|")]
     assert len(table) >= 6
-    assert "\n".join(table) in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert "\n".join(table) in readme
+    assert f"benchmarks/results/{results}/samples.png" in readme
+
+
+def test_every_picture_the_readme_shows_is_there():
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    assert len(pictures) >= 4
+    for picture in pictures:
+        assert (ROOT / picture).exists(), picture
