@@ -234,7 +234,7 @@ def write_report(args: argparse.Namespace, title: str, results: dict, accuracy: 
     """results.json and results.md; returns the table."""
     table = make_table(results)
     facts = {
-        "machine": f"{describe_device(torch.device('cpu'))}, {args.threads} threads",
+        "machine": f"{describe_device(torch.device('cpu'))}, {args.threads} thread(s)",
         "torch": torch.__version__,
         "diffusers": version("diffusers"),
         "budget": f"teacher {args.teacher_steps} steps, students {args.student_steps} steps, of {BATCH} images; "
