@@ -556,6 +556,7 @@ def main(args: argparse.Namespace) -> None:
     if args.compile:
         for model in filter(None, (student, teacher_model)):
             model.compile()
+
     # ---- optimizer, average
     trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
     optimizer = lift_utils.make_optimizer(student, args)
