@@ -7,7 +7,7 @@ PY := .venv/bin/python
 demo: .venv/installed  ## train a small teacher, distil it four ways, and draw what came out (10 minutes on 2 cores)
 	$(PY) benchmarks/extreme_compression.py --output_dir demo
 
-demo-sd21: .venv/installed  ## the same for a small Stable Diffusion of garments (20 minutes on 2 cores)
+demo-sd21: .venv/installed  ## the same for a small Stable Diffusion of garments (half an hour)
 	$(PY) benchmarks/fashion_sd21.py --output_dir demo-sd21
 
 demo-dit: .venv/installed  ## the same for a small DiT of garments, distilled in depth
