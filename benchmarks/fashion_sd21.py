@@ -55,7 +55,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import extreme_compression
 import fashion
 import lift_utils
-from extreme_compression import BATCH, available_cores, frechet_distance, keep_settings, say, smooth, write
+from extreme_compression import BATCH, frechet_distance, keep_settings, say, smooth, write
 from lift_utils import fail
 from loss import describe_device
 
@@ -84,7 +84,7 @@ def parse_args(
     parser.add_argument("--samples", type=int, default=400, help="images drawn from each model, prompts in turn")
     parser.add_argument("--inference_steps", type=int, default=20, help="DDIM steps per image")
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance")
-    parser.add_argument("--threads", type=int, default=min(8, available_cores()), help="CPU threads")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     args = parser.parse_args(input_args)
     for name in ("autoencoder_steps", "text_steps", "teacher_steps", "student_steps", "inference_steps", "threads"):
         if getattr(args, name) < 1:
