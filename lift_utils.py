@@ -1243,7 +1243,7 @@ def save_checkpoint(
         copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in group.items()}
         save_file(copies, temporary / f"{name}.safetensors")
     (temporary / "state.json").write_text(json.dumps(state))
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in temporary.iterdir()}
+    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in temporary.iterdir()}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
     for path in [*temporary.iterdir(), temporary]:
         _flush(path)
@@ -1271,7 +1271,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], d
         manifest = json.loads((folder / "manifest.json").read_text())
         for name, expected in manifest.items():
             path = folder / name
-            if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            if path.stat().st_size != expected["bytes"] or hash_file(path) != expected["sha256"]:
                 raise ValueError(f"{path} is damaged")
     except (OSError, KeyError, TypeError, AttributeError) as error:  # the manifest may be what is damaged
         raise ValueError(f"{folder} is incomplete: {error}") from error
@@ -1302,7 +1302,8 @@ def find_checkpoint(output_dir: Path, resume_from: str) -> tuple[dict, dict] | N
     return None
 
 
-def _sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """The SHA-256 sum of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 24):

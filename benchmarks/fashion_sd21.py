@@ -98,11 +98,12 @@ def parse_args(
 # ----------------------------------------------------------------------------------------------------- the first parts
 
 
-def make_parts(args: argparse.Namespace, images: np.ndarray, labels: np.ndarray) -> Path:
-    """The pipeline that the teacher starts from: trained autoencoder and text encoder, random U-Net.
+def make_parts(args: argparse.Namespace, images: np.ndarray, labels: np.ndarray, projection: bool = False) -> tuple:
+    """The trained autoencoder, the trained text encoder and its tokenizer.
 
     Args:
         images: As in Fashion-MNIST, uint8 (N, 28, 28).
+        projection: Whether the text encoder projects its pooled embedding, as Stable Diffusion 3's do.
     """
     parts = args.output_dir / "parts"
     captions = [fashion.caption(label, image) for label, image in zip(labels, images)]
@@ -111,8 +112,10 @@ def make_parts(args: argparse.Namespace, images: np.ndarray, labels: np.ndarray)
     say("the autoencoder, unless it is there")
     vae = fashion.train_autoencoder(parts / "vae", padded, args.autoencoder_steps)
     say("the text encoder, unless it is there")
-    text_encoder = fashion.train_text_encoder(parts / "text", padded, captions, tokenizer, args.text_steps)
-    return fashion.save_sd_pipeline(args.output_dir / "start", vae, text_encoder, tokenizer)
+    text_encoder = fashion.train_text_encoder(
+        parts / "text", padded, captions, tokenizer, args.text_steps, projection=projection
+    )
+    return vae, text_encoder, tokenizer
 
 
 def write_images(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
@@ -327,7 +330,7 @@ def read_data(args: argparse.Namespace) -> tuple[tuple, tuple]:
 def run(args: argparse.Namespace) -> None:
     keep_settings(args)
     data, test = read_data(args)
-    start = make_parts(args, *data)
+    start = fashion.save_sd_pipeline(args.output_dir / "start", *make_parts(args, *data))
     scratch = ["--kd_loss", "none", "--student", "whole", "--student_init", "random"]
     scratch += ["--pretrained_teacher_model", start]
     folders = {"teacher": train(args, SCRIPT, "teacher", args.teacher_steps, scratch)}

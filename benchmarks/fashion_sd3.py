@@ -23,16 +23,14 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fashion
 import fashion_sd21
 import lift_utils
-from extreme_compression import keep_settings, say
-from fashion_sd21 import METHODS, TOKENS
+from extreme_compression import keep_settings
+from fashion_sd21 import METHODS
 
 
 SCRIPT = Path(lift_utils.__file__).with_name("train_lift_sd3.py")
@@ -42,29 +40,11 @@ ZEROS = 8
 FLAGS = ["--max_sequence_length", ZEROS, "--weighting_scheme", "none"]
 
 
-def make_parts(args: argparse.Namespace, images: np.ndarray, labels: np.ndarray) -> Path:
-    """The pipeline that the teacher starts from: trained autoencoder and text encoder, random MMDiT.
-
-    Args:
-        images: As in Fashion-MNIST, uint8 (N, 28, 28).
-    """
-    parts = args.output_dir / "parts"
-    captions = [fashion.caption(label, image) for label, image in zip(labels, images)]
-    tokenizer = fashion.make_tokenizer(sorted({word for text in captions for word in text.split()}), TOKENS)
-    padded = fashion.pad(images)
-    say("the autoencoder, unless it is there")
-    vae = fashion.train_autoencoder(parts / "vae", padded, args.autoencoder_steps)
-    say("the text encoder, unless it is there")
-    text_encoder = fashion.train_text_encoder(
-        parts / "text", padded, captions, tokenizer, args.text_steps, projection=True
-    )
-    return fashion.save_sd3_pipeline(args.output_dir / "start", vae, text_encoder, tokenizer)
-
-
 def run(args: argparse.Namespace) -> None:
     keep_settings(args)
     data, test = fashion_sd21.read_data(args)
-    start = make_parts(args, *data)
+    parts = fashion_sd21.make_parts(args, *data, projection=True)
+    start = fashion.save_sd3_pipeline(args.output_dir / "start", *parts)
     scratch = ["--kd_loss", "none", "--student", "whole", "--student_init", "random", *FLAGS]
     scratch += ["--pretrained_teacher_model", start]
     folders = {"teacher": fashion_sd21.train(args, SCRIPT, "teacher", args.teacher_steps, scratch)}

@@ -55,7 +55,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lift_utils
-from generate import hash_file, read_manifest
+from generate import read_manifest
 from lift_utils import fail
 
 
@@ -144,7 +144,7 @@ def load_extractor(args: argparse.Namespace, device: torch.device) -> Extractor:
         return features, logits
 
     name = f"{args.features.name} at {args.features_size} px" if args.features_size else args.features.name
-    return Extractor(name, hash_file(args.features), args.features_size, run)
+    return Extractor(name, lift_utils.hash_file(args.features), args.features_size, run)
 
 
 def load_inception(path: Path | None, device: torch.device) -> Extractor:
@@ -169,7 +169,7 @@ def load_inception(path: Path | None, device: torch.device) -> Extractor:
         # the bias of the last layer.
         return features(images), base(images, no_output_bias=True).log()
 
-    return Extractor("Inception (clean-fid)", hash_file(path), 299, run)
+    return Extractor("Inception (clean-fid)", lift_utils.hash_file(path), 299, run)
 
 
 def load_torchscript(flag: str, path: Path, device: torch.device) -> torch.jit.ScriptModule:

@@ -347,17 +347,8 @@ def digest_model(args: argparse.Namespace) -> str:
     index = folder / "model_index.json"
     parts = [name for name, part in json.loads(index.read_text()).items() if isinstance(part, list)]
     files = [index, *(path for part in parts for path in sorted((folder / part).rglob("*")) if path.is_file())]
-    listing = "".join(f"{path.relative_to(folder)} {hash_file(path)}\n" for path in files)
+    listing = "".join(f"{path.relative_to(folder)} {lift_utils.hash_file(path)}\n" for path in files)
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
-
-
-def hash_file(path: Path) -> str:
-    """The SHA-256 sum of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def make_manifest(pipeline: DiffusionPipeline, conditions: list | None, args: argparse.Namespace) -> dict:
