@@ -290,6 +290,23 @@ def load_data(args, columns: list[str], **options):
     return dataset.select_columns(list(dict.fromkeys(getattr(args, flag) for flag in columns))), source
 
 
+def load_captioned(args) -> tuple[Any, dict[str, str]]:
+    """Images, undecoded, with captions, and what tells these contents from others'.
+
+    Unreadable images and images without a caption are left out.
+    """
+    from datasets import Value
+
+    image, caption = args.image_column, args.caption_column
+    dataset, source = load_data(args, ["image_column", "caption_column"])
+    if dataset.features[caption] not in (Value("string"), Value("large_string")):
+        fail(f"--caption_column {caption} holds {dataset.features[caption]}; pass a column of strings")
+    dataset = drop_unreadable(dataset, image, source, args)
+    empty = [row for row, text in enumerate(dataset[caption]) if not (text or "").strip()]
+    dataset = leave_out(dataset, empty, image, "have no caption", source, args)
+    return dataset, {"data": dataset._fingerprint, "image": image, "caption": caption}
+
+
 def drop_unreadable(dataset, column: str, source: str, args):
     """The dataset without the images that do not decode, which are named; too many of them end the run.
 

@@ -413,13 +413,7 @@ def make_dataset(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple[da
     Unreadable images and images without a caption are left out.
     """
     image, caption = args.image_column, args.caption_column
-    dataset, source = lift_utils.load_data(args, ["image_column", "caption_column"])
-    if dataset.features[caption] not in (datasets.Value("string"), datasets.Value("large_string")):
-        fail(f"--caption_column {caption} holds {dataset.features[caption]}; pass a column of strings")
-    dataset = lift_utils.drop_unreadable(dataset, image, source, args)
-    empty = [row for row, text in enumerate(dataset[caption]) if not (text or "").strip()]
-    dataset = lift_utils.leave_out(dataset, empty, image, "have no caption", source, args)
-    contents = {"data": dataset._fingerprint, "image": image, "caption": caption}
+    dataset, contents = lift_utils.load_captioned(args)
 
     limit = tokenizer.model_max_length
     captions = list(dataset[caption])
