@@ -548,6 +548,11 @@ def load_skeleton(args, kind, name: str, expected: str):
         return kind.from_config(config)
 
 
+def vae_factor(vae) -> int:
+    """Pixels per latent, along each side, of an AutoencoderKL."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def freeze(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """The model on the device in the dtype, ready for nothing but forward passes."""
     # Diffusers' own `to` warns of a dtype. In this order the device never holds float32.

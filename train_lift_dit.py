@@ -302,10 +302,6 @@ def pixel_vae(channels: int) -> AutoencoderKL:
     return vae.requires_grad_(False).eval()
 
 
-def vae_factor(vae: AutoencoderKL) -> int:
-    return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
 def depth_recipe(kept: list[int]) -> dict:
     """The recipe of a student whose block i comes from, and is paired with, the teacher's block kept[i]."""
     pairs = [[f"transformer_blocks.{ours}", f"transformer_blocks.{theirs}"] for ours, theirs in enumerate(kept)]
@@ -835,7 +831,7 @@ def save_pipeline(student, teacher, recipe: dict, vae, sampler, names: dict[int,
             f"{args.student_init}.",
             f"- Weights: {args.kd_alpha} for the teacher's output and variance, the rest of 1 for the data.",
         ]
-    side = student.config.sample_size * vae_factor(vae)
+    side = student.config.sample_size * lift_utils.vae_factor(vae)
     space = "pixels, behind a VAE that changes nothing" if args.vae == "none" else "latents"
     facts.append(f"- Images of {side} pixels as {space}; {args.label_dropout:.0%} of the labels dropped.")
     null, guidance = student.config.num_embeds_ada_norm, args.guidance_scale
@@ -901,7 +897,10 @@ def main(args: argparse.Namespace) -> None:
             )
 
     # ---- data
-    classes, side = student_shape.config.num_embeds_ada_norm, student_shape.config.sample_size * vae_factor(vae)
+    classes, side = (
+        student_shape.config.num_embeds_ada_norm,
+        student_shape.config.sample_size * lift_utils.vae_factor(vae),
+    )
     with accelerator.main_process_first():
         dataset, contents, found = make_dataset(args, classes, vae.config.in_channels, side)
     names = names or found

@@ -331,7 +331,9 @@ def build_student(teacher: UNet2DConditionModel, vae: AutoencoderKL, args: argpa
     if recipe.get("levels", 1) > len(teacher.config.block_out_channels):
         fail(f"{misfit} of {len(teacher.config.block_out_channels)} levels; pass a smaller or a width_ one")
     try:
-        config = student_config(dict(teacher.config), recipe) | {"sample_size": args.resolution // vae_factor(vae)}
+        config = student_config(dict(teacher.config), recipe) | {
+            "sample_size": args.resolution // lift_utils.vae_factor(vae)
+        }
         with torch.device("meta"):
             student = UNet2DConditionModel.from_config(config)
         if args.student_init == "teacher" and "blocks" in recipe:
@@ -354,7 +356,7 @@ def build_student(teacher: UNet2DConditionModel, vae: AutoencoderKL, args: argpa
 
 def check_sizes(student: UNet2DConditionModel, vae: AutoencoderKL, args: argparse.Namespace) -> None:
     """Refuse resolutions and groups with which no step could be taken."""
-    factor = vae_factor(vae) * 2 ** (len(student.config.block_out_channels) - 1)
+    factor = lift_utils.vae_factor(vae) * 2 ** (len(student.config.block_out_channels) - 1)
     if args.resolution % factor:
         fail(f"--resolution {args.resolution} is not divisible by VAE and U-Net; pass a multiple of {factor}")
     if args.kd_loss == "place":
@@ -398,10 +400,6 @@ def example_inputs(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
             "timestep": torch.zeros(1),
             "encoder_hidden_states": torch.zeros(1, 77, unet.config.cross_attention_dim),
         }
-
-
-def vae_factor(vae: AutoencoderKL) -> int:
-    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
@@ -725,7 +723,7 @@ def main(args: argparse.Namespace) -> None:
     sampler = getattr(diffusers, check_pipeline(args))
     teacher_shape = lift_utils.load_skeleton(args, UNet2DConditionModel, "unet", EXPECTED)
     vae_shape = lift_utils.load_skeleton(args, AutoencoderKL, "vae", EXPECTED)
-    args.resolution = args.resolution or teacher_shape.config.sample_size * vae_factor(vae_shape)
+    args.resolution = args.resolution or teacher_shape.config.sample_size * lift_utils.vae_factor(vae_shape)
     check_teacher(teacher_shape, vae_shape, args)
     student_shape, recipe = build_student(teacher_shape, vae_shape, args)
     if args.dry_run:

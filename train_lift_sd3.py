@@ -412,7 +412,7 @@ def build_student(teacher: SD3Transformer2DModel, vae: AutoencoderKL, args: argp
         unknown = [key for key in overrides if key not in config]
         if unknown:
             raise ValueError(f"the transformer's config has no {', '.join(unknown)}")
-        config |= overrides | {"sample_size": args.resolution // vae_factor(vae)}
+        config |= overrides | {"sample_size": args.resolution // lift_utils.vae_factor(vae)}
         with torch.device("meta"):
             student = SD3Transformer2DModel.from_config(config)
         if args.student_init == "teacher" and "blocks" in recipe:
@@ -436,7 +436,7 @@ def build_student(teacher: SD3Transformer2DModel, vae: AutoencoderKL, args: argp
 
 def check_sizes(student: SD3Transformer2DModel, vae: AutoencoderKL, args: argparse.Namespace) -> None:
     """Refuse resolutions and groups with which no step could be taken."""
-    factor, most = vae_factor(vae) * student.config.patch_size, student.config.pos_embed_max_size
+    factor, most = lift_utils.vae_factor(vae) * student.config.patch_size, student.config.pos_embed_max_size
     if args.resolution % factor:
         fail(f"--resolution {args.resolution} is not divisible by VAE and patches; pass a multiple of {factor}")
     if args.resolution > factor * most:
@@ -529,10 +529,6 @@ def example_inputs(transformer: SD3Transformer2DModel, args: argparse.Namespace)
             ),
             "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
         }
-
-
-def vae_factor(vae: AutoencoderKL) -> int:
-    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
@@ -837,7 +833,7 @@ def sample_images(
     Args:
         text: Embeddings and pooled embeddings of the empty caption and of the prompts, (1 + N, ...).
     """
-    training, count, side = transformer.training, len(text[0]) - 1, args.resolution // vae_factor(vae)
+    training, count, side = transformer.training, len(text[0]) - 1, args.resolution // lift_utils.vae_factor(vae)
     shape = (count, transformer.config.in_channels, side, side)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(accelerator.device)
     pipeline = StableDiffusion3Pipeline(transformer.eval(), scheduler, vae, None, None, None, None, None, None)
@@ -1007,7 +1003,7 @@ def main(args: argparse.Namespace) -> None:
     sampler, texts = check_pipeline(args)
     teacher_shape = lift_utils.load_skeleton(args, SD3Transformer2DModel, "transformer", EXPECTED)
     vae_shape = lift_utils.load_skeleton(args, AutoencoderKL, "vae", EXPECTED)
-    args.resolution = args.resolution or teacher_shape.config.sample_size * vae_factor(vae_shape)
+    args.resolution = args.resolution or teacher_shape.config.sample_size * lift_utils.vae_factor(vae_shape)
     check_teacher(teacher_shape, vae_shape, texts, args)
     student_shape, recipe = build_student(teacher_shape, vae_shape, args)
     if args.dry_run:
