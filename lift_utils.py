@@ -1382,21 +1382,27 @@ def rewind_metrics(path: Path, step: int) -> None:
 
 
 def plot_curves(runs: dict[str, list[dict[str, float]]], keys: list[str], path: Path) -> None:
-    """One small plot per metric over the steps, one line per run, to a PNG."""
+    """One small plot per metric over the steps, up to four in a row, one line per run, to a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(keys), 2.8), layout="constrained")
-    for axis, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
-        for index, (name, rows) in enumerate(runs.items()):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    columns = min(4, len(keys))
+    rows = -(-len(keys) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows + 0.2), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(keys) :]:
+        axis.axis("off")
+    lines = {}
+    for axis, key in zip(axes, keys):
+        for index, (name, logged) in enumerate(runs.items()):
+            points = [(row["step"], row[key]) for row in logged if row.get(key) is not None]
             if points:
                 marker = "." if len(points) < 2 else None
-                axis.plot(*zip(*points), label=name, color=f"C{index}", linewidth=1, marker=marker)
+                (lines[name],) = axis.plot(*zip(*points), color=f"C{index}", linewidth=1, marker=marker)
         axis.set_title(key)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if len(runs) > 1 and axis.lines:
-            axis.legend(fontsize=7)
+    if len(runs) > 1:
+        figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=9)
     figure.savefig(path, dpi=120)
 
 
@@ -1406,7 +1412,7 @@ def labelled_grid(rows: list[tuple[str, list]], scale: int = 1, columns: list[st
     Args:
         rows: A label and its images each. Long labels are broken into lines.
         scale: Whole factor by which small images are enlarged.
-        columns: Labels above the columns.
+        columns: Labels above the columns. Those wider than an image are broken into lines, three at most.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -1415,12 +1421,15 @@ def labelled_grid(rows: list[tuple[str, list]], scale: int = 1, columns: list[st
     width, height = (side * scale for side in rows[0][1][0].size)
     heights = [max(height, line * (label.count("\n") + 1)) + 4 for label in labels]
     margin = 12 + max(int(font.getlength(part)) for label in labels for part in label.split("\n"))
-    step = max([width, *(int(font.getlength(label)) + 6 for label in columns or [])]) + 2
-    top = 24 if columns else 0
+    titles = [textwrap.fill(label, max(12, width // 7), max_lines=3, placeholder=" …") for label in columns or []]
+    parts = [part for title in titles for part in title.split("\n")]
+    step = max([width, *(int(font.getlength(part)) + 6 for part in parts)]) + 2
+    top = 6 + line * max(title.count("\n") + 1 for title in titles) if titles else 0
     grid = Image.new("RGB", (margin + max(len(images) for _, images in rows) * step, top + sum(heights)), "white")
     draw = ImageDraw.Draw(grid)
-    for column, label in enumerate(columns or []):
-        draw.text((margin + column * step + width // 2, top // 2), label, fill="black", font=font, anchor="mm")
+    for column, title in enumerate(titles):
+        place = (margin + column * step + width // 2, top // 2)
+        draw.text(place, title, fill="black", font=font, anchor="mm", align="center")
     for label, (_, images), row_height in zip(labels, rows, heights):
         draw.text((6, top + row_height // 2), label, fill="black", font=font, anchor="lm")
         for column, image in enumerate(images):

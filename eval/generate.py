@@ -56,6 +56,7 @@ PROTOCOLS = {
     "DiTPipeline": ("classes", "ddpm", 250, 1.5),
     "StableDiffusion3Pipeline": ("prompts", "euler", 28, 7.0),
 }
+T5_TOKENS = 256  # those of StableDiffusion3Pipeline
 SAMPLERS = {
     "ddpm": "DDPMScheduler",
     "ddim": "DDIMScheduler",
@@ -91,13 +92,16 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--num_inference_steps", type=int, help="default: the protocol's")
     parser.add_argument("--guidance_scale", type=float, help="default: the protocol's; 1 is none")
+    parser.add_argument(
+        "--max_sequence_length", type=int, help="T5 tokens of Stable Diffusion 3, as it was trained (default: 256)"
+    )
     parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="of the weights")
     parser.add_argument("--batch_size", type=int, default=16, help="images at a time in each process")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; image i depends on it and on i")
     parser.add_argument("--resolution", type=int, help="side that a text-to-image model draws (default: its own)")
     parser.add_argument("--resize", type=int, help="side to which images are reduced (bicubic) before they are saved")
     args = parser.parse_args(input_args)
-    for name in ("num_images", "num_inference_steps", "batch_size", "resolution", "resize"):
+    for name in ("num_images", "num_inference_steps", "batch_size", "resolution", "resize", "max_sequence_length"):
         value = getattr(args, name)
         if value is not None and value < 1:
             fail(f"--{name} {value} is too small; pass at least 1")
@@ -123,8 +127,8 @@ def read_prompts(path: Path) -> list[str]:
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
     """The pipeline of `--model` in `--dtype` on the device, with the sampler that the flags ask for.
 
-    What the flags leave open is filled in: `sampler`, `num_inference_steps`, `guidance_scale`, and `resolution` of a
-    text-to-image model.
+    What the flags leave open is filled in: `sampler`, `num_inference_steps`, `guidance_scale`, `resolution` of a
+    text-to-image model, and `max_sequence_length` of Stable Diffusion 3.
     """
     source, folder = args.model, Path(args.model)
     if not folder.is_dir() and (folder.is_absolute() or source.startswith(".") or source.count("/") > 1):
@@ -148,6 +152,10 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPi
         fail(f"--guidance_scale {args.guidance_scale} is for prompts and classes; {source} has none, drop the flag")
     if condition != "prompts" and args.resolution is not None:
         fail(f"--resolution {args.resolution} is for text-to-image models; {source} has one size, pass --resize")
+    if kind == "StableDiffusion3Pipeline":
+        args.max_sequence_length = args.max_sequence_length or T5_TOKENS
+    elif args.max_sequence_length is not None:
+        fail(f"--max_sequence_length {args.max_sequence_length} is for Stable Diffusion 3; drop the flag")
     args.sampler = args.sampler or sampler
     args.num_inference_steps = args.num_inference_steps or steps
     args.guidance_scale = guidance if args.guidance_scale is None else args.guidance_scale
@@ -238,11 +246,12 @@ def draw_images(
     Args:
         pipeline: From [`load_pipeline`].
         conditions: Prompts or class numbers; image i gets the i-th, over and over.
-        args: With `seed`, `num_inference_steps`, `guidance_scale`, `resolution` and `resize`.
+        args: With `seed`, `num_inference_steps`, `guidance_scale`, `resolution`, `resize` and `max_sequence_length`.
     """
     generators = [seeded(args.seed, index) for index in indices]
     given = conditions and [conditions[index % len(conditions)] for index in indices]
     if hasattr(pipeline, "text_encoder"):
+        tokens = {"max_sequence_length": args.max_sequence_length} if args.max_sequence_length else {}
         images = pipeline(
             prompt=given,
             height=args.resolution,
@@ -250,6 +259,7 @@ def draw_images(
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             generator=generators,
+            **tokens,
         ).images
     else:
         # Diffusers' own pipelines of these two drive part of the samplers only; DiT's hands no generator to them, and
@@ -361,7 +371,7 @@ def make_manifest(pipeline: DiffusionPipeline, conditions: list | None, args: ar
         "model": args.model,
         "contents": digest_model(args),
         "pipeline": type(pipeline).__name__,
-        **{flag: getattr(args, flag) for flag in (*flags, "resolution", "resize")},
+        **{flag: getattr(args, flag) for flag in (*flags, "resolution", "resize", "max_sequence_length")},
         "scheduler": {"class": type(pipeline.scheduler).__name__, **scheduler},
         **({PROTOCOLS[type(pipeline).__name__][0]: conditions} if conditions else {}),
         "device": f"{device.type}: {name}",

@@ -11,7 +11,7 @@ and where they still differ.
 
     python eval/report.py --teacher teacher --students student-a student-b --results results.json --output_dir report
 
-writes report/index.html, which holds its pictures and needs no other file, and the same pictures as PNGs:
+writes report/index.html, which holds its pictures and needs no other file, and the same as report.md with PNGs:
 
 - samples: one noise per column, through generate.py's functions, with its flags and its defaults;
 - a table of quality, from the JSON of evaluate.py, against parameters, multiply-accumulates, latency and peak memory,
@@ -50,7 +50,8 @@ from evaluate import COLUMNS, list_images, list_remarks, title_of
 from lift_utils import fail
 
 
-CURVES = ("loss", "coarse", "fine", "weight", "slope_mean", "intercept_mean")
+CURVES = ("loss", "task", "kd", "coarse", "fine", "weight", "slope_mean", "intercept_mean")
+SMOOTHING = 0.1  # of a run's logged rows: each point of a curve is the mean of the last so many
 NOISE = -1  # stands for the number of the image whose generator draws the noise of the inputs
 # Of the quality columns, those that a row of evaluate.py may have.
 QUALITY = ("images", "fid", "kid", "inception_score", "precision", "recall", "clip_score")
@@ -89,7 +90,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, help="default: the protocol's; 1 is none")
     parser.add_argument("--dtype", default="float32", choices=tuple(generate.DTYPES), help="of the weights")
     parser.add_argument("--resolution", type=int, help="side that a text-to-image model draws (default: its own)")
+    parser.add_argument("--max_sequence_length", type=int, help="T5 tokens of Stable Diffusion 3 (default: 256)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--title", help="of the page (default: the models' names)")
     args = parser.parse_args(input_args)
     for name in ("columns", "timesteps", "latency_images"):
         if getattr(args, name) < 1:
@@ -111,7 +114,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def flags_of(model: str, args: argparse.Namespace) -> argparse.Namespace:
     """generate.py's flags for one model."""
     command = ["--model", model, "--output_dir", str(args.output_dir)]
-    for name in ("prompt_file", "sampler", "num_inference_steps", "guidance_scale", "dtype", "resolution", "seed"):
+    flags = ("prompt_file", "sampler", "num_inference_steps", "guidance_scale", "dtype", "resolution", "seed")
+    for name in (*flags, "max_sequence_length"):
         value = getattr(args, name)
         command += [] if value is None else [f"--{name}", str(value)]
     return generate.parse_args([*command, *(["--classes", *args.classes] if args.classes else [])])
@@ -198,7 +202,9 @@ def make_inputs(
     if hasattr(pipeline, "text_encoder_3"):
         timesteps, sigmas = shares * pipeline.scheduler.config.num_train_timesteps, shares[:, None, None, None, None]
         noisy = (1 - sigmas) * clean + sigmas * noise
-        text = pipeline.encode_prompt(given, None, None, device, do_classifier_free_guidance=False)
+        length = flags.max_sequence_length
+        options = {"do_classifier_free_guidance": False, "max_sequence_length": length}
+        text = pipeline.encode_prompt(given, None, None, device, **options)
         named = {"encoder_hidden_states": text[0], "pooled_projections": text[2]}
     else:
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -321,48 +327,74 @@ def plot_errors(predictions: dict[str, torch.Tensor], inputs: Inputs, path: Path
     return errors
 
 
+def smooth(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl, each value the mean of the last few rows that have it."""
+    window, smoothed = round(SMOOTHING * len(rows)) or 1, []
+    for end in range(1, len(rows) + 1):
+        recent = rows[max(0, end - window) : end]
+        held = {key: [row[key] for row in recent if row.get(key) is not None] for key in rows[end - 1]}
+        means = {key: statistics.mean(values) for key, values in held.items() if values}
+        smoothed.append(means | {"step": rows[end - 1]["step"]})
+    return smoothed
+
+
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
 def read_quality(path: Path | None, contents: dict[str, str]) -> tuple[dict[str, dict], list[str], bool]:
-    """Each model's row of evaluate.py's results, remarks, and whether the features are Inception's."""
+    """Rows of evaluate.py's results, remarks, and whether the features are Inception's.
+
+    The rows are each model's, by its name here, after those of images that no model drew, by their folder's.
+    """
     if path is None:
         return {}, ["No quality: pass the JSON of evaluate.py as --results."], True
     try:
         results = json.loads(path.read_text())
         rows = {row["contents"]: row for row in results["rows"]}
+        real = {row["name"]: row for row in results["rows"] if row["contents"] is None}
         extractor, reference = results["extractor"]["name"], results["reference"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"--results {path} cannot be read: {lift_utils.reason(error)}; pass a JSON file of evaluate.py")
     found = {name: rows[digest] for name, digest in contents.items() if digest in rows}
     if not found:
         fail(f"--results {path} has no row of these models; measure images that generate.py drew from them")
+    found = real | found
     notes = [f"Quality: features by {extractor}, against {reference['source']}, {reference['images']:,} images."]
     inception = extractor.startswith("Inception")
     notes += [] if inception else ["The distance is no Inception FID and compares with no published figure."]
     return found, notes + list_remarks(found), inception
 
 
-def make_table(facts: dict[str, dict], quality: dict[str, dict], inception: bool) -> str:
-    """The table as HTML, a row per model."""
+def make_table(facts: dict[str, dict], quality: dict[str, dict], inception: bool) -> list[list[str]]:
+    """A head and a row per model, after those of images that no model drew."""
     keys = [key for key in QUALITY if any(row.get(key) is not None for row in quality.values())]
     titles = [title_of(key, inception) for key in keys]
-    head = ["", *titles, "parameters", "share", "GMACs per pass", "latency per image", "peak memory"]
-    rows = [head]
-    for name, fact in facts.items():
+    rows = [["", *titles, "parameters", "share", "GMACs per pass", "latency per image", "peak memory"]]
+    for name in [*(name for name in quality if name not in facts), *facts]:
         cells = [name]
         for key in keys:
             value = quality.get(name, {}).get(key)
             _, style, factor = COLUMNS[key]
             cells.append("–" if value is None else f"{value * factor:{style}}")
-        cells += [f"{fact['parameters']:,}", f"{fact['parameters'] / facts['teacher']['parameters']:.1%}"]
-        cells += [f"{fact['macs'] / 1e9:.4g}", f"{fact['seconds']:.3g} s", f"{fact['bytes'] / 2**20:,.0f} MiB"]
-        rows.append(cells)
+        if name in facts:
+            fact = facts[name]
+            cells += [f"{fact['parameters']:,}", f"{fact['parameters'] / facts['teacher']['parameters']:.1%}"]
+            cells += [f"{fact['macs'] / 1e9:.4g}", f"{fact['seconds']:.3g} s", f"{fact['bytes'] / 2**20:,.0f} MiB"]
+        rows.append(cells + ["–"] * (len(rows[0]) - len(cells)))
+    return rows
+
+
+def as_html(rows: list[list[str]]) -> str:
     lines = [
         "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-        for tag, row in zip(["th"] + ["td"] * len(facts), rows)
+        for tag, row in zip(["th"] + ["td"] * len(rows), rows)
     ]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---|" + "--:|" * (len(rows[0]) - 1), *lines[1:]])
 
 
 STYLE = """
@@ -377,24 +409,40 @@ th:first-child, td:first-child { text-align: left; }
 """
 
 
-def make_page(title: str, sections: list[tuple[str, str, list[str], list[Path]]]) -> str:
-    """A self-contained page.
+class Section(NamedTuple):
+    """A part of the page."""
 
-    Args:
-        sections: Heading, HTML, remarks as plain text, and pictures.
-    """
+    heading: str
+    table: list[list[str]]
+    remarks: list[str]
+    pictures: list[Path]
+
+
+def make_page(title: str, sections: list[Section]) -> str:
+    """A self-contained page."""
     body = [f"<h1>{html.escape(title)}</h1>"]
-    for heading, content, remarks, pictures in sections:
-        body.append(f"<section><h2>{html.escape(heading)}</h2>{content}")
-        for path in pictures:
+    for section in sections:
+        heading = html.escape(section.heading)
+        body.append(f"<section><h2>{heading}</h2>{as_html(section.table) if section.table else ''}")
+        for path in section.pictures:
             data = base64.b64encode(path.read_bytes()).decode()
-            body.append(
-                f'<div class="wide"><img alt="{html.escape(heading)}" src="data:image/png;base64,{data}"></div>'
-            )
-        body.append("<ul>" + "".join(f"<li>{html.escape(remark)}</li>" for remark in remarks) + "</ul></section>")
+            body.append(f'<div class="wide"><img alt="{heading}" src="data:image/png;base64,{data}"></div>')
+        remarks = "".join(f"<li>{html.escape(remark)}</li>" for remark in section.remarks)
+        body.append(f"<ul>{remarks}</ul></section>")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
+
+
+def make_markdown(title: str, sections: list[Section]) -> str:
+    """The same for a README or a model card, beside the pictures."""
+    parts = [f"# {title}"]
+    for section in sections:
+        parts.append(f"## {section.heading}")
+        parts += [as_markdown(section.table)] if section.table else []
+        parts += [f"![{section.heading}]({path.name})" for path in section.pictures]
+        parts += ["\n".join(f"- {remark}" for remark in section.remarks)] if section.remarks else []
+    return "\n\n".join(parts) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -413,6 +461,7 @@ def look_at_models(models: dict[str, str], args: argparse.Namespace) -> dict[str
             inputs = make_inputs(pipeline, real or images, conditions, flags, args.timesteps)
             args.resolution = flags.resolution  # the students draw as large as the teacher
             found |= {"inputs": inputs, "kind": prediction_kind(pipeline), "conditions": conditions, "flags": flags}
+            found["labels"] = getattr(pipeline, "labels", {})
             try:
                 lift_utils.check_group_size(args.group_size, inputs.noisy[0, 0, 0].numel())
             except ValueError as error:
@@ -448,8 +497,58 @@ def label_columns(found: dict, args: argparse.Namespace) -> list[str] | None:
         return None
     given = [conditions[index % len(conditions)] for index in range(args.columns)]
     if all(isinstance(entry, int) for entry in given):
-        return [f"class {entry}" for entry in given]
-    return [f"prompt {index % len(conditions) + 1}" for index in range(args.columns)]
+        names = {number: name for name, number in reversed(found["labels"].items())}  # the first of its synonyms
+        return [names.get(entry, f"class {entry}") for entry in given]
+    return given
+
+
+def draw_pictures(found: dict, args: argparse.Namespace) -> tuple[dict[str, list[Path]], dict]:
+    """The PNGs by their kind, none where there is nothing to draw, and the students' errors by timestep."""
+    predictions, folder = found["predictions"], args.output_dir
+    rows = list(found["samples"].items())
+    scale = scale_of(rows[0][1][0], 96)
+    lift_utils.labelled_grid(rows, scale, label_columns(found, args)).save(folder / "samples.png")
+    pictures, errors = {"samples": [folder / "samples.png"], "curves": [], "errors": [], "groups": []}, {}
+    runs = {name: smooth(lift_utils.read_metrics(run / "metrics.jsonl")) for name, run in args.runs.items()}
+    keys = [key for key in CURVES if any(key in row for rows in runs.values() for row in rows)]
+    if keys:
+        pictures["curves"] = [folder / "curves.png"]
+        lift_utils.plot_curves(runs, keys, folder / "curves.png")
+    if len(predictions) > 1:
+        pictures |= {"errors": [folder / "errors.png"], "groups": [folder / "groups.png"]}
+        errors = plot_errors(predictions, found["inputs"], folder / "errors.png")
+        draw_groups(predictions, found["inputs"], args.group_size).save(folder / "groups.png")
+    return pictures, errors
+
+
+def make_sections(found: dict, pictures: dict[str, list[Path]], args: argparse.Namespace) -> list[Section]:
+    """What the page says."""
+    flags, conditions, device = found["flags"], found["conditions"], pick_device()
+    settings = f"{flags.sampler}, {flags.num_inference_steps} steps"
+    settings += f", guidance {flags.guidance_scale}" if flags.guidance_scale is not None else ""
+    samples = [f"Seed {args.seed}, {settings}, {args.dtype}; a column per noise."]
+    if args.prompt_file:
+        samples += [f"Prompt {number}: {prompt}" for number, prompt in enumerate(conditions[: args.columns], 1)]
+
+    quality, notes, inception = found["quality"]
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    cost = f"Latency and memory: {where}, {args.dtype}, whole images one by one ({settings}), median of "
+    cost += f"{args.latency_images} after one, in a process of its own; memory beyond what it held before loading."
+
+    training = ["No curves: no folder of --runs or --students has a metrics.jsonl."]
+    if pictures["curves"]:
+        training = [f"Each point is the mean of the last {SMOOTHING:.0%} of the run's logged rows."]
+    origin = f"images of {args.images}" if args.images else "the teacher's samples"
+    errors = [f"Student against teacher on the same noisy inputs of {origin}.", *found["remarks"]]
+    groups = f"Each channel's {found['inputs'].noisy[0, 0, 0].numel()} elements, sorted by squared error and cut into "
+    groups += f"groups of {args.group_size}: dark is the group of the smallest errors, yellow that of the largest."
+    return [
+        Section("Samples", [], samples, pictures["samples"]),
+        Section("Quality and cost", make_table(found["facts"], quality, inception), [*notes, cost], []),
+        Section("Training", [], training, pictures["curves"]),
+        Section("Error by timestep", [], errors, pictures["errors"]),
+        Section("PLACE's error groups", [], [groups] if pictures["groups"] else [], pictures["groups"]),
+    ]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -462,69 +561,17 @@ def main(args: argparse.Namespace) -> None:
     except OSError as error:
         fail(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}; pass another folder")
     found = look_at_models(models, args)
-    quality, notes, inception = read_quality(args.results, found["contents"])
+    found["quality"] = read_quality(args.results, found["contents"])
     for name, cost in measure_costs(models, args).items():
         found["facts"][name] |= cost
-    flags, inputs, predictions, output_dir = found["flags"], found["inputs"], found["predictions"], args.output_dir
-
-    # ---- pictures
-    columns, sample = label_columns(found, args), found["samples"]["teacher"][0]
-    rows = [(name, images) for name, images in found["samples"].items()]
-    lift_utils.labelled_grid(rows, scale_of(sample, 96), columns).save(output_dir / "samples.png")
-    curves = []
-    runs = {name: lift_utils.read_metrics(run / "metrics.jsonl") for name, run in args.runs.items()}
-    keys = [key for key in CURVES if any(key in row for rows in runs.values() for row in rows)]
-    for part in range(0, len(keys), 3):
-        curves.append(output_dir / f"curves-{part // 3 + 1}.png")
-        lift_utils.plot_curves(runs, keys[part : part + 3], curves[-1])
-    compared, errors = len(predictions) > 1, {}
-    if compared:
-        errors = plot_errors(predictions, inputs, output_dir / "errors.png")
-        draw_groups(predictions, inputs, args.group_size).save(output_dir / "groups.png")
-
-    # ---- page
-    drawn = f"Seed {args.seed}, {flags.sampler}, {flags.num_inference_steps} steps"
-    drawn += f", guidance {flags.guidance_scale}" if flags.guidance_scale is not None else ""
-    prompts = found["conditions"] if columns and columns[0].startswith("prompt") else []
-    device = pick_device()
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    cost = (
-        f"Latency and memory: {where}, {args.dtype}, whole images one by one ({drawn.split(', ', 1)[1]}), median of "
-    )
-    cost += f"{args.latency_images} after one, in a process of its own; memory beyond what it held before loading."
-    origin = f"images of {args.images}" if args.images else "the teacher's samples"
-    groups = (
-        f"Each channel's {inputs.noisy[0, 0, 0].numel()} elements, sorted by squared error and cut into groups of "
-    )
-    groups += f"{args.group_size}: dark is the group of the smallest errors, yellow that of the largest."
-    sections = [
-        (
-            "Samples",
-            "",
-            [f"{drawn}, {args.dtype}; a column per noise."]
-            + [f"Prompt {number}: {prompt}" for number, prompt in enumerate(prompts[: args.columns], 1)],
-            [output_dir / "samples.png"],
-        ),
-        ("Quality and cost", make_table(found["facts"], quality, inception), [*notes, cost], []),
-        (
-            "Training",
-            "",
-            [] if curves else ["No curves: no folder of --runs or --students has a metrics.jsonl."],
-            curves,
-        ),
-        (
-            "Error by timestep",
-            "",
-            [f"Student against teacher on the same noisy inputs of {origin}.", *found["remarks"]],
-            [output_dir / "errors.png"] if compared else [],
-        ),
-        ("PLACE's error groups", "", [groups] if compared else [], [output_dir / "groups.png"] if compared else []),
-    ]
-    title = f"{', '.join(args.names)} against {Path(args.teacher).name}"
-    (output_dir / "index.html").write_text(make_page(title, sections), encoding="utf-8")
-    summary = {"facts": found["facts"], "timesteps": inputs.timesteps.tolist(), "errors": errors}
-    (output_dir / "report.json").write_text(json.dumps(summary, indent=2))
-    print(f"{output_dir / 'index.html'}", flush=True)
+    pictures, errors = draw_pictures(found, args)
+    sections = make_sections(found, pictures, args)
+    title = args.title or f"{', '.join(args.names)} against {Path(args.teacher).name}"
+    (args.output_dir / "index.html").write_text(make_page(title, sections), encoding="utf-8")
+    (args.output_dir / "report.md").write_text(make_markdown(title, sections), encoding="utf-8")
+    summary = {"facts": found["facts"], "timesteps": found["inputs"].timesteps.tolist(), "errors": errors}
+    (args.output_dir / "report.json").write_text(json.dumps(summary, indent=2))
+    print(f"{args.output_dir / 'index.html'}", flush=True)
 
 
 if __name__ == "__main__":
