@@ -36,9 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lift_utils
 import train_lift_sd21
-from fashion import CLASSES, make_tokenizer
+from fashion import CLASSES
 from lift_utils import fail
 from loss import describe_device
+from small_models import make_tokenizer
 
 
 TOKENS = 8  # the least that a caption here needs; the original's 77 go with sixteen times the pixels

@@ -26,7 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,7 +39,6 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "GOMP_SPINCOUNT": "3000"}
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 
@@ -52,12 +51,12 @@ import lift_utils
 import report
 from lift_utils import fail
 from loss import describe_device
+from small_models import FEATURES
 
 
 ROOT = Path(lift_utils.__file__).parent
 BATCH = 32
 DRAWN_AT_ONCE = 100
-FEATURES = 32  # few, so that a covariance from some hundred samples is well conditioned
 
 start = time.perf_counter()
 
@@ -118,72 +117,7 @@ def write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-# ------------------------------------------------------------------------------------------------------ the classifier
-
-
-class Classifier(torch.nn.Module):
-    """Features and ten logits of images as eval/evaluate.py hands them over: float32 (N, 3, side, side) in [0, 255].
-
-    All three channels of a grey image are the same: it looks at the first. Over the images it was trained on, each
-    feature has about mean 0 and variance 1.
-    """
-
-    def __init__(self, side: int):
-        super().__init__()
-        self.body = torch.nn.Sequential(
-            *(torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2)),
-            *(torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2)),
-            *(torch.nn.Flatten(), torch.nn.Linear(32 * (side // 4) ** 2, FEATURES)),
-            torch.nn.BatchNorm1d(FEATURES, affine=False),
-        )
-        self.head = torch.nn.Linear(FEATURES, 10)
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features = self.body(images[:, :1] / 127.5 - 1)
-        return features, self.head(F.relu(features))
-
-
-def optimize(model: torch.nn.Module, steps: int, learning_rate: float) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Yields once a step what takes the step, given the loss: AdamW, its rate warming up and falling to zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
-
-    def take(loss: torch.Tensor) -> None:
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-
-    for _ in range(steps):
-        yield take
-
-
-def train_classifier(path: Path, images: np.ndarray, labels: np.ndarray, steps: int = 1000) -> torch.jit.ScriptModule:
-    """What `evaluate.py --features` takes, trained unless the file is there.
-
-    Args:
-        images: Grey, uint8 (N, side, side); `labels` (N,) are 0 to 9.
-    """
-    if not path.exists():
-        say("the classifier in whose features images are compared")
-        torch.manual_seed(0)
-        classifier, targets = Classifier(images.shape[-1]), torch.from_numpy(labels.astype(np.int64))
-        for step in optimize(classifier, steps, learning_rate=3e-3):
-            chosen = torch.randint(len(images), (64,))
-            _, logits = classifier(torch.from_numpy(images[chosen.numpy()]).float().unsqueeze(1))
-            step(F.cross_entropy(logits, targets[chosen]))
-        temporary = path.with_name(f".{path.name}")
-        torch.jit.script(classifier.eval()).save(str(temporary))
-        temporary.replace(path)
-    return torch.jit.load(str(path)).eval()
-
-
-@torch.no_grad()
-def accuracy(classifier: torch.nn.Module, images: np.ndarray, labels: np.ndarray) -> float:
-    """Share of grey uint8 images (N, side, side) whose label the classifier finds."""
-    _, logits = classifier(torch.from_numpy(images.copy()).float().unsqueeze(1))
-    return (logits.argmax(-1).numpy() == labels).mean().item()
+# -------------------------------------------------------------------------------------------------------- the training
 
 
 def save_images(folder: Path, images: np.ndarray) -> Path:
@@ -195,9 +129,6 @@ def save_images(folder: Path, images: np.ndarray) -> Path:
             Image.fromarray(pixels).save(temporary / f"{number:05d}.png")
         temporary.rename(folder)
     return folder
-
-
-# -------------------------------------------------------------------------------------------------------- the training
 
 
 def train(args: argparse.Namespace, script: str, run: str, steps: int, flags: list) -> Path:
@@ -258,20 +189,20 @@ def measure(
     real: list[Path],
     reference: Path,
     facts: dict[str, str],
-    columns: int = 10,
     drawing: tuple = (),
     scoring: tuple = (),
+    reporting: tuple = (),
 ) -> None:
     """Draw samples of every model, measure them, write the report.
 
     Args:
         runs: The teacher's folder and the students'.
-        real: Folders of real images, measured beside the samples; noisy inputs are made of the first.
+        real: Folders of real images, measured beside the samples.
         reference: Folder of the images that all are compared with.
         facts: What else results.md says of how it was made.
-        columns: Samples of each model that are shown.
         drawing: Flags for generate.py and report.py.
         scoring: Flags for evaluate.py.
+        reporting: Flags for report.py.
     """
     folder = args.output_dir
     drawing = ("--num_inference_steps", args.inference_steps, *drawing)
@@ -285,8 +216,8 @@ def measure(
     call(evaluate, "--images", *real, *samples, "--reference", reference, "--output", folder / "quality", *flags)
     say("report")
     teacher, *students = runs.values()
-    flags = ("--results", folder / "quality.json", "--images", real[0], "--title", title, *drawing)
-    call(report, "--teacher", teacher, "--students", *students, "--output_dir", folder, "--columns", columns, *flags)
+    flags = ("--results", folder / "quality.json", "--title", title, *drawing, *reporting)
+    call(report, "--teacher", teacher, "--students", *students, "--output_dir", folder, *flags)
 
     seconds = ", ".join(f"{name} {training_seconds(run):.0f} s" for name, run in runs.items())
     facts = {

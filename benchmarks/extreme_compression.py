@@ -32,9 +32,11 @@ import argparse
 import json
 import os
 
-import demo  # first: it sets what torch reads when it is loaded
 import numpy as np
 from PIL import Image
+
+import demo
+import small_models
 
 
 SCRIPT = "train_lift_unet.py"
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     digits, labels = read_digits()
     real = demo.save_images(folder / "real", digits[:REAL])
     images = demo.save_images(folder / "images", digits[REAL:])
-    classifier = demo.train_classifier(folder / "classifier.pt", digits[REAL:], labels[REAL:])
+    classifier = small_models.train_classifier(folder / "classifier.pt", digits[REAL:], labels[REAL:])
 
     for name, config in (("teacher", TEACHER), ("student", STUDENT)):
         demo.write(folder / f"{name}.json", json.dumps({"config": config}, indent=2))
@@ -115,10 +117,11 @@ def run(args: argparse.Namespace) -> None:
     facts = {
         "students": f"`--kd_loss none`, `mse`, `lift` and `place`, {args.seeds} seed(s), which the names end with",
         "real": f"{REAL} digits that nobody trained on, of which the classifier knows "
-        f"{demo.accuracy(classifier, digits[:REAL], labels[:REAL]):.1%}",
+        f"{small_models.accuracy(classifier, digits[:REAL], labels[:REAL]):.1%}",
     }
     title = "Extreme compression of a digit teacher"
-    demo.measure(args, title, runs, [real], images, facts, columns=16, drawing=("--sampler", "ddim"))
+    reporting = ("--images", real, "--columns", 16)
+    demo.measure(args, title, runs, [real], images, facts, drawing=("--sampler", "ddim"), reporting=reporting)
 
 
 if __name__ == "__main__":

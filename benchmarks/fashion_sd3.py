@@ -10,51 +10,50 @@
 
     python benchmarks/fashion_sd3.py --output_dir demo-sd3
 
-As benchmarks/fashion_sd21.py, on the same captioned images of Fashion-MNIST, with the same autoencoder, and scored in
-the same way; but the teacher is an MMDiT of six joint blocks, trained by flow matching, and the students keep a third
-of them (`--student third`), distilled with --kd_loss none, mse, lift and place at equal budget.
+As benchmarks/fashion_sd21.py, on the same captioned images of Fashion-MNIST, with the same autoencoder, and measured
+in the same way; but the teacher is an MMDiT of six joint blocks, trained by flow matching, and the students keep a
+third of them (`--student third`), distilled with --kd_loss none, mse, lift and place at equal budget.
 
-Read demo-sd3/results.md, then look at samples.png and curves.png beside it. Each model is a folder that loads with
+Open demo-sd3/index.html, or read demo-sd3/results.md. Each model is a folder that loads with
 `StableDiffusion3Pipeline.from_pretrained("demo-sd3/third-place", text_encoder_3=None, tokenizer_3=None)`. Stop it
 whenever you like: the same command goes on from there.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import fashion
+import demo
 import fashion_sd21
-import lift_utils
-from extreme_compression import keep_settings
+import small_models
 from fashion_sd21 import METHODS
 
 
-SCRIPT = Path(lift_utils.__file__).with_name("train_lift_sd3.py")
+SCRIPT = "train_lift_sd3.py"
 STUDENT = "third"
 # In place of the absent T5, the pipeline feeds so many zeros; few make small models quick.
-ZEROS = 8
-FLAGS = ["--max_sequence_length", ZEROS, "--weighting_scheme", "none"]
+LENGTH = ("--max_sequence_length", 8)
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    return fashion_sd21.parse_args(input_args, __doc__, "demo-sd3")
 
 
 def run(args: argparse.Namespace) -> None:
-    keep_settings(args)
-    data, test = fashion_sd21.read_data(args)
-    parts = fashion_sd21.make_parts(args, *data, projection=True)
-    start = fashion.save_sd3_pipeline(args.output_dir / "start", *parts)
-    scratch = ["--kd_loss", "none", "--student", "whole", "--student_init", "random", *FLAGS]
-    scratch += ["--pretrained_teacher_model", start]
-    folders = {"teacher": fashion_sd21.train(args, SCRIPT, "teacher", args.teacher_steps, scratch)}
+    from transformers import CLIPTextModelWithProjection
+
+    vae, clip, tokenizer, known = fashion_sd21.make_parts(args)
+    text_encoder = CLIPTextModelWithProjection.from_pretrained(clip)
+    start = small_models.save_sd3_pipeline(args.output_dir / "start", vae, text_encoder, tokenizer)
+    common = [*LENGTH, "--weighting_scheme", "none"]
+    scratch = ["--kd_loss", "none", "--student", "whole", "--student_init", "random"]
+    scratch += ["--pretrained_teacher_model", start, *common]
+    runs = {"teacher": fashion_sd21.train(args, SCRIPT, "teacher", args.teacher_steps, scratch)}
     for method in METHODS:
-        flags = ["--pretrained_teacher_model", folders["teacher"], "--student", STUDENT, "--kd_loss", method, *FLAGS]
+        flags = ["--pretrained_teacher_model", runs["teacher"], "--student", STUDENT, "--kd_loss", method, *common]
         name = f"{STUDENT}-{method}"
-        folders[name] = fashion_sd21.train(args, SCRIPT, name, args.student_steps, flags)
+        runs[name] = fashion_sd21.train(args, SCRIPT, name, args.student_steps, flags)
     title = "A small Stable Diffusion 3 of garments, distilled"
-    fashion_sd21.report(args, title, folders, data, test, max_sequence_length=ZEROS)
+    fashion_sd21.measure(args, title, runs, known, drawing=("--sampler", "euler", *LENGTH))
 
 
 if __name__ == "__main__":
-    fashion_sd21.main(fashion_sd21.parse_args(description=__doc__, output_dir="demo-sd3"), run)
+    demo.main(parse_args(), run)

@@ -417,6 +417,7 @@ def kernel_inception_distance(ours: np.ndarray, theirs: np.ndarray, seed: int) -
 def compare(ours: Statistics, reference: Statistics, args: argparse.Namespace) -> tuple[dict, list[str]]:
     """The metrics of a set of images, `None` where one cannot be had, and remarks on them."""
     dimensions = len(reference.mean)
+    fid, kid = ("FID", "KID") if args.features is None else ("Fréchet distance", "kernel distance")
     if len(ours.mean) != dimensions:
         fail(
             f"--reference {args.reference} has {dimensions} features and the extractor {len(ours.mean)}; pass its own"
@@ -428,14 +429,14 @@ def compare(ours: Statistics, reference: Statistics, args: argparse.Namespace) -
     short = [f"{count} {name}" for name, count in counts.items() if count <= dimensions]
     if short:
         # Their covariance is singular: the distance would measure the count.
-        remarks.append(f"no FID: {' and '.join(short)} are too few for a covariance of {dimensions} features")
+        remarks.append(f"no {fid}: {' and '.join(short)} are too few for a covariance of {dimensions} features")
     else:
         scores["fid"] = frechet_distance(ours.mean, ours.covariance, reference.mean, reference.covariance)
         few = [f"{count} {name}" for name, count in counts.items() if count < FEW]
         if few:
-            remarks.append(f"FID on {' and '.join(few)}: fewer than {FEW:,} bias it upwards, go by KID")
+            remarks.append(f"{fid} on {' and '.join(few)}: fewer than {FEW:,} bias it upwards, go by {kid}")
     if reference.features is None:
-        remarks.append("no KID, precision and recall: the reference's statistics come without features")
+        remarks.append(f"no {kid}, precision and recall: the reference's statistics come without features")
     else:
         scores["kid"] = kernel_inception_distance(ours.features, reference.features, args.seed)
         if min(ours.count, reference.count) > 3:
@@ -583,9 +584,8 @@ def main(args: argparse.Namespace) -> None:
     """Measure every folder and write the table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     described = [describe(folder, name) for folder, name in zip(args.images, label_folders(args.images))]
-    for folder in args.images if args.clip_model else []:
-        if not read_manifest(folder).get("prompts"):
-            fail(f"--clip_model {args.clip_model} needs prompts, and {folder} has none in a manifest.json; drop it")
+    if args.clip_model and not any(read_manifest(folder).get("prompts") for folder in args.images):
+        fail(f"--clip_model {args.clip_model} needs prompts, and no folder has them in a manifest.json; drop it")
     extractor = load_extractor(args, device)
     reference = load_reference(extractor, args, device)
     rows = []
@@ -596,7 +596,7 @@ def main(args: argparse.Namespace) -> None:
             fail(f"--images {row['folder']} is {sizes}; pass --features_size or --reference_resolution")
         scores, remarks = compare(ours, reference, args)
         prompts = read_manifest(Path(row["folder"])).get("prompts")
-        scores["clip_score"] = clip_score(files, prompts, args, device) if args.clip_model else None
+        scores["clip_score"] = clip_score(files, prompts, args, device) if args.clip_model and prompts else None
         rows.append({**row, "images": ours.count, "size": ours.size, **scores, "remarks": remarks})
     results = {
         "reference": {"source": reference.source, "images": reference.count, "size": reference.size},

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fashion
+import small_models
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +78,7 @@ def save_sd_pipeline(folder: Path, prediction_type: str = "epsilon", **unet) -> 
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    tokenizer = fashion.make_tokenizer(["a", "photo", "of", "dark", "bright", "bag", "sneaker"], length=24)
+    tokenizer = small_models.make_tokenizer(["a", "photo", "of", "dark", "bright", "bag", "sneaker"], length=24)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,

@@ -3,50 +3,34 @@
 import json
 
 import numpy as np
-import pytest
-import torch
 from conftest import run_file
 from diffusers import DDIMPipeline
 from PIL import Image
 
-import extreme_compression
 
-
-def test_demo_from_nothing_and_again(tmp_path):
-    """A few steps of everything; the second call finds it all done."""
+def test_demo_from_nothing(tmp_path):
+    """A few steps of everything, by the command."""
     flags = ("--teacher_steps", 3, "--student_steps", 2, "--samples", 64, "--inference_steps", 2, "--threads", 1)
     command = ("benchmarks/extreme_compression.py", "--output_dir", tmp_path / "demo", *flags)
     finished = run_file(*command)
     assert finished.returncode == 0, finished.stdout
     demo = tmp_path / "demo"
-    results = json.loads((demo / "results.json").read_text())
-    rows = results["results"]
-    assert list(rows) == ["real, held out", "teacher", *(f"--kd_loss {kd}" for kd in ("none", "mse", "lift", "place"))]
-    counts = {name: runs[0].get("parameters") for name, runs in rows.items()}
-    assert counts["teacher"] == 2_469_729 and counts["--kd_loss place"] < 0.06 * counts["teacher"]
-    assert all(np.isfinite(runs[0]["frechet"]) for runs in rows.values())
-    assert rows["real, held out"][0]["frechet"] < min(rows[name][0]["frechet"] for name in list(rows)[1:])
-    table = (demo / "results.md").read_text()
-    assert "no Inception FID" in table and table.count("\n| ") == 7
-    assert Image.open(demo / "samples.png").width > 700 and Image.open(demo / "curves.png").width > 700
+    quality = json.loads((demo / "quality.json").read_text())
+    rows = {row["name"]: row for row in quality["rows"]}
+    assert list(rows) == ["real", "teacher", *(f"{kd}-0" for kd in ("none", "mse", "lift", "place"))]
+    facts = json.loads((demo / "report.json").read_text())["facts"]
+    assert facts["teacher"]["parameters"] == 2_469_729 and facts["place-0"]["parameters"] < 0.06 * 2_469_729
+    assert all(np.isfinite(row["fid"]) for row in rows.values())
+    assert rows["real"]["fid"] < min(row["fid"] for name, row in rows.items() if name != "real")
+    assert rows["teacher"]["sampler"] == "ddim" and rows["teacher"]["num_inference_steps"] == 2
+    text = (demo / "results.md").read_text()
+    assert "no Inception FID" in text and text.count("\n| ") == 7
+    assert "- budget: teacher 3 steps, students 2 steps" in text
+    assert Image.open(demo / "samples.png").width > 16 * 96 and Image.open(demo / "curves.png").width > 700
     assert DDIMPipeline.from_pretrained(demo / "place-0")(num_inference_steps=1).images
 
-    before = (demo / "place-0" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
-    finished = run_file(*command)
-    assert finished.returncode == 0 and "steps" not in finished.stdout.split("| model")[0]
-    assert (demo / "place-0" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
     finished = run_file(*command, "--teacher_steps", 4)
     assert finished.returncode == 1 and "--teacher_steps 4 was 3" in finished.stdout
-
-
-def test_frechet_distance_of_known_gaussians():
-    torch.manual_seed(0)
-    points = torch.randn(50_000, 4, dtype=torch.float64)
-    distance = extreme_compression.frechet_distance
-    assert distance(points, points) == pytest.approx(0, abs=1e-9)
-    assert distance(points, points + 3) == pytest.approx(4 * 9)
-    # N(0, 1) to N(0, 4) in each of four dimensions: 4 · (2 - 1)²
-    assert distance(points, 2 * points) == pytest.approx(4, rel=0.02)
 
 
 def test_step_benchmark_prints_the_ratio(tmp_path):

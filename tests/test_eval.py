@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.error import URLError
@@ -169,6 +170,15 @@ def test_sd3_with_a_vae_that_shifts_nothing(draw, sd3, prompt_file, tmp_path):
     assert np.array_equal(*images)
 
 
+def test_tokens_of_t5_count(draw, sd3, prompt_file):
+    """In place of an absent T5, the transformer sees as many zeros as it was trained with."""
+    flags = ("--model", sd3, "--prompt_file", prompt_file, "--num_images", 1, "--guidance_scale", 1)
+    folders = [draw(*flags, "--max_sequence_length", length, name=f"{length}") for length in (8, 200)]
+    assert [manifest(folder)["max_sequence_length"] for folder in folders] == [8, 200]
+    assert np.abs(read(folders[0]) - read(folders[1])).max() > 1
+    assert manifest(draw(*flags, name="default"))["max_sequence_length"] == 256
+
+
 def test_learned_variance_is_used(draw, models):
     """`ddpm` on a DiT draws its noise with the model's own variance, `as_saved` (DDIM here) draws none."""
     learned = read(draw(*models["dit"], "--guidance_scale", 1))
@@ -302,6 +312,7 @@ def test_bad_input_of_generation(draw, models, teacher, sd_teacher, sd3, dit, tm
         ([*models["sd3"], "--sampler", "ddim"], "--sampler ddim is not for flow matching"),
         (["--model", dit, "--classes", 1000], "--classes 1000 is no class"),
         (["--model", dit, "--classes", "cat"], "--classes cat is no class"),
+        ([*models["sd"], "--max_sequence_length", 8], "--max_sequence_length 8 is for Stable Diffusion 3"),
         (["--model", teacher, "--guidance_scale", 2], "--guidance_scale 2.0 is for prompts and classes"),
         (["--model", teacher, "--resolution", 32], "--resolution 32 is for text-to-image"),
         (["--model", teacher, "--prompt_file", tmp_path / "gap.txt"], "is unconditional; drop the flag"),
@@ -566,7 +577,7 @@ def clip(tmp_path_factory, sd_teacher) -> Path:
     return folder
 
 
-def test_clip_score(score, draw, models, clip, pool, noise):
+def test_clip_score(score, draw, models, clip, pool, noise, tmp_path):
     images = draw(*models["sd"], "--num_images", 5)
     flags = ("--images", images, "--reference", images, "--features", pool, "--clip_model", clip)
     row = score(*flags, "--batch_size", 2)["rows"][0]
@@ -578,8 +589,13 @@ def test_clip_score(score, draw, models, clip, pool, noise):
         output = model(**tokenizer(prompt, return_tensors="pt"), **pixels)
         cosines.append((output.image_embeds * output.text_embeds).sum().item())  # both of length 1
     assert row["clip_score"] == pytest.approx(np.mean(cosines), abs=1e-5) and np.std(cosines) > 1e-4
-    with pytest.raises(SystemExit, match=r"needs prompts, and .* has none"):
+    with pytest.raises(SystemExit, match=r"needs prompts, and no folder has them"):
         score("--images", noise["a"], *flags[2:])
+    (tmp_path / "plain").mkdir()
+    for path in sorted(images.glob("*.png")):
+        shutil.copy(path, tmp_path / "plain")
+    rows = score("--images", tmp_path / "plain", *flags[1:])["rows"]
+    assert [entry["clip_score"] for entry in rows] == [None, row["clip_score"]]
 
 
 def test_table_of_several_students(score, draw, models, pool, images):
@@ -715,20 +731,25 @@ def write_report(tmp_path, monkeypatch):
 def test_report_of_pixels(write_report, draw, score, images, pool, teacher, students, tmp_path):
     """As a user has it: images drawn and measured, then the report."""
     folders = [draw("--model", model, "--num_images", 20, name=model.name) for model in (teacher, *students)]
-    score("--images", *folders, "--reference", images, "--features", pool)
-    write_report(teacher, students, "--results", tmp_path / "results.json", "--images", images, "--timesteps", 10)
+    (tmp_path / "real").mkdir()
+    for path in sorted(images.iterdir())[:20]:
+        shutil.copy(path, tmp_path / "real")
+    score("--images", tmp_path / "real", *folders, "--reference", images, "--features", pool)
+    flags = ("--images", images, "--timesteps", 10, "--title", "A <title>")
+    write_report(teacher, students, "--results", tmp_path / "results.json", *flags)
 
     text = (tmp_path / "report" / "index.html").read_text()
     page = Page(text)
     assert not page.open[:-1] and page.headings[:2] == ["Samples", "Quality and cost"]
     pictures = sorted((tmp_path / "report").glob("*.png"))
-    assert [path.name for path in pictures] == ["curves-1.png", "errors.png", "groups.png", "samples.png"]
+    assert [path.name for path in pictures] == ["curves.png", "errors.png", "groups.png", "samples.png"]
     assert len(page.sources) == 4 and all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert not re.search(r"https?://|@import|url\(", text)
+    assert not re.search(r"https?://|@import|url\(", text) and "<h1>A &lt;title&gt;</h1>" in text
 
     head, *rows = page.rows
     table = {row[0]: dict(zip(head, row)) for row in rows}
-    assert list(table) == ["teacher", "narrow", "twin"]
+    assert list(table) == ["real", "teacher", "narrow", "twin"]
+    assert table["real"]["images"] == "20" and table["real"]["parameters"] == table["real"]["latency per image"] == "–"
     measured = {row["contents"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
     wide, narrow = (UNet2DModel.from_pretrained(model / "unet") for model in (teacher, students[0]))
     assert table["teacher"]["parameters"] == f"{wide.num_parameters():,}"
@@ -737,12 +758,43 @@ def test_report_of_pixels(write_report, draw, score, images, pool, teacher, stud
     assert table["narrow"]["Fréchet distance"] == f"{fid:.2f}" != table["teacher"]["Fréchet distance"]
     assert "no Inception FID" in text and table["twin"]["images"] == "20"
 
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert [[cell.strip() for cell in line[1:-1].split("|")] for line in lines if "--:" not in line] == page.rows
+    assert re.findall(r"^## (.*)", markdown, re.M) == page.headings and markdown.startswith("# A <title>\n")
+    assert sorted(re.findall(r"\]\((.*)\)", markdown)) == [path.name for path in pictures]
+
     summary = json.loads((tmp_path / "report" / "report.json").read_text())
     facts = summary["facts"]
     assert facts["twin"]["macs"] == facts["teacher"]["macs"] > 2 * facts["narrow"]["macs"]
     assert all(0.001 < fact["seconds"] < 60 for fact in facts.values())
     assert summary["timesteps"] == [50, 150, 250, 350, 450, 550, 650, 750, 850, 950]
     assert summary["errors"]["twin"] == [0] * 10 and min(summary["errors"]["narrow"]) > 1e-4
+
+
+def test_report_in_a_browser(write_report, teacher, students, tmp_path):
+    """Chromium lays the page out: all pictures decode, nothing sticks out at the sides, on a desk and on a phone."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium, Debian's package chromium")
+    page = write_report(teacher, students) / "index.html"
+    script = """<script>addEventListener("load", () => { document.body.innerHTML = JSON.stringify({
+        pictures: [...document.images].map((image) => image.complete && image.naturalWidth),
+        inside: document.documentElement.scrollWidth <= innerWidth,
+        headings: [...document.querySelectorAll("h2")].map((heading) => heading.getBoundingClientRect().top) }); });
+        </script>"""
+    (tmp_path / "probe.html").write_text(page.read_text().replace("</body>", f"{script}</body>"))
+    for width in (1280, 500):
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+        command += ["--disable-background-networking", "--disable-component-update", f"--window-size={width},900"]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "probe.html").as_uri()]
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        found = json.loads(re.search(r"<body>(\{.*\})</body>", finished.stdout, re.S)[1])
+        widths = [
+            Image.open(page.with_name(f"{name}.png")).width for name in ("samples", "curves", "errors", "groups")
+        ]
+        assert found["pictures"] == widths and found["inside"]
+        assert len(found["headings"]) == 5 and found["headings"] == sorted(found["headings"])
 
 
 def test_costs_are_measured_in_a_new_process(teacher, tmp_path):

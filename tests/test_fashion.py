@@ -1,21 +1,26 @@
-"""Fashion-MNIST's parts of a pipeline, and what is made of them, at a budget of a few steps."""
+"""Small models of Fashion-MNIST, the demos made of them, and the benchmark of caching, at a budget of a few steps."""
 
 import json
 from functools import partial
 from pathlib import Path
 
+import fashion_dit
+import fashion_sd3
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
 import cache
+import demo
 import fashion
 import fashion_sd21
+import report
+import small_models
 import train_lift_sd21
 
 
@@ -30,25 +35,25 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 def words(data) -> tuple[list[str], object]:
     """The images' captions and a tokenizer of their words."""
     captions = [fashion.caption(label, image) for label, image in zip(data[1], data[0])]
-    return captions, fashion.make_tokenizer(sorted({word for text in captions for word in text.split()}), 24)
+    return captions, small_models.make_tokenizer(sorted({word for text in captions for word in text.split()}), 24)
 
 
 @pytest.fixture
 def in_process(run, monkeypatch) -> list:
-    """Lets what would be launched run in this process; returns the commands' names and flags."""
+    """Lets what would be launched run in this process; returns the commands' flags."""
     commands = []
 
     class Finished:
         def __init__(self, command, **options):
-            script = next(number for number, word in enumerate(command) if word.endswith("train_lift_sd21.py"))
-            commands.append(command[script + 1 :])
-            run("train_lift_sd21", *command[script + 1 :])
+            place = next(number for number, word in enumerate(command) if "train_lift_" in str(word))
+            commands.append(command[place + 1 :])
+            run(Path(command[place]).stem, *command[place + 1 :])
             self.returncode = 0
 
         def wait(self) -> int:
             return self.returncode
 
-    monkeypatch.setattr(fashion_sd21.subprocess, "Popen", Finished)
+    monkeypatch.setattr(demo.subprocess, "Popen", Finished)
     monkeypatch.setattr(cache.subprocess, "run", Finished)
     return commands
 
@@ -58,7 +63,7 @@ def stamp(folder: Path) -> dict[str, int]:
 
 
 def error_of(vae, images: np.ndarray) -> float:
-    return np.square(fashion.reconstruct(vae, images) / 255 - images / 255).mean().item()
+    return np.square(small_models.reconstruct(vae, images) / 255 - images / 255).mean().item()
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts
@@ -78,17 +83,17 @@ def test_captions_say_what_is_there(data, tmp_path):
 
 def test_autoencoder_learns_and_is_reused(data, tmp_path):
     images = fashion.pad(data[0])
-    early = fashion.train_autoencoder(tmp_path / "early", images, steps=2)
-    vae = fashion.train_autoencoder(tmp_path / "vae", images, steps=25)
+    early = small_models.train_autoencoder(tmp_path / "early", images, steps=2)
+    vae = small_models.train_autoencoder(tmp_path / "vae", images, steps=25)
     assert error_of(vae, images[:50]) < 0.6 * error_of(early, images[:50])
     with torch.no_grad():
-        latents = vae.encode(fashion.as_inputs(images)).latent_dist.sample() * vae.config.scaling_factor
+        latents = vae.encode(small_models.as_inputs(images)).latent_dist.sample() * vae.config.scaling_factor
     assert latents.shape == (300, 4, 8, 8)
     assert latents.std().item() == pytest.approx(1, abs=0.02)
     assert latents.mean((0, 2, 3)).abs().max() < 0.02
 
     before = stamp(tmp_path)
-    again = fashion.train_autoencoder(tmp_path / "vae", images, steps=25)
+    again = small_models.train_autoencoder(tmp_path / "vae", images, steps=25)
     assert stamp(tmp_path) == before and error_of(again, images) == error_of(vae, images)
     loaded = AutoencoderKL.from_pretrained(tmp_path / "vae")
     assert loaded.config.scaling_factor == vae.config.scaling_factor != 0.18215
@@ -100,88 +105,154 @@ def test_centring_the_latents_changes_no_picture(data):
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, **options
     ).eval()
-    inputs = fashion.as_inputs(fashion.pad(data[0][:20]))
+    inputs = small_models.as_inputs(fashion.pad(data[0][:20]))
     with torch.no_grad():
         before = vae.decode(vae.encode(inputs).latent_dist.mode()).sample
         assert vae.encode(inputs).latent_dist.mean.mean((0, 2, 3)).abs().max() > 0.05
-        fashion.centre_latents(vae, inputs)
+        small_models.centre_latents(vae, inputs)
         after = vae.decode(vae.encode(inputs).latent_dist.mode()).sample
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("projection", [False, True])
-def test_text_encoder_learns_and_is_reused(projection, data, words, tmp_path):
+def test_clip_learns_and_is_reused(data, words, tmp_path):
     captions, tokenizer = words
-    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
-    train = partial(
-        fashion.train_text_encoder, images=fashion.pad(data[0]), captions=captions, tokenizer=tokenizer, width=32
-    )
-    train(tmp_path / "short", steps=1, projection=projection)
-    text_encoder = train(tmp_path / "text", steps=60, projection=projection)
-    ids = tokenizer(fashion_sd21.PROMPTS, padding="max_length", max_length=24, return_tensors="pt")["input_ids"]
+    images = fashion.pad(data[0])
+    train = partial(small_models.train_clip, images=images, captions=captions, tokenizer=tokenizer, width=32)
+    short, folder = train(tmp_path / "short", steps=1), train(tmp_path / "clip", steps=60)
+    ids = tokenizer(fashion.PROMPTS, padding="max_length", max_length=24, return_tensors="pt")["input_ids"]
+    processor = CLIPImageProcessor.from_pretrained(folder)
+    pixels = processor(images=[Image.fromarray(image).convert("RGB") for image in images], return_tensors="pt")
+    torch.testing.assert_close(pixels["pixel_values"], small_models.as_inputs(images), atol=1e-5, rtol=0)
 
-    def likeness(model) -> float:
-        """How alike the prompts' embeddings are, on average: training pulls them apart."""
-        output = model(ids)
-        embeddings = torch.nn.functional.normalize(output.text_embeds if projection else output.pooler_output, dim=-1)
-        return (embeddings @ embeddings.T).mean().item()
+    @torch.no_grad()
+    def share_right(model) -> float:
+        """Of the images that are nearer to their own prompt than to the nineteen others."""
+        found = CLIPModel.from_pretrained(model).eval()(input_ids=ids, **pixels).logits_per_image.argmax(-1)
+        return np.mean([fashion.PROMPTS[number] == text for number, text in zip(found, captions)])
 
-    assert type(text_encoder) is kind
-    with torch.no_grad():
-        assert likeness(text_encoder) < likeness(kind.from_pretrained(tmp_path / "short").eval()) - 0.1
+    assert share_right(folder) > 0.25 > share_right(short)
+    for kind in (CLIPTextModel, CLIPTextModelWithProjection):  # what the pipelines take, with the weights of training
+        held, whole = kind.from_pretrained(folder).state_dict(), CLIPModel.from_pretrained(folder).state_dict()
+        assert held and all(any(torch.equal(value, other) for other in whole.values()) for value in held.values())
     before = stamp(tmp_path)
-    again = train(tmp_path / "text", steps=60, projection=projection)
-    assert stamp(tmp_path) == before and torch.equal(again(ids)[0], text_encoder(ids)[0])
+    train(folder, steps=60)
+    assert stamp(tmp_path) == before
 
 
 def test_classifier_learns_and_is_reused(data, tmp_path):
     images, labels = fashion.pad(data[0]), data[1]
-    classifier = fashion.train_classifier(tmp_path / "classifier.safetensors", images, labels, steps=60)
-    classes, features = fashion.classify(classifier, images)
-    assert features.shape == (300, fashion.FEATURES) and (classes.numpy() == labels).mean() > 0.6
-    again = fashion.train_classifier(tmp_path / "classifier.safetensors", images, labels, steps=60)
-    assert torch.equal(fashion.classify(again, images)[1], features)
+    classifier = small_models.train_classifier(tmp_path / "classifier.pt", images, labels, steps=60)
+    features, logits = classifier(torch.from_numpy(images).float().unsqueeze(1).expand(-1, 3, -1, -1))
+    assert features.shape == (300, small_models.FEATURES) and logits.shape == (300, 10)
+    right = (logits.argmax(-1).numpy() == labels).mean()
+    assert small_models.accuracy(classifier, images, labels) == right > 0.6
+    assert features.std(0).mean().item() == pytest.approx(1, abs=0.3)
+    again = small_models.train_classifier(tmp_path / "classifier.pt", images, labels, steps=60)
+    assert torch.equal(again(torch.from_numpy(images).float().unsqueeze(1))[0], features)
 
 
-# --------------------------------------------------------------------------------------------------------- the command
+def test_images_in_turn():
+    order = fashion.in_turn(["b", "a", "b", "a", "c", "a"], ["a", "b"], 2)
+    assert order.tolist() == [1, 0, 3, 2]
+    assert len(set(fashion.PROMPTS)) == 20
+    for number in range(11):
+        assert {text.split(maxsplit=5)[5] for text in fashion.PROMPTS[number : number + 10]} == set(fashion.CLASSES)
 
 
-def test_from_nothing_and_again(in_process, tmp_path, monkeypatch):
+# ----------------------------------------------------------------------------------------------------------- the demos
+
+
+@pytest.fixture
+def make_demo(in_process, tmp_path, monkeypatch):
+    """`make_demo(module, *flags)` makes a demo of a few steps, without processes of their own; returns its folder."""
+    monkeypatch.setattr(
+        report,
+        "measure_costs",
+        lambda models, args: {name: report.measure_cost(model, args, 1) for name, model in models.items()},
+    )
+    monkeypatch.setattr(small_models, "train_classifier", partial(small_models.train_classifier, steps=40))
+    monkeypatch.setattr(demo.signal, "signal", lambda *arguments: None)
+
+    def make(module, *flags) -> Path:
+        command = ["--output_dir", tmp_path / "demo", "--teacher_steps", 2, "--student_steps", 2, "--samples", 64]
+        command += ["--inference_steps", 2, "--threads", 1, *flags]
+        demo.main(module.parse_args([str(flag) for flag in command]), module.run)
+        return tmp_path / "demo"
+
+    return make
+
+
+def read_table(folder: Path) -> dict[str, dict[str, str]]:
+    """The table of results.md by row and column."""
+    lines = [line for line in (folder / "results.md").read_text().splitlines() if line.startswith("|")]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0]: dict(zip(head[1:], row[1:])) for row in rows}
+
+
+def check_demo(folder: Path, names: list[str]) -> dict[str, dict[str, str]]:
+    """What all demos leave behind; returns their table."""
+    table = read_table(folder)
+    assert list(table) == names
+    for name in names:
+        assert np.isfinite(float(table[name]["Fréchet distance"]))
+    assert float(table["real"]["Fréchet distance"]) < float(table["teacher"]["Fréchet distance"])
+    text = (folder / "results.md").read_text()
+    assert "no Inception FID" in text and "- budget: teacher 2 steps, students 2 steps" in text
+    for name in ("samples", "curves", "errors", "groups"):
+        assert f"]({name}.png)" in text and Image.open(folder / f"{name}.png").width > 300
+    assert (folder / "index.html").read_text().count("data:image/png") == 4
+    return table
+
+
+def test_stable_diffusion_from_nothing_and_again(make_demo, in_process, monkeypatch):
     """A few steps of everything; the second call finds it all done."""
     monkeypatch.setattr(fashion_sd21, "IMAGES", 96)
     monkeypatch.setattr(fashion_sd21, "METHODS", ("place",))
     monkeypatch.setattr(fashion_sd21, "STUDENTS", ("bk_extreme",))
-    monkeypatch.setattr(fashion, "train_classifier", partial(fashion.train_classifier, steps=40))
-    demo = tmp_path / "demo"
-    flags = ["--output_dir", str(demo), "--autoencoder_steps", "2", "--text_steps", "2", "--teacher_steps", "2"]
-    flags += ["--student_steps", "2", "--samples", "64", "--inference_steps", "2", "--threads", "1"]
-    fashion_sd21.main(fashion_sd21.parse_args(flags))
-
+    small = ("--autoencoder_steps", 2, "--clip_steps", 2)
+    folder = make_demo(fashion_sd21, *small)
     assert [Path(flags[1]).name for flags in in_process] == ["teacher", "bk_extreme-place"]
-    results = json.loads((demo / "results.json").read_text())["results"]
-    assert list(results) == ["real, held out", "teacher", "bk_extreme-place"]
-    assert results["bk_extreme-place"]["parameters"] < 0.3 * results["teacher"]["parameters"]
-    assert all(np.isfinite(result["frechet"]) for result in results.values())
-    assert results["real, held out"]["frechet"] < min(results[name]["frechet"] for name in list(results)[1:])
-    table = (demo / "results.md").read_text()
-    assert "no Inception FID" in table and table.count("\n| ") == 4
-    assert Image.open(demo / "samples.png").height > 3 * 96 and Image.open(demo / "curves.png").width > 700
+    table = check_demo(folder, ["real", "decoded", "teacher", "bk_extreme-place"])
+    count = {name: int(row["parameters"].replace(",", "")) for name, row in list(table.items())[2:]}
+    assert count["bk_extreme-place"] < 0.3 * count["teacher"]
+    assert table["real"]["CLIP"] == "–" and -1 < float(table["teacher"]["CLIP"]) < 1
 
     weights = [
-        load_file(demo / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("start", "teacher")
+        load_file(folder / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("start", "teacher")
     ]
     assert weights[0].keys() == weights[1].keys()
     assert all(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if name.endswith("weight"))
-    parts = [load_file(demo / name / "vae" / "diffusion_pytorch_model.safetensors") for name in ("start", "teacher")]
+    parts = [load_file(folder / name / "vae" / "diffusion_pytorch_model.safetensors") for name in ("start", "teacher")]
     assert all(torch.equal(parts[0][name], parts[1][name]) for name in parts[0])
-    pipeline = StableDiffusionPipeline.from_pretrained(demo / "bk_extreme-place")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "bk_extreme-place")
     assert pipeline("a photo of a dark bag", num_inference_steps=1).images[0].size == (32, 32)
 
-    before = stamp(demo)
-    fashion_sd21.main(fashion_sd21.parse_args(flags))
-    assert len(in_process) == 2 and stamp(demo) == before
+    before = stamp(folder)
+    make_demo(fashion_sd21, *small)
+    assert len(in_process) == 2 and stamp(folder) == before
     with pytest.raises(SystemExit, match="--teacher_steps 3 was 2"):
-        fashion_sd21.main(fashion_sd21.parse_args([*flags, "--teacher_steps", "3"]))
+        make_demo(fashion_sd21, *small, "--teacher_steps", 3)
+
+
+def test_stable_diffusion_3_from_nothing(make_demo, monkeypatch):
+    monkeypatch.setattr(fashion_sd21, "IMAGES", 96)
+    monkeypatch.setattr(fashion_sd3, "METHODS", ("place",))
+    folder = make_demo(fashion_sd3, "--autoencoder_steps", 2, "--clip_steps", 2)
+    check_demo(folder, ["real", "decoded", "teacher", "third-place"])
+    manifest = json.loads((folder / "samples" / "teacher" / "manifest.json").read_text())
+    assert manifest["max_sequence_length"] == 8 and manifest["prompts"] == fashion.PROMPTS
+    absent = {"text_encoder_3": None, "tokenizer_3": None}
+    student = StableDiffusion3Pipeline.from_pretrained(folder / "third-place", **absent)
+    assert student.transformer.config.num_layers == 2
+
+
+def test_dit_from_nothing(make_demo, monkeypatch):
+    monkeypatch.setattr(fashion_dit, "IMAGES", 96)
+    monkeypatch.setattr(fashion_dit, "METHODS", ("place",))
+    folder = make_demo(fashion_dit)
+    check_demo(folder, ["real", "teacher", "place"])
+    manifest = json.loads((folder / "samples" / "place" / "manifest.json").read_text())
+    assert manifest["classes"] == list(range(10))
 
 
 # -------------------------------------------------------------------------------------------- the benchmark of caching

@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
-import fashion
 import lift_utils
+import small_models
 import train_lift_sd3
 
 
@@ -49,7 +49,7 @@ SD35 = {"dual_attention_layers": [0, 1, 2, 3], "qk_norm": "rms_norm"}
 
 
 def clip(width: int):
-    tokenizer = fashion.make_tokenizer(WORDS, length=24)
+    tokenizer = small_models.make_tokenizer(WORDS, length=24)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
