@@ -33,8 +33,8 @@ from pathlib import Path
 
 # Before torch is loaded, for this process and the trainings. Nothing is fetched from a network. Threads that wait spin
 # for microseconds only: the default is ten times slower where other jobs share the cores, and not to spin at all loses
-# the second core.
-os.environ |= {"HF_HUB_OFFLINE": "1", "GOMP_SPINCOUNT": "3000"}
+# the second core. That a text encoder leaves the rest of a CLIP folder where it is needs no table of warnings.
+os.environ |= {"HF_HUB_OFFLINE": "1", "GOMP_SPINCOUNT": "3000", "TRANSFORMERS_VERBOSITY": "error"}
 
 import numpy as np
 import psutil
