@@ -67,6 +67,21 @@ def captioned(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def articles(tmp_path_factory) -> Path:
+    """A folder of 48 articles of Fashion-MNIST, 32 x 32, with a sub-folder per class."""
+    import numpy as np
+    from PIL import Image
+
+    images, labels = fashion.read_fashion_mnist(fashion.find_fashion_mnist(ROOT / ".data"), "t10k")
+    folder = tmp_path_factory.mktemp("articles")
+    for index in range(48):
+        place = folder / fashion.CLASSES[labels[index]]
+        place.mkdir(exist_ok=True)
+        Image.fromarray(np.pad(images[index], 2)).save(place / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def sd_teacher(tmp_path_factory) -> Path:
     """A Stable Diffusion pipeline folder in full layout, random and tiny: 32 pixels, latents of 8 x 8, four levels."""
     return save_sd_pipeline(tmp_path_factory.mktemp("sd"))

@@ -15,7 +15,6 @@ from diffusers.models.embeddings import LabelEmbedding
 from PIL import Image
 from safetensors.torch import load_file
 
-import fashion
 import lift_utils
 import train_lift_dit
 from train_lift_dit import STUDENTS
@@ -34,18 +33,6 @@ TINY = {
     "attention_head_dim": 8,
 }
 NAMES = {0: "t-shirt, tee", 1: "trousers", 999: "ankle boot"}
-
-
-@pytest.fixture(scope="module")
-def articles(tmp_path_factory) -> Path:
-    """A folder of 48 articles of Fashion-MNIST, 32 x 32, with a sub-folder per class."""
-    images, labels = fashion.read_fashion_mnist(fashion.find_fashion_mnist(ROOT / ".data"), "t10k")
-    folder = tmp_path_factory.mktemp("articles")
-    for index in range(48):
-        place = folder / fashion.CLASSES[labels[index]]
-        place.mkdir(exist_ok=True)
-        Image.fromarray(np.pad(images[index], 2)).save(place / f"{index:02d}.png")
-    return folder
 
 
 def save_dit_pipeline(folder: Path, **changes) -> Path:

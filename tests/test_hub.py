@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, launch
+from test_dit import save_dit_pipeline
+from test_sd3 import save_sd3_pipeline
 
 
 TOKEN = "hf_notARealTokenButItMustNotLeak"
 FLAGS = [
-    *("--student", 0.5, "--train_batch_size", 8, "--max_train_steps", 2, "--checkpointing_steps", 1),
-    *("--logging_steps", 1, "--dataloader_num_workers", 0, "--num_validation_images", 1, "--num_inference_steps", 1),
-    *("--push_to_hub", "--report_to", "tensorboard"),
+    *("--train_batch_size", 8, "--max_train_steps", 2, "--checkpointing_steps", 1, "--logging_steps", 1),
+    *("--dataloader_num_workers", 0, "--num_inference_steps", 1, "--push_to_hub", "--report_to", "tensorboard"),
 ]
 
 
@@ -112,7 +113,8 @@ def push(server, teacher, images, output_dir: Path, *flags):
     """Launch a run of two steps that pushes to the server."""
     source = ("--pretrained_teacher_model", teacher, "--train_data_dir", images, "--output_dir", output_dir)
     variables = environment(server.url, output_dir.parent / "home")
-    return launch(*source, *FLAGS, *flags, prefix=("train_lift_unet",), **variables)
+    student = ("--student", 0.5, "--num_validation_images", 1)
+    return launch(*source, *student, *FLAGS, *flags, prefix=("train_lift_unet",), **variables)
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +187,32 @@ def test_the_token_goes_to_the_hub_alone(pushed):
     for path in (path for path in folder.rglob("*") if path.is_file()):
         assert TOKEN.encode() not in path.read_bytes(), path
     assert not any(TOKEN.encode() in body for _, _, body in server.requests)
+
+
+@pytest.mark.parametrize("kind", ["sd21", "dit", "sd3"])
+def test_the_other_scripts_push_too(kind, start_hub, sd_teacher, captioned, articles, tmp_path):
+    """A merged LoRA student of each text-to-image model, and a shallower DiT: what loads here is what arrives."""
+    latent = ("--lora_rank", 2, "--validation_prompts", "a dark bag", "--resolution", 32)
+    teacher, data, flags = {
+        "sd21": (lambda: sd_teacher, captioned, ("--student", "bk_base", *latent)),
+        "dit": (lambda: save_dit_pipeline(tmp_path / "teacher", num_layers=4), articles, ("--student_depth", 2)),
+        "sd3": (lambda: save_sd3_pipeline(tmp_path / "teacher"), captioned, ("--student", "half", *latent)),
+    }[kind]
+    folder = tmp_path / "student"
+    server = start_hub(folder)
+    source = ("--pretrained_teacher_model", teacher(), "--train_data_dir", data, "--output_dir", folder)
+    flags = (*source, *FLAGS, *flags, "--cache_dir", tmp_path / "cache", "--hub_model_id", "someone/small")
+    finished = launch(*flags, prefix=(f"train_lift_{kind}",), **environment(server.url, tmp_path / "home"))
+    assert finished.returncode == 0, finished.stdout
+    files = uploaded(server)
+    assert {path: (folder / path).read_bytes() for path in files} == files
+    denoiser = "unet" if kind == "sd21" else "transformer"
+    wanted = {"model_index.json", f"{denoiser}/diffusion_pytorch_model.safetensors", "README.md", "samples.png"}
+    assert files.keys() >= wanted | {"vae/diffusion_pytorch_model.safetensors"}
+    assert any(path.startswith("lora/") for path in files) == (kind != "dit")
+    assert {Path(path).suffix for path in files}.isdisjoint({".bin", ".pt", ".pkl", ".ckpt"})
+    assert 'from_pretrained("someone/small")' in files["README.md"].decode()
+    assert TOKEN not in finished.stdout and not any(TOKEN.encode() in body for body in files.values())
 
 
 def one_error(output: str, process) -> str:
