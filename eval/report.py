@@ -315,14 +315,14 @@ def plot_errors(predictions: dict[str, torch.Tensor], inputs: Inputs, path: Path
         for name, prediction in predictions.items()
         if name != "teacher"
     }
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     axis = figure.subplots()
     for index, (name, values) in enumerate(errors.items()):
         axis.semilogy(inputs.timesteps.tolist(), values, label=name, color=f"C{index}", marker=".", linewidth=1)
     axis.set_xlabel("timestep (noise to the right)")
     axis.set_ylabel("mean squared difference")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=9)
     figure.savefig(path, dpi=120)
     return errors
 
