@@ -26,6 +26,7 @@ With more time, in a new folder; --seeds may also be raised later in the same on
 
     python benchmarks/extreme_compression.py --output_dir demo-long --teacher_steps 5000 --student_steps 5000 --seeds 3
     python benchmarks/extreme_compression.py --output_dir demo-half --student 0.5
+    python benchmarks/extreme_compression.py --output_dir demo-l2 -- --coarse_norm l2
 """
 
 import argparse
@@ -72,6 +73,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="the teacher's channels that the students start from, or none of them",
     )
     parser.add_argument("--seeds", type=int, default=1, help="students per method; more give a spread")
+    parser.add_argument("flags", nargs="*", help="after --: more flags for the students' trainings")
     parser.set_defaults(threads=min(8, available_cores()))
     return demo.parse(parser, input_args, most_samples=50_000)
 
@@ -112,10 +114,11 @@ def run(args: argparse.Namespace) -> None:
             flags = ["--pretrained_teacher_model", runs["teacher"], "--kd_loss", method]
             flags += ["--student", args.student or folder / "student.json", "--student_init", args.student_init]
             name = f"{method}-{seed}"
-            runs[name] = demo.train(args, SCRIPT, name, args.student_steps, [*flags, *common, seed])
+            runs[name] = demo.train(args, SCRIPT, name, args.student_steps, [*flags, *common, seed, *args.flags])
 
     facts = {
-        "students": f"`--kd_loss none`, `mse`, `lift` and `place`, {args.seeds} seed(s), which the names end with",
+        "students": f"`--kd_loss none`, `mse`, `lift` and `place`, {args.seeds} seed(s), which the names end with"
+        + (f"; further flags: `{' '.join(args.flags)}`" if args.flags else ""),
         "real": f"{REAL} digits that nobody trained on, of which the classifier knows "
         f"{small_models.accuracy(classifier, digits[:REAL], labels[:REAL]):.1%}",
     }
