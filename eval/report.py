@@ -536,7 +536,8 @@ def make_sections(found: dict, pictures: dict[str, list[Path]], args: argparse.N
     quality, notes, inception = found["quality"]
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     cost = f"Latency and memory: {where}, {args.dtype}, whole images one by one ({settings}), the fastest of "
-    cost += f"{args.latency_images} after one to warm up, in a process of its own; memory beyond what it held before loading."
+    cost += f"{args.latency_images} after one to warm up, in a process of its own; "
+    cost += "memory beyond what it held before loading."
 
     training = ["No curves: no folder of --runs or --students has a metrics.jsonl."]
     if pictures["curves"]:
