@@ -4,7 +4,7 @@ PY := .venv/bin/python
 
 .PHONY: demo demo-sd21 demo-dit demo-sd3 test quality bench
 
-demo: .venv/installed  ## train a small teacher, distil it four ways, and draw what came out (8 minutes on 2 cores)
+demo: .venv/installed  ## train a small teacher, distil it four ways, and draw what came out (10 minutes on 2 cores)
 	$(PY) benchmarks/extreme_compression.py --output_dir demo
 
 demo-sd21: .venv/installed  ## the same for a small Stable Diffusion of garments (half an hour)
