@@ -513,7 +513,7 @@ def draw_pictures(found: dict, args: argparse.Namespace) -> tuple[dict[str, list
     lift_utils.labelled_grid(rows, scale, label_columns(found, args)).save(folder / "samples.png")
     pictures, errors = {"samples": [folder / "samples.png"], "curves": [], "errors": [], "groups": []}, {}
     runs = {name: smooth(lift_utils.read_metrics(run / "metrics.jsonl")) for name, run in args.runs.items()}
-    keys = [key for key in CURVES if any(key in row for rows in runs.values() for row in rows)]
+    keys = [key for key in CURVES if any(key in row for logged in runs.values() for row in logged)]
     if keys:
         pictures["curves"] = [folder / "curves.png"]
         lift_utils.plot_curves(runs, keys, folder / "curves.png")
