@@ -133,15 +133,15 @@ def save_images(folder: Path, images: np.ndarray) -> Path:
 
 def train(args: argparse.Namespace, script: str, run: str, steps: int, flags: list) -> Path:
     """Launch a training script as a user does, unless the run is finished; one that was stopped goes on."""
-    folder = args.output_dir.resolve() / run
+    folder = args.output_dir / run
     if (folder / "done").exists():
         return folder
     say(f"{run}: {steps} steps")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_cpu_threads_per_process"]
     command += [args.threads, "--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", ROOT / script, "--output_dir", folder, *flags]
-    command += ["--train_data_dir", args.output_dir.resolve() / "images", "--dataloader_num_workers", 0]
-    command += ["--cache_dir", args.output_dir.resolve() / "cache", "--max_train_steps", steps]
+    command += ["--dynamo_backend", "no", ROOT / script, "--output_dir", folder.resolve(), *flags]
+    command += ["--train_data_dir", args.output_dir / "images", "--dataloader_num_workers", 0]
+    command += ["--cache_dir", args.output_dir / "cache", "--max_train_steps", steps]
     command += ["--train_batch_size", BATCH, "--gradient_accumulation_steps", 1, "--ema_decay", 0.99]
     command += ["--lr_scheduler", "cosine", "--lr_warmup_steps", max(1, steps // 20)]
     command += ["--checkpointing_steps", 100, "--checkpoints_total_limit", 1, "--resume_from_checkpoint", "latest"]
@@ -165,7 +165,7 @@ def end_training_into(folder: Path, script: str) -> None:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if str(ROOT / script) in words and str(folder) in words:
+        if str(ROOT / script) in words and str(folder.resolve()) in words:
             found.append(process)
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
