@@ -317,12 +317,7 @@ def drop_unreadable(dataset, column: str, source: str, args):
         source: The flag and value the data came from, for messages.
         args: With `max_unreadable`, the share to put up with, and `dataloader_num_workers`.
     """
-    from datasets import Image
-
-    try:
-        dataset = dataset.cast_column(column, Image(decode=False))
-    except (ValueError, TypeError, NotImplementedError):
-        fail(f"--image_column {column} holds {dataset.features[column]}; pass the column of the images")
+    dataset = leave_undecoded(dataset, column)
     workers = args.dataloader_num_workers or None
     checked = dataset.map(
         _is_readable,
@@ -333,6 +328,16 @@ def drop_unreadable(dataset, column: str, source: str, args):
     )
     unreadable = [index for index, readable in enumerate(checked["readable"]) if not readable]
     return leave_out(dataset, unreadable, column, "cannot be read", source, args)
+
+
+def leave_undecoded(dataset, column: str):
+    """The dataset with the files' bytes or paths in its image column, as [`open_image`] takes them."""
+    from datasets import Image
+
+    try:
+        return dataset.cast_column(column, Image(decode=False))
+    except (ValueError, TypeError, NotImplementedError):
+        fail(f"--image_column {column} holds {dataset.features[column]}; pass the column of the images")
 
 
 def leave_out(dataset, rows: list[int], column: str, problem: str, source: str, args):

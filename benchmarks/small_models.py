@@ -13,12 +13,18 @@ there already is loaded instead. fashion_sd21.py shows their use.
 """
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lift_utils import vae_factor
 
 
 def make_tokenizer(words: list[str], length: int):
@@ -182,19 +188,15 @@ def train_clip(
     return folder
 
 
-def save_sd_pipeline(folder: Path, vae, text_encoder, tokenizer, seed: int = 0, **unet) -> Path:
-    """A StableDiffusionPipeline of these parts and a random U-Net in the four-level layout of Stable Diffusion.
-
-    Args:
-        unet: Overrides of the U-Net's config.
-    """
+def save_sd_pipeline(folder: Path, vae, text_encoder, tokenizer) -> Path:
+    """A StableDiffusionPipeline of these parts and a random U-Net in the four-level layout of Stable Diffusion."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     if folder.exists():
         return folder
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = {
-        "sample_size": vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1),
+        "sample_size": vae.config.sample_size // vae_factor(vae),
         "in_channels": vae.config.latent_channels,
         "out_channels": vae.config.latent_channels,
         "block_out_channels": [32, 64, 96, 96],
@@ -212,7 +214,7 @@ def save_sd_pipeline(folder: Path, vae, text_encoder, tokenizer, seed: int = 0, 
         steps_offset=1,
         prediction_type="v_prediction",
     )
-    model = UNet2DConditionModel(**config, **unet)
+    model = UNet2DConditionModel(**config)
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, model, scheduler, None, None, requires_safety_checker=False
     )
@@ -220,22 +222,21 @@ def save_sd_pipeline(folder: Path, vae, text_encoder, tokenizer, seed: int = 0, 
     return folder
 
 
-def save_sd3_pipeline(folder: Path, vae, text_encoder, tokenizer, seed: int = 0, **transformer) -> Path:
+def save_sd3_pipeline(folder: Path, vae, text_encoder, tokenizer) -> Path:
     """A StableDiffusion3Pipeline of these parts and a random MMDiT; it has no T5.
 
     Diffusers takes string prompts with both CLIP encoders only, so the one encoder stands in both places.
 
     Args:
         text_encoder: A CLIPTextModelWithProjection.
-        transformer: Overrides of the MMDiT's config.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     if folder.exists():
         return folder
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = {
-        "sample_size": vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1),
+        "sample_size": vae.config.sample_size // vae_factor(vae),
         "in_channels": vae.config.latent_channels,
         "out_channels": vae.config.latent_channels,
         "patch_size": 1,
@@ -247,7 +248,7 @@ def save_sd3_pipeline(folder: Path, vae, text_encoder, tokenizer, seed: int = 0,
         "pooled_projection_dim": 2 * text_encoder.config.projection_dim,
         "pos_embed_max_size": 8,
     }
-    model = SD3Transformer2DModel(**{**config, **transformer})
+    model = SD3Transformer2DModel(**config)
     vae.register_to_config(shift_factor=0.0)  # the pipeline adds it, and fails without
     clip = (text_encoder, tokenizer)
     pipeline = StableDiffusion3Pipeline(model, FlowMatchEulerDiscreteScheduler(), vae, *clip, *clip, None, None)

@@ -312,11 +312,7 @@ def load_dataset(args: argparse.Namespace) -> tuple[Any, str]:
         fail(f"{flag} is no folder, and does not load as a dataset: {lift_utils.reason(error)}; pass one of them")
     if args.image_column not in dataset.column_names:
         fail(f"--image_column {args.image_column} is not in the data; choose one of {', '.join(dataset.column_names)}")
-    try:
-        dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
-    except (ValueError, TypeError, NotImplementedError):
-        held = dataset.features[args.image_column]
-        fail(f"--image_column {args.image_column} holds {held}; pass the column of the images")
+    dataset = lift_utils.leave_undecoded(dataset, args.image_column)
     return Column(dataset, args.image_column), f"{dataset._fingerprint} {args.image_column}"
 
 
@@ -514,13 +510,14 @@ def make_table(results: dict) -> str:
     lines = ["| | " + " | ".join(title_of(key, inception) for key in shown) + " |"]
     lines.append("|---|" + "--:|" * len(shown))
     for row in rows:
-        cells = []
-        for key in shown:
-            _, style, factor = COLUMNS[key]
-            value = row.get(key)
-            cells.append("–" if value is None else f"{value * factor if style else value:{style}}")
-        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['name']} | {' | '.join(format_cell(key, row.get(key)) for key in shown)} |")
     return "\n".join(lines)
+
+
+def format_cell(key: str, value: Any) -> str:
+    """A result as its column shows it."""
+    _, style, factor = COLUMNS[key]
+    return "–" if value is None else f"{value * factor if style else value:{style}}"
 
 
 def make_notes(results: dict) -> list[str]:

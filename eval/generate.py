@@ -161,8 +161,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPi
     args.guidance_scale = guidance if args.guidance_scale is None else args.guidance_scale
     if condition == "prompts":
         factor = pipeline.vae_scale_factor
-        denoiser = pipeline.unet if kind == "StableDiffusionPipeline" else pipeline.transformer
-        args.resolution = args.resolution or denoiser.config.sample_size * factor
+        args.resolution = args.resolution or denoiser(pipeline).config.sample_size * factor
         if args.resolution % (2 * factor):
             fail(f"--resolution {args.resolution} does not fit the VAE; pass a multiple of {2 * factor}")
     if kind == "StableDiffusion3Pipeline" and pipeline.vae.config.shift_factor is None:
@@ -174,6 +173,11 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPi
         if isinstance(part, torch.nn.Module) and (args.dtype == "float32" or (kind, name) == ("DiTPipeline", "vae")):
             torch.nn.Module.to(part, torch.float32)
     return pipeline.to(device)
+
+
+def denoiser(pipeline: DiffusionPipeline) -> torch.nn.Module:
+    """The pipeline's U-Net or transformer."""
+    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
 
 
 def make_sampler(pipeline: DiffusionPipeline, name: str):

@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import generate
 import lift_utils
-from evaluate import COLUMNS, list_images, list_remarks, title_of
+from evaluate import format_cell, list_images, list_remarks, title_of
 from lift_utils import fail
 
 
@@ -167,13 +167,9 @@ def measure_costs(models: dict[str, str], args: argparse.Namespace) -> dict[str,
     return costs
 
 
-def denoiser(pipeline) -> torch.nn.Module:
-    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
-
-
 def count_macs(pipeline, inputs: Inputs) -> int:
     """Multiply-accumulates of one forward pass on one image."""
-    model = denoiser(pipeline)
+    model = generate.denoiser(pipeline)
     with torch.device("meta"):
         skeleton = type(model).from_config(model.config)
         noisy = torch.empty_like(inputs.noisy[0, :1], device="meta")
@@ -198,7 +194,7 @@ def make_inputs(
     """
     given = conditions and [conditions[index % len(conditions)] for index in range(len(images))]
     clean, named = encode(pipeline, images, flags), {}
-    device = denoiser(pipeline).device
+    device = generate.denoiser(pipeline).device
     generator = generate.seeded(flags.seed, NOISE)
     noise = torch.randn(clean.shape, generator=generator)
     shares = (torch.arange(count) + 0.5) / count
@@ -225,8 +221,10 @@ def encode(pipeline, images: list[Image.Image], flags: argparse.Namespace) -> to
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     vae = getattr(pipeline, "vae", None)
-    channels = denoiser(pipeline).config.in_channels if vae is None else vae.config.in_channels
-    side = flags.resolution or denoiser(pipeline).config.sample_size * (pipeline_factor(vae) if vae else 1)
+    channels = generate.denoiser(pipeline).config.in_channels if vae is None else vae.config.in_channels
+    side = flags.resolution or generate.denoiser(pipeline).config.sample_size * (
+        lift_utils.vae_factor(vae) if vae else 1
+    )
     mode = "L" if channels == 1 else "RGB"
     pixels = [pil_to_tensor(image.convert(mode).resize((side, side), Image.Resampling.BICUBIC)) for image in images]
     clean = torch.stack(pixels).float() / 127.5 - 1
@@ -236,14 +234,10 @@ def encode(pipeline, images: list[Image.Image], flags: argparse.Namespace) -> to
     return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
 
-def pipeline_factor(vae) -> int:
-    return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
 @torch.no_grad()
 def predict(pipeline, inputs: Inputs) -> torch.Tensor:
     """The model's predictions on the inputs, float32 (T, N, C, h, w) on the CPU; without the variance of a DiT."""
-    model = denoiser(pipeline)
+    model = generate.denoiser(pipeline)
     conditions = {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.conditions.items()
@@ -258,7 +252,7 @@ def predict(pipeline, inputs: Inputs) -> torch.Tensor:
 
 def prediction_kind(pipeline) -> tuple:
     """What must be equal for two models' predictions to be compared."""
-    config, kind = denoiser(pipeline).config, type(pipeline).__name__.replace("DDIM", "DDPM")
+    config, kind = generate.denoiser(pipeline).config, type(pipeline).__name__.replace("DDIM", "DDPM")
     side = None if hasattr(pipeline, "text_encoder") else config.sample_size
     return kind, pipeline.scheduler.config.get("prediction_type"), config.in_channels, side
 
@@ -374,11 +368,7 @@ def make_table(facts: dict[str, dict], quality: dict[str, dict], inception: bool
     titles = [title_of(key, inception) for key in keys]
     rows = [["", *titles, "parameters", "share", "GMACs per pass", "latency per image", "peak memory"]]
     for name in [*(name for name in quality if name not in facts), *facts]:
-        cells = [name]
-        for key in keys:
-            value = quality.get(name, {}).get(key)
-            _, style, factor = COLUMNS[key]
-            cells.append("–" if value is None else f"{value * factor:{style}}")
+        cells = [name, *(format_cell(key, quality.get(name, {}).get(key)) for key in keys)]
         if name in facts:
             fact = facts[name]
             cells += [f"{fact['parameters']:,}", f"{fact['parameters'] / facts['teacher']['parameters']:.1%}"]
@@ -477,7 +467,7 @@ def look_at_models(models: dict[str, str], args: argparse.Namespace) -> dict[str
             found["remarks"].append(f"{name} predicts something else than the teacher: left out.")
         found["samples"][name] = images
         found["facts"][name] = {
-            "parameters": denoiser(pipeline).num_parameters(),
+            "parameters": generate.denoiser(pipeline).num_parameters(),
             "macs": count_macs(pipeline, found["inputs"]),
         }
         found["contents"][name] = generate.digest_model(flags)

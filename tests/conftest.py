@@ -153,6 +153,18 @@ def run(monkeypatch) -> Callable:
     return run_in_process
 
 
+@pytest.fixture
+def costs_here(monkeypatch) -> None:
+    """eval/report.py measures latency and memory in this process, which is quick."""
+    import report
+
+    monkeypatch.setattr(
+        report,
+        "measure_costs",
+        lambda models, args: {name: report.measure_cost(model, args, 1) for name, model in models.items()},
+    )
+
+
 def run_file(*arguments, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     """Run `python *arguments` in a process of its own; returns it finished, with its output."""
     return subprocess.run(

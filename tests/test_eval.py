@@ -711,13 +711,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def write_report(tmp_path, monkeypatch):
+def write_report(tmp_path, costs_here):
     """`write_report(teacher, students, *flags)` returns the folder; costs are measured in this process, for speed."""
-    monkeypatch.setattr(
-        report,
-        "measure_costs",
-        lambda models, args: {name: report.measure_cost(model, args, 1) for name, model in models.items()},
-    )
 
     def write_into(teacher, students, *flags, steps: int = 2) -> Path:
         command = ["--teacher", teacher, "--students", *students, "--output_dir", tmp_path / "report"]

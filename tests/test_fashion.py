@@ -19,7 +19,6 @@ import cache
 import demo
 import fashion
 import fashion_sd21
-import report
 import small_models
 import train_lift_sd21
 
@@ -163,13 +162,8 @@ def test_images_in_turn():
 
 
 @pytest.fixture
-def make_demo(in_process, tmp_path, monkeypatch):
+def make_demo(in_process, costs_here, tmp_path, monkeypatch):
     """`make_demo(module, *flags)` makes a demo of a few steps, without processes of their own; returns its folder."""
-    monkeypatch.setattr(
-        report,
-        "measure_costs",
-        lambda models, args: {name: report.measure_cost(model, args, 1) for name, model in models.items()},
-    )
     monkeypatch.setattr(small_models, "train_classifier", partial(small_models.train_classifier, steps=40))
     monkeypatch.setattr(demo.signal, "signal", lambda *arguments: None)
 
