@@ -220,11 +220,9 @@ def encode(pipeline, images: list[Image.Image], flags: argparse.Namespace) -> to
     """Images, brought to the model's size, as what it adds noise to: float32 (N, C, h, w) on the CPU."""
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    vae = getattr(pipeline, "vae", None)
-    channels = generate.denoiser(pipeline).config.in_channels if vae is None else vae.config.in_channels
-    side = flags.resolution or generate.denoiser(pipeline).config.sample_size * (
-        lift_utils.vae_factor(vae) if vae else 1
-    )
+    vae, config = getattr(pipeline, "vae", None), generate.denoiser(pipeline).config
+    channels = config.in_channels if vae is None else vae.config.in_channels
+    side = flags.resolution or config.sample_size * (lift_utils.vae_factor(vae) if vae else 1)
     mode = "L" if channels == 1 else "RGB"
     pixels = [pil_to_tensor(image.convert(mode).resize((side, side), Image.Resampling.BICUBIC)) for image in images]
     clean = torch.stack(pixels).float() / 127.5 - 1
