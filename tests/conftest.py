@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -181,3 +182,10 @@ def run_file(*arguments, cwd: Path = ROOT, **environment: str) -> subprocess.Com
 def launch(*arguments, prefix: tuple = ("accelerate.commands.launch", "--cpu"), **options):
     """Run a script as a user does."""
     return run_file("-m", *prefix, *arguments, **options)
+
+
+def copy_script(script: str, folder: Path) -> None:
+    """Copy what a script needs to stand alone: itself, lift_utils.py and common/."""
+    for name in (f"{script}.py", "lift_utils.py"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "common", folder / "common", ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,17 +1,25 @@
-"""The demo and the benchmarks, run as the Makefile runs them but for their budget."""
+"""The first demo and the benchmarks, run as the Makefile runs them but with a small budget."""
 
 import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-from conftest import run_file
+import pytest
+from conftest import ROOT, run_file
 from diffusers import DDIMPipeline
 from PIL import Image
+
+import cache
+import train_lift_sd21
+from result_tables import as_markdown, tables_from_files
 
 
 def test_demo_from_nothing(tmp_path):
     """A few steps of everything, by the command."""
     flags = ("--teacher_steps", 3, "--student_steps", 2, "--samples", 64, "--inference_steps", 2, "--threads", 1)
-    command = ("benchmarks/extreme_compression.py", "--output_dir", tmp_path / "demo", *flags)
+    command = ("demos/digits.py", "--output_dir", tmp_path / "demo", *flags)
     finished = run_file(*command)
     assert finished.returncode == 0, finished.stdout
     demo = tmp_path / "demo"
@@ -24,13 +32,32 @@ def test_demo_from_nothing(tmp_path):
     assert rows["real"]["fid"] < min(row["fid"] for name, row in rows.items() if name != "real")
     assert rows["teacher"]["sampler"] == "ddim" and rows["teacher"]["num_inference_steps"] == 2
     text = (demo / "results.md").read_text()
-    assert "no Inception FID" in text and text.count("\n| ") == 7
+    tables = tables_from_files(demo / "report.json", demo / "quality.json")
+    assert "not Inception FID" in text and all(as_markdown(table) in text for table in tables)
+    assert text.count("\n| ") == 7 + 7 + 6 and all(len(table[0]) <= 6 for table in tables)
     assert "- budget: teacher 3 steps, students 2 steps" in text
     assert Image.open(demo / "samples.png").width > 16 * 96 and Image.open(demo / "curves.png").width > 700
     assert DDIMPipeline.from_pretrained(demo / "place-0")(num_inference_steps=1).images
 
     finished = run_file(*command, "--teacher_steps", 4)
     assert finished.returncode == 1 and "--teacher_steps 4 was 3" in finished.stdout
+
+
+def test_demos_and_benchmarks_do_not_import_each_other():
+    names = {folder: {path.stem for path in (ROOT / folder).glob("*.py")} for folder in ("demos", "benchmarks")}
+    for folder, other in (("demos", "benchmarks"), ("benchmarks", "demos")):
+        for path in (ROOT / folder).glob("*.py"):
+            imported = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)
+            assert not names[other] & set(imported), path
+
+
+def test_loss_benchmark_prints_a_table(tmp_path):
+    path = tmp_path / "loss.json"
+    finished = run_file("benchmarks/loss.py", "--threads", 1, "--warmup", 0, "--repeats", 1, "--json", path)
+    assert finished.returncode == 0, finished.stdout
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 5 and all(row["place_ms"] > 0 for row in rows)
+    assert finished.stdout.count("\n| ") == 1 + len(rows)
 
 
 def test_step_benchmark_prints_the_ratio(tmp_path):
@@ -41,3 +68,36 @@ def test_step_benchmark_prints_the_ratio(tmp_path):
     result = json.loads(path.read_text())
     assert result["batch"] == 2 and result["whole / parts"] > 0.5 and 0 < result["loss / whole"] < 1
     assert f"loss / whole step: {result['loss / whole']:.2%}" in finished.stdout
+    finished = run_file("benchmarks/step.py", "--small", "--", "--kd_loss", "none")
+    assert finished.returncode == 1 and "--kd_loss none has no loss to time" in finished.stdout
+
+
+def test_shrunk_models_keep_the_proportions():
+    args = train_lift_sd21.parse_args(["--student", "bk_tiny", "--train_data_dir", str(ROOT)])
+    shares = []
+    for sizes in ((8, 128, 200, cache.TOKENS), (1, 512, 49408, 77)):
+        macs = cache.count_macs(*cache.make_models(*sizes), args)
+        shares.append([value / sum(macs.values()) for value in macs.values()])
+    assert shares[0] == pytest.approx(shares[1], abs=0.02) and shares[1][0] > 0.3
+
+
+def test_cache_benchmark_prints_the_ratio(run, monkeypatch, tmp_path, capsys):
+    commands = []
+
+    def run_in_process(command: list[str], **options) -> SimpleNamespace:
+        commands.append(command[2:])
+        run(Path(command[1]).stem, *command[2:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(cache.subprocess, "run", run_in_process)
+    path = tmp_path / "cache.json"
+    flags = ["--steps", "2", "--warmup", "1", "--runs", "1", "--resolution", "64", "--threads", "1"]
+    cache.main(cache.parse_args([*flags, "--json", str(path), "--", "--train_batch_size", "2", "--group_size", "8"]))
+    assert ["--cache_latents" in flags for flags in commands] == [False, True]
+    result = json.loads(path.read_text())
+    speeds = result["steps per second"]
+    assert result["batch"] == 2 and len(speeds["with"]) == len(speeds["without"]) == 1
+    assert result["ratio"] == speeds["with"][0] / speeds["without"][0] > 0
+    assert f"with / without --cache_latents: {result['ratio']:.2f}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--scale 3 does not divide"):
+        cache.parse_args(["--scale", "3"])

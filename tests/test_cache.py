@@ -14,8 +14,11 @@ from conftest import launch, save_sd_pipeline
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-import lift_utils
+import common.cache
+import common.hub
 import train_lift_sd21
+from common.reporting import read_metrics
+from common.training import seed_step
 
 
 SHORT = [
@@ -51,15 +54,15 @@ class Encoder:
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """`cache(encoder, rows=10, ...)` encodes the numbers up to `rows` in shards of four, batches of three."""
-    monkeypatch.setattr(lift_utils, "CACHE_SHARD", 4)
+    monkeypatch.setattr(common.cache, "CACHE_SHARD", 4)
 
     def encode(encoder, rows=10, key=None, rank=0, world=1, workers=0) -> datasets.Dataset:
         numbers = datasets.Dataset.from_dict({"x": [float(row) for row in range(rows)]}).with_format("torch")
         process = SimpleNamespace(
             process_index=rank, num_processes=world, is_local_main_process=rank == 0, wait_for_everyone=lambda: None
         )
-        args = SimpleNamespace(cache_dir=tmp_path / "cache", encoding_batch_size=3, dataloader_num_workers=workers)
-        return lift_utils.cache_encodings(numbers, encoder.load, key or {"model": "a"}, args, process)
+        key = key or {"model": "a"}
+        return common.cache.cache_encodings(numbers, encoder.load, key, tmp_path / "cache", 3, workers, process)
 
     return encode
 
@@ -260,13 +263,13 @@ def test_bfloat16_is_kept(encode):
 @pytest.fixture
 def distil(run, sd_teacher, captioned, tmp_path, monkeypatch):
     """`distil("name", *flags)` runs three steps into a new folder and returns its metrics."""
-    monkeypatch.setattr(lift_utils, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr(common.hub, "plot_curves", lambda *arguments: None)
 
     def distil_into(name: str, *flags) -> list[dict]:
         source = ("--pretrained_teacher_model", sd_teacher, "--train_data_dir", captioned)
         source += ("--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / name)
         run("train_lift_sd21", *source, *SHORT, *flags)
-        return lift_utils.read_metrics(tmp_path / name / "metrics.jsonl")
+        return read_metrics(tmp_path / name / "metrics.jsonl")
 
     return distil_into
 
@@ -314,7 +317,7 @@ def test_each_access_draws_from_the_cached_moments_anew(monkeypatch):
 
     scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
     for step in (*range(1, 31), 1):
-        lift_utils.seed_step(0, step, 0, 0)
+        seed_step(0, step, 0, 0)
         train_lift_sd21.compute_losses(student, None, batch, 0.5, None, torch.zeros(24, 16), scheduler, args)
     assert torch.equal(seen[0], seen[-1])
     views = torch.stack(seen[:-1])  # (steps, images, C, h, w)
@@ -337,6 +340,6 @@ def test_two_processes_write_one_cache_and_train(sd_teacher, captioned, tmp_path
         sorted(path.name for folder in folders for path in folder.iterdir())
         == ["key.json"] * 2 + ["rows-000000000"] * 2
     )
-    rows = lift_utils.read_metrics(tmp_path / "student" / "metrics.jsonl")
+    rows = read_metrics(tmp_path / "student" / "metrics.jsonl")
     assert len(rows) == 3 and all(row["loss"] > 0 for row in rows)
     assert load_file(tmp_path / "student" / "unet" / "diffusion_pytorch_model.safetensors")

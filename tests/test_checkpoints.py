@@ -19,8 +19,19 @@ from accelerate import Accelerator
 from conftest import ROOT
 from safetensors.torch import load_file
 
-import lift_utils
+import common.data
+import common.hub
 import train_lift_unet
+from common.checkpoints import (
+    find_checkpoint,
+    flatten_optimizer,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    sweep,
+)
+from common.reporting import read_metrics
+from common.training import guarded_step, make_optimizer, seed_step
 
 
 SHORT = [
@@ -54,7 +65,7 @@ def command(teacher, images):
 @pytest.fixture
 def distil(run, command, tmp_path, monkeypatch):
     """`distil("name", *flags)` runs it and returns the output folder. The curves take half of the time: left out."""
-    monkeypatch.setattr(lift_utils, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr(common.hub, "plot_curves", lambda *arguments: None)
 
     def distil_into(name: str, *flags) -> Path:
         run("train_lift_unet", *command(tmp_path / name, *flags))
@@ -80,7 +91,7 @@ def interrupt(whole: Path, folder: Path, step: int) -> Path:
     """A copy of a run as it is when it was killed after `step`, but with metrics that had got further."""
     later = shutil.ignore_patterns("unet", "scheduler", "README.md", "*.png", "model_index.json")
     shutil.copytree(whole, folder, ignore=later)
-    for checkpoint in lift_utils.list_checkpoints(folder):
+    for checkpoint in list_checkpoints(folder):
         if checkpoint.name != f"checkpoint-{step}":
             shutil.rmtree(checkpoint)
     with (folder / "metrics.jsonl").open("a") as file:
@@ -142,7 +153,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distil, whole, tmp_path, monk
     interrupt(whole, tmp_path / "resumed", resume_at)
     resumed = distil("resumed", *flags, *LATEST)
     # It did go on from the checkpoint: earlier ones have not come back.
-    names = [path.name for path in lift_utils.list_checkpoints(resumed)]
+    names = [path.name for path in list_checkpoints(resumed)]
     assert names == [f"checkpoint-{step}" for step in range(resume_at, steps + 1)]
     assert_same_result(resumed, whole, steps)
 
@@ -154,13 +165,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distil, whole, tmp_path, monk
 
 def test_skipped_batches_are_not_decoded(distil, monkeypatch):
     decoded = []
-    original = lift_utils.open_image
+    original = common.data.open_image
 
     def open_image(record, mode):
         decoded.append(mode)
         return original(record, mode)
 
-    monkeypatch.setattr(lift_utils, "open_image", open_image)
+    monkeypatch.setattr(common.data, "open_image", open_image)
     flags = ("--train_batch_size", 8)  # 12 batches an epoch
     distil("student", *flags, "--max_train_steps", 10)
     assert decoded.count("L") >= 80
@@ -187,7 +198,7 @@ def test_a_finished_run_is_only_saved_again(distil, whole, tmp_path):
 
 def test_the_oldest_go_and_nothing_is_pickled(distil):
     folder = distil("student", "--max_train_steps", 4, "--checkpoints_total_limit", 2, "--report_to", "tensorboard")
-    assert [path.name for path in lift_utils.list_checkpoints(folder)] == ["checkpoint-3", "checkpoint-4"]
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-3", "checkpoint-4"]
     assert not list(folder.glob(".*"))
     files = [path for path in folder.rglob("*") if path.is_file() and "logs" not in path.parts]
     assert {path.suffix for path in files} == {".safetensors", ".json", ".jsonl", ".png", ".md"}
@@ -215,7 +226,7 @@ def test_sigterm_saves_and_exits(command, distil, whole, tmp_path):
     )
     try:
         deadline = time.monotonic() + 120
-        while not lift_utils.read_metrics(folder / "metrics.jsonl"):
+        while not read_metrics(folder / "metrics.jsonl"):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGTERM)
@@ -225,7 +236,7 @@ def test_sigterm_saves_and_exits(command, distil, whole, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM, output
     assert "--resume_from_checkpoint latest" in output and "Traceback" not in output
     done = len(rows(folder))
-    assert [path.name for path in lift_utils.list_checkpoints(folder)] == [f"checkpoint-{done}"]
+    assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{done}"]
 
     steps = max(5, done + 1)
     distil("stopped", "--max_train_steps", steps, *LATEST)
@@ -236,7 +247,7 @@ SAVER = """
 import os, sys
 from pathlib import Path
 import torch
-import lift_utils
+from common.checkpoints import list_checkpoints, save_checkpoint
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -247,12 +258,12 @@ for _ in sys.stdin:  # one saver after the other; forking spares each the import
         os.waitpid(pid, 0)
         print("ended", flush=True)
         continue
-    done = lift_utils.list_checkpoints(folder)
+    done = list_checkpoints(folder)
     step = int(done[-1].name.split("-")[1]) if done else 0
     while True:
         step += 1
         group = {str(index): torch.full((256, 1024), float(step)) for index in range(2)}
-        lift_utils.save_checkpoint(folder, step, {"student": group, "optimizer": group}, {"step": step}, limit=2)
+        save_checkpoint(folder, step, {"student": group, "optimizer": group}, {"step": step}, limit=2)
 """
 
 
@@ -266,22 +277,22 @@ def test_a_kill_at_any_instant_leaves_whole_checkpoints(tmp_path):
             saver.stdin.write("\n")
             saver.stdin.flush()
             pid = int(saver.stdout.readline())
-            while not lift_utils.list_checkpoints(tmp_path):
+            while not list_checkpoints(tmp_path):
                 time.sleep(0.01)
             time.sleep(random.uniform(0, 0.2))
             os.kill(pid, signal.SIGKILL)
             assert saver.stdout.readline() == "ended\n"
 
-            folders = lift_utils.list_checkpoints(tmp_path)
+            folders = list_checkpoints(tmp_path)
             assert folders
             for folder in folders:
-                tensors, state = lift_utils.load_checkpoint(folder)
+                tensors, state = load_checkpoint(folder)
                 assert folder.name == f"checkpoint-{state['step']}"
                 assert tensors.keys() == {"student", "optimizer"}
                 for tensor in (*tensors["student"].values(), *tensors["optimizer"].values()):
                     assert (tensor == state["step"]).all()
             rubbish += len(list(tmp_path.iterdir())) - len(folders)
-            lift_utils.sweep(tmp_path)
+            sweep(tmp_path)
             assert sorted(tmp_path.iterdir()) == sorted(folders)
     finally:
         saver.stdin.close()
@@ -304,7 +315,7 @@ def test_flushed_before_it_is_renamed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(Path, "rename", record_rename)
-    folder = lift_utils.save_checkpoint(tmp_path, 1, {"student": {"a": torch.ones(3)}}, {"step": 1}, limit=None)
+    folder = save_checkpoint(tmp_path, 1, {"student": {"a": torch.ones(3)}}, {"step": 1}, limit=None)
     assert renamed == ["checkpoint-1"]
     inodes = {path.stat().st_ino for path in (folder, *folder.iterdir())}
     assert len(inodes) == 4 and inodes <= {inode for inode, after in synced if not after}
@@ -318,7 +329,7 @@ def save(folder: Path, *steps: int, limit: int | None = None) -> None:
     """Small checkpoints whose content says which step they are of."""
     for step in steps:
         tensors = {name: {"a": torch.full((64,), float(step))} for name in ("student", "optimizer")}
-        lift_utils.save_checkpoint(folder, step, tensors, {"step": step}, limit)
+        save_checkpoint(folder, step, tensors, {"step": step}, limit)
 
 
 def flip(path: Path, position: int) -> None:
@@ -343,15 +354,15 @@ FILES = ("student.safetensors", "optimizer.safetensors", "state.json", "manifest
 def test_damage_is_found(tmp_path, capsys, name, damage):
     save(tmp_path, 1, 2, 10)
     DAMAGE[damage](tmp_path / "checkpoint-10" / name)
-    tensors, state = lift_utils.find_checkpoint(tmp_path, "latest")
+    tensors, state = find_checkpoint(tmp_path, "latest")
     assert state == {"step": 2} and (tensors["student"]["a"] == 2).all()
     output = capsys.readouterr().out
     assert "checkpoint-10" in output and output.count("\n") == 1
     for named in ("checkpoint-10", str(tmp_path / "checkpoint-10")):
         with pytest.raises(SystemExit, match=r"^error: --resume_from_checkpoint \S*checkpoint-10: .*latest") as error:
-            lift_utils.find_checkpoint(tmp_path, named)
+            find_checkpoint(tmp_path, named)
         assert "\n" not in str(error.value)
-    assert lift_utils.find_checkpoint(tmp_path, "checkpoint-2")[1] == {"step": 2}
+    assert find_checkpoint(tmp_path, "checkpoint-2")[1] == {"step": 2}
 
 
 def test_every_bit_of_the_manifest_is_guarded(tmp_path):
@@ -362,7 +373,7 @@ def test_every_bit_of_the_manifest_is_guarded(tmp_path):
         for bit in (1, 32):
             path.write_bytes(content[:position] + bytes([content[position] ^ bit]) + content[position + 1 :])
             try:
-                tensors, state = lift_utils.load_checkpoint(tmp_path / "checkpoint-1")
+                tensors, state = load_checkpoint(tmp_path / "checkpoint-1")
             except ValueError:
                 continue
             assert state == {"step": 1} and tensors.keys() == {"student", "optimizer"}, position
@@ -373,8 +384,8 @@ def test_other_folders_are_no_checkpoints(tmp_path):
     for name in ("checkpoint-", "checkpoint-12-old", "checkpoint-best", ".tmp-11", ".del-8"):
         (tmp_path / name).mkdir()
     (tmp_path / ".tmp-11" / "state.json").write_text('{"step": 11}')
-    assert [path.name for path in lift_utils.list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
-    lift_utils.sweep(tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    sweep(tmp_path)
     assert not list(tmp_path.glob(".*")) and (tmp_path / "checkpoint-best").exists()
 
 
@@ -410,9 +421,9 @@ def test_latest_is_of_the_course_the_run_took(tmp_path, limit):
     """A run went on from step 4 of 8. What it saves is not taken for older than what it left behind."""
     save(tmp_path, 2, 4, 6, 8)
     save(tmp_path, 5, limit=limit)
-    left = [path.name for path in lift_utils.list_checkpoints(tmp_path)]
+    left = [path.name for path in list_checkpoints(tmp_path)]
     assert left == ["checkpoint-2", "checkpoint-4", "checkpoint-5"][-(limit or 3) :]
-    assert lift_utils.find_checkpoint(tmp_path, "latest")[1] == {"step": 5}
+    assert find_checkpoint(tmp_path, "latest")[1] == {"step": 5}
 
 
 @pytest.mark.parametrize(
@@ -441,13 +452,13 @@ def test_nothing_is_lost_by_the_wrong_flags(distil, whole, tmp_path, flags, mess
 
 def make(kind: str):
     """A parameter set and its optimizer, prepared as the scripts prepare it."""
-    args = train_lift_unet.parse_args(
-        ["--dry_run", "--pretrained_teacher_model", "x", "--adam_weight_decay", "0.1", "--learning_rate", "0.1"]
-    )
-    args.use_8bit_adam = kind == "8-bit"
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(64, 128)), torch.nn.Parameter(torch.randn(10))]
-    return parameters, Accelerator().prepare(lift_utils.make_optimizer(torch.nn.ParameterList(parameters), args))
+    model = torch.nn.ParameterList(parameters)
+    optimizer = make_optimizer(
+        model, learning_rate=0.1, betas=(0.9, 0.999), weight_decay=0.1, epsilon=1e-8, use_8bit=kind == "8-bit"
+    )
+    return parameters, Accelerator().prepare(optimizer)
 
 
 def take(parameters, optimizer, step: int, value: float, skipped: torch.Tensor) -> None:
@@ -456,7 +467,7 @@ def take(parameters, optimizer, step: int, value: float, skipped: torch.Tensor) 
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=generator) * value
     finite = torch.stack([torch.isfinite(parameter.grad).all() for parameter in parameters]).all()
-    lift_utils.guarded_step(optimizer, finite, skipped)
+    guarded_step(optimizer, finite, skipped)
     optimizer.zero_grad()
 
 
@@ -480,7 +491,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(kind):
             take(others, other_optimizer, step, value, torch.zeros(2))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(parameters, others))
     assert not any(torch.equal(ours, theirs) for ours, theirs in zip(parameters, start))
-    (tensors, rest), (other_tensors, other_rest) = map(lift_utils.flatten_optimizer, (optimizer, other_optimizer))
+    (tensors, rest), (other_tensors, other_rest) = map(flatten_optimizer, (optimizer, other_optimizer))
     assert tensors.keys() == other_tensors.keys() and rest == other_rest
     assert all(torch.equal(tensors[key], other_tensors[key]) for key in tensors)
     steps = [value for key, value in {**tensors, **rest["scalars"]}.items() if key.endswith(".step")]
@@ -502,7 +513,7 @@ def test_a_skipped_step_is_counted_and_the_run_goes_on(distil, tmp_path, monkeyp
     assert [row["loss"] is None for row in rows(whole)] == [False, True, False, False]
     same = [all(torch.equal(new[key], old[key]) for key in new) for old, new in itertools.pairwise(weights)]
     assert same == [False, True, False]
-    saved = [path.name for path in lift_utils.list_checkpoints(whole)]
+    saved = [path.name for path in list_checkpoints(whole)]
     assert saved == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]  # none of a bad step
 
     interrupt(whole, tmp_path / "resumed", 3)  # the count is part of the checkpoint
@@ -518,8 +529,8 @@ def test_a_run_that_diverges_ends_and_can_go_on(distil, whole, tmp_path):
     assert rows(folder)[-1]["skipped_in_a_row"] == 20 and rows(folder)[-1]["step"] <= 25
 
     # One ruined step was finite. The good one before it has outlived the limit, and the run goes on from there.
-    for checkpoint in lift_utils.list_checkpoints(folder):
-        lift_utils.load_checkpoint(checkpoint)
+    for checkpoint in list_checkpoints(folder):
+        load_checkpoint(checkpoint)
     assert digest(folder / "checkpoint-2") == digest(whole / "checkpoint-2")
     distil("student", "--resume_from_checkpoint", "checkpoint-2")
     assert_same_result(folder, whole, 5)
@@ -530,7 +541,7 @@ def test_a_run_that_diverges_ends_and_can_go_on(distil, whole, tmp_path):
 
 def test_draws_depend_on_the_place_in_the_run_alone():
     def draw(*place):
-        lift_utils.seed_step(*place)
+        seed_step(*place)
         return tuple(torch.rand(4).tolist())
 
     first = draw(0, 1, 0, 0)

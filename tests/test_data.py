@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-import lift_utils
 import train_lift_unet
+from common.data import open_image
+from common.training import seed_step
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_every_mode_becomes_uint8(load, tmp_path, channels):
 
 def test_sixteen_bits_keep_their_range():
     levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    image = lift_utils.open_image({"bytes": encode(Image.fromarray(levels)), "path": None}, "L")
+    image = open_image({"bytes": encode(Image.fromarray(levels)), "path": None}, "L")
     ours = np.asarray(image, dtype=int)
     assert ours[0, 0] == 0 and ours[-1, -1] == 255
     assert np.abs(ours - levels / 257).max() <= 1 and len(np.unique(ours)) == 256
@@ -102,7 +103,7 @@ def test_photographs_come_out_upright(orientation, stored):
     exif[0x0112] = orientation
     jpeg = encode(image if stored is None else image.transpose(stored), "JPEG", quality=95, exif=exif)
     record = {"bytes": jpeg, "path": None}
-    (pixels,) = train_lift_unet.load_images({"x": [record]}, column="x", mode="L", size=16)["images"]
+    (pixels,) = train_lift_unet.load_examples({"x": [record]}, column="x", mode="L", size=16)["images"]
     assert pixels.shape == (1, 16, 16)
     assert pixels[:, :7].min() > 240 and pixels[:, 9:].max() < 15
 
@@ -118,7 +119,7 @@ def test_the_centre_is_kept(size, channels):
     pixels[top : top + side, left : left + side] = 255
     mode = "L" if channels == 1 else "RGB"
     record = {"bytes": encode(Image.fromarray(pixels).convert(mode)), "path": None}
-    (image,) = train_lift_unet.load_images({"x": [record]}, column="x", mode=mode, size=16)["images"]
+    (image,) = train_lift_unet.load_examples({"x": [record]}, column="x", mode=mode, size=16)["images"]
     assert image.shape == (channels, 16, 16) and image.dtype == torch.uint8
     assert image[:, 2:-2, 2:-2].min() > 240
 
@@ -228,11 +229,11 @@ def damaged(images, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_few_damaged_images_are_named_and_left_out(load, images, damaged, capfd, workers):
+def test_a_few_damaged_images_are_named_and_skipped(load, images, damaged, capfd, workers):
     flags = ("--train_data_dir", damaged, "--max_unreadable", 0.2, "--dataloader_num_workers", workers)
     dataset = load(*flags)
     output = capfd.readouterr().out
-    assert "leaving out 4 of 20 images" in output
+    assert "skipping 4 of 20 images" in output
     assert all(name in output for name in ("cut.png", "cut.jpg", "text.png", "zero.png"))
     assert "000.png" not in output
     good = [np.asarray(Image.open(path)) for path in sorted(images.iterdir())[:16]]
@@ -270,7 +271,7 @@ def test_damaged_rows_of_a_dataset(load, parquet, capsys):
     folder = parquet({"image": rows})
     dataset = load("--dataset_name", folder, "--max_unreadable", 0.5)
     output = capsys.readouterr().out
-    assert "leaving out 3 of 6 images" in output
+    assert "skipping 3 of 6 images" in output
     assert "row 1" in output and "named.png" in output and "row 4" in output
     assert stack(dataset).shape == (3, 1, 16, 16)
 
@@ -292,21 +293,24 @@ def test_images_are_checked_once(load, damaged, monkeypatch):
 
 @pytest.fixture
 def shown(monkeypatch):
-    """`shown(images, step, *flags)` is what the student gets to see, before noise, at a step of the run."""
-    monkeypatch.setattr(train_lift_unet, "noise_images", lambda scheduler, images, noise, timesteps: (images, noise))
+    """`shown(images, step, ...)` is what the student gets to see, before noise, at a step of the run."""
+    monkeypatch.setattr(train_lift_unet, "add_noise", lambda scheduler, images, noise, timesteps: (images, noise))
 
-    def show(images: torch.Tensor, step: int, *flags) -> torch.Tensor:
+    def show(images: torch.Tensor, step: int, seed: int = 0, random_flip: bool = True) -> torch.Tensor:
         seen = []
 
         def student(noisy, timesteps):
             seen.append(noisy)
             return torch.zeros_like(noisy), []
 
-        fixed = ("--kd_loss", "none", "--student", "x.json", "--train_data_dir", ".", *flags)
-        args = train_lift_unet.parse_args(["--dry_run", *fixed])
         scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
-        lift_utils.seed_step(args.seed, step, 0, 0)
-        train_lift_unet.compute_losses(student, None, {"images": images}, 0.5, scheduler, args)
+        seed_step(seed, step, 0, 0)
+        train_lift_unet.compute_losses(
+            *(student, None, {"images": images}, 0.5, scheduler, None, (1.0, 1.0, 1.0)),
+            reduction="sum",
+            random_flip=random_flip,
+            antithetic_timesteps=True,
+        )
         return seen[0]
 
     return show
@@ -323,5 +327,5 @@ def test_each_access_flips_anew(shown):
         left, right = seen[:, :, :, 0], seen[:, :, :, 3]
         assert torch.equal(left, -right) and (seen[..., 1:3] == -1).all()
     assert torch.equal(shown(images, 7), steps[6])
-    assert not torch.equal(shown(images, 7, "--seed", "1"), steps[6])
-    assert all((shown(images, step, "--no-random_flip")[..., 0] == 1).all() for step in range(1, 11))
+    assert not torch.equal(shown(images, 7, seed=1), steps[6])
+    assert all((shown(images, step, random_flip=False)[..., 0] == 1).all() for step in range(1, 11))

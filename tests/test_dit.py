@@ -9,14 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import copy_script, launch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from PIL import Image
 from safetensors.torch import load_file
 
-import lift_utils
+import common.hub
+import common.reporting
 import train_lift_dit
+from common.students import spaced_blocks
+from common.training import seed_step
+from common.vae import pixel_vae
+from lift_utils import FeatureModel, make_kd_loss
 from train_lift_dit import STUDENTS
 
 
@@ -58,11 +63,11 @@ def dit_teacher(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def distil(run, dit_teacher, articles, tmp_path, monkeypatch):
-    """`distil(*flags)` runs three steps into a new folder and returns it. The curves take half of the time: left out.
+    """`distil(*flags)` runs three steps into a new folder and returns it. No curves: they take half of the time.
 
     Without a flag that says otherwise the student is d4: every second of the eight blocks.
     """
-    monkeypatch.setattr(lift_utils, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr(common.hub, "plot_curves", lambda *arguments: None)
 
     def distil_into(*flags, output_dir=tmp_path / "student") -> Path:
         source = [*("--pretrained_teacher_model", dit_teacher, "--train_data_dir", articles)]
@@ -87,7 +92,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def draw(folder: Path, guidance_scale: float = 2.0, **options) -> np.ndarray:
+def generate(folder: Path, guidance_scale: float = 2.0, **options) -> np.ndarray:
     """Two images, (2, H, W, C) in [0, 1], by a pipeline folder."""
     pipeline = DiTPipeline.from_pretrained(folder, **options)
     pipeline.set_progress_bar_config(disable=True)
@@ -105,9 +110,8 @@ def without_time(folder: Path) -> list[dict]:
 
 
 def test_from_scratch_to_student_by_accelerate_launch(articles, tmp_path):
-    """The docstring's two commands, run in a folder that holds nothing but the script and lift_utils.py."""
-    for name in ("train_lift_dit.py", "lift_utils.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    """The docstring's two commands, run in a folder that holds nothing but the script, lift_utils.py and common/."""
+    copy_script("train_lift_dit", tmp_path)
     config = {**TINY, "sample_size": 16, "in_channels": 3, "out_channels": 6, "patch_size": 4, "num_layers": 4}
     (tmp_path / "teacher.json").write_text(json.dumps({"config": config}))
     data = ("--train_data_dir", articles, "--vae", "none", *SHORT)
@@ -130,7 +134,7 @@ def test_from_scratch_to_student_by_accelerate_launch(articles, tmp_path):
     pipeline = DiTPipeline.from_pretrained(student)
     assert pipeline.transformer.config.num_layers == 2
     assert pipeline.get_label_ids(["ankle boot", "trousers"]) == [0, 9]  # in the order of the alphabet
-    assert draw(student).shape == (2, 16, 16, 3)
+    assert generate(student).shape == (2, 16, 16, 3)
 
     card = (student / "README.md").read_text()
     for fact in (
@@ -144,9 +148,9 @@ def test_from_scratch_to_student_by_accelerate_launch(articles, tmp_path):
     assert str(tmp_path) not in card.split("The command:")[0]
     code = card.split("```python\n")[1].split("```")[0].replace('"student"', repr(str(student)))
     assert "DiTPipeline" in code and "guidance_scale=4.0" in code
-    drawn: dict = {}
-    exec(code, drawn)
-    assert drawn["image"].size == (16, 16)
+    variables: dict = {}
+    exec(code, variables)
+    assert variables["image"].size == (16, 16)
     assert Image.open(student / "samples.png").height >= 2 * 64  # a row per class
 
 
@@ -171,13 +175,10 @@ def test_samples_are_the_pipelines(dit_teacher):
 
     pipeline = DiTPipeline.from_pretrained(dit_teacher)
     pipeline.set_progress_bar_config(disable=True)
-    args = train_lift_dit.parse_args(
-        ["--student", "d4", "--dry_run", "--num_inference_steps", "3", "--guidance_scale", "3"]
-    )
-    ours = train_lift_dit.sample_images(
-        pipeline.transformer, pipeline.vae, pipeline.scheduler, [1, 999], args, Accelerator()
-    )
-    lift_utils.seed_step(args.seed)
+    models = pipeline.transformer, pipeline.vae, pipeline.scheduler
+    options = {"seed": 0, "num_inference_steps": 3, "guidance_scale": 3.0, "accelerator": Accelerator()}
+    ours = train_lift_dit.sample_images(*models, [1, 999], **options)
+    seed_step(0)
     theirs = pipeline([1, 999], guidance_scale=3.0, num_inference_steps=3).images
     for one, other in zip(ours, theirs):
         assert np.array(other).std() > 1
@@ -204,7 +205,7 @@ def test_presets_of_dit_xl(preset, parameters):
 
 
 def test_published_pairs():
-    kept = {name: train_lift_dit.spaced_blocks(recipe["depth"], 28) for name, recipe in STUDENTS.items()}
+    kept = {name: spaced_blocks(recipe["depth"], 28) for name, recipe in STUDENTS.items()}
     assert kept["d14"] == [2 * index + 1 for index in range(14)]
     assert kept["d7"] == [4 * index + 3 for index in range(7)]
     assert kept["d4"] == [6, 13, 20, 27]
@@ -247,7 +248,7 @@ def idle_teacher(folder: Path, idle: tuple[int, ...]) -> Path:
     return folder
 
 
-def test_depth_by_influence_leaves_out_what_changes_nothing(distil, tmp_path, caplog):
+def test_depth_by_influence_drops_what_changes_nothing(distil, tmp_path, caplog):
     """Without its idle blocks the student computes what the teacher does."""
     teacher = idle_teacher(tmp_path / "teacher", idle=(1, 2, 4, 5))
     flags = ("--pretrained_teacher_model", teacher, "--student_depth", 4, "--learning_rate", 0)
@@ -332,7 +333,7 @@ def test_flags_train_a_student_that_loads(distil, dit_teacher, tmp_path, flags):
         assert row["loss"] == pytest.approx(0.5 * (row["task"] + row["vb"]) + 0.5 * (row["kd"] + row["kd_vb"]))
     if "none" in flags:
         assert rows[0]["loss"] == pytest.approx(rows[0]["task"] + rows[0]["vb"])
-    assert np.isfinite(draw(folder)).all()
+    assert np.isfinite(generate(folder)).all()
     if "--save_fp16_variant" in flags:
         half = DiTPipeline.from_pretrained(folder, variant="fp16", torch_dtype=torch.float16).transformer
         torch.testing.assert_close(half.proj_out_2.weight, after["proj_out_2.weight"].half())
@@ -375,13 +376,13 @@ def test_the_learning_rate_falls_to_half(distil):
 
 
 def test_without_learned_variance(distil, tmp_path):
-    """A teacher whose config leaves out_channels open: the student's says it, since DiTPipeline reads it."""
+    """A teacher whose config does not say its out_channels: the student's says it, since DiTPipeline reads it."""
     teacher = save_dit_pipeline(tmp_path / "teacher", out_channels=None)
     folder = distil("--pretrained_teacher_model", teacher)
     rows = metrics(folder)
     assert all(not {"vb", "kd_vb"} & row.keys() and row["loss"] > 0 for row in rows)
     assert DiTPipeline.from_pretrained(folder).transformer.config.out_channels == 4
-    assert draw(folder).shape == (2, 32, 32, 3)
+    assert generate(folder).shape == (2, 32, 32, 3)
 
 
 def test_the_original_layout_loads(distil, tmp_path):
@@ -406,7 +407,7 @@ def test_prediction_types_by_the_schedulers_config(distil, run, articles, tmp_pa
     folder = distil("--pretrained_teacher_model", tmp_path / "teacher", "--keep_blocks", 1)
     for path in (tmp_path / "teacher", folder):
         assert DDIMScheduler.from_pretrained(path, subfolder="scheduler").config.prediction_type == prediction_type
-    assert draw(folder).shape == (2, 8, 8, 1)
+    assert generate(folder).shape == (2, 8, 8, 1)
 
 
 def test_scratch_in_the_latents_of_a_vae(run, articles, dit_teacher, tmp_path):
@@ -414,14 +415,14 @@ def test_scratch_in_the_latents_of_a_vae(run, articles, dit_teacher, tmp_path):
     flags = ("--kd_loss", "none", "--student", tmp_path / "scratch.json", "--vae", dit_teacher / "vae", *SHORT)
     flags += ("--train_data_dir", articles, "--cache_latents", "--cache_dir", tmp_path / "cache")
     run("train_lift_dit", *flags, "--output_dir", tmp_path / "student")
-    assert draw(tmp_path / "student", guidance_scale=1.0).shape == (2, 32, 32, 3)
+    assert generate(tmp_path / "student", guidance_scale=1.0).shape == (2, 32, 32, 3)
     card = (tmp_path / "student" / "README.md").read_text()
     assert "The null class is 10" in card and "guidance_scale=1.0" in card
 
 
 def test_pixel_vae_changes_nothing():
     for channels in (1, 3):
-        vae = train_lift_dit.pixel_vae(channels)
+        vae = pixel_vae(channels)
         images = torch.rand(2, channels, 16, 16) * 2 - 1
         images[0, :, :2] = 1.0
         latents = vae.encode(images).latent_dist
@@ -433,14 +434,14 @@ def test_pixel_vae_changes_nothing():
 
 
 def test_compiled_equals_eager(distil, tmp_path, monkeypatch):
-    """The whole run; by a backend that traces both models but leaves out the minutes of code generation."""
+    """The whole run; by a backend that traces both models without the minutes of code generation."""
     compile_module, calls = torch.nn.Module.compile, []
 
     def counted(module):
         calls.append(module)
         compile_module(module, backend="aot_eager")
 
-    monkeypatch.setattr(lift_utils.FeatureModel, "compile", counted)
+    monkeypatch.setattr(FeatureModel, "compile", counted)
     eager = distil("--keep_blocks", "1,3", output_dir=tmp_path / "eager")
     assert not calls
     compiled = distil("--keep_blocks", "1,3", "--compile", output_dir=tmp_path / "compiled")
@@ -516,7 +517,7 @@ def test_the_bound_is_the_references(kind, schedule):
     prediction = (exact + 0.1 * torch.randn_like(exact)).requires_grad_()
     variance = torch.randn(7, 2, 4, 4).clamp(-1.2, 1.2).requires_grad_()
     betas = scheduler.betas.double().tolist()
-    wanted = [
+    expected = [
         reference_bound(betas, kind, *(part[row].double().detach().numpy() for part in parts), int(timesteps[row]))
         for parts in [(clean, noisy, prediction, variance)]
         for row in range(7)
@@ -526,9 +527,9 @@ def test_the_bound_is_the_references(kind, schedule):
         ours = train_lift_dit.variational_bound(
             process, prediction[one], variance[one], clean[one], noisy[one], timesteps[one]
         )
-        assert ours.item() == pytest.approx(wanted[row], rel=2e-3, abs=1e-5), (row, kind)
+        assert ours.item() == pytest.approx(expected[row], rel=2e-3, abs=1e-5), (row, kind)
     whole = train_lift_dit.variational_bound(process, prediction, variance, clean, noisy, timesteps)
-    assert whole.item() == pytest.approx(sum(wanted) / 7, rel=2e-3)
+    assert whole.item() == pytest.approx(sum(expected) / 7, rel=2e-3)
     whole.backward()
     assert prediction.grad is None  # the variance alone learns
     assert torch.isfinite(variance.grad).all() and variance.grad.flatten(1).any(1).all()
@@ -559,8 +560,8 @@ def test_variance_kd_is_the_divergence_of_the_two_gaussians():
     for prediction, variance in (theirs, ours):
         mean, log_variance = process.predicted(prediction, variance, noisy, timesteps)
         gaussians.append(torch.distributions.Normal(mean.double(), (0.5 * log_variance.double()).exp()))
-    wanted = torch.distributions.kl_divergence(*gaussians).mean() / math.log(2)
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-3)
+    expected = torch.distributions.kl_divergence(*gaussians).mean() / math.log(2)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
     loss.backward()
     assert ours[0].grad is None and ours[1].grad.flatten(1).any(1).all()
     assert train_lift_dit.variance_kd(process, theirs, theirs, noisy, timesteps).abs() < 1e-6
@@ -583,7 +584,7 @@ def test_the_predicted_mean_is_the_schedulers():
         torch.testing.assert_close(theirs, log_variance, rtol=1e-3, atol=1e-3)
 
 
-def test_masked_tokens_leave_out_the_outliers_of_both():
+def test_the_outliers_of_both_are_masked():
     torch.manual_seed(0)
     ours = torch.randn(2, 5, 8, requires_grad=True)
     theirs = torch.randn(2, 5, 8)
@@ -603,6 +604,42 @@ def test_masked_tokens_leave_out_the_outliers_of_both():
     assert ours.grad[0, 1, 2] == 0 and ours.grad[1, 3, 4] == 0 and (ours.grad != 0).sum() == count
     assert train_lift_dit.masked_mse(ours.bfloat16(), theirs.bfloat16()).dtype == torch.float32
     assert torch.isnan(train_lift_dit.masked_mse(torch.full_like(theirs, torch.nan), theirs))
+
+
+def test_a_step_by_hand(dit_teacher):
+    """compute_losses needs two models and values, no flags: its terms and their weights from cached latents."""
+    models = [DiTTransformer2DModel.from_pretrained(dit_teacher / "transformer") for _ in range(2)]
+    train_lift_dit.keep_labels(models[0])
+    student, teacher = (FeatureModel(model.train(), ["transformer_blocks.0"]) for model in models)
+    torch.nn.init.normal_(student.model.proj_out_2.weight)
+    teacher.eval()
+    scheduler = DDPMScheduler()
+    values = {
+        "scheduler": scheduler,
+        "kd_alpha": 0.25,
+        "lambda_kd_feat": 2.0,
+        "encoders": None,
+        "process": train_lift_dit.ReverseProcess(scheduler, torch.device("cpu")),
+        "null_class": 1000,
+        "random_flip": True,
+        "label_dropout": 0.5,
+    }
+    torch.manual_seed(0)
+    batch = {"moments": torch.randn(4, 2, 2, 4, 8, 8).abs(), "labels": torch.tensor([0, 1, 2, 999])}
+    losses = {}
+    for kind in ("none", "mse"):
+        seed_step(0, 1)  # the same noise for both
+        kd_loss = make_kd_loss(kind)
+        losses[kind] = train_lift_dit.compute_losses(student, teacher, batch, 0.75, kd_loss=kd_loss, **values)
+    loss, alone = losses["none"]
+    assert list(alone) == ["loss", "task", "vb"] and torch.equal(loss, alone["task"] + alone["vb"])
+    loss, logs = losses["mse"]
+    assert list(logs) == ["loss", "task", "vb", "kd", "kd_vb", "feat"]
+    assert torch.equal(logs["task"], alone["task"]) and torch.equal(logs["vb"], alone["vb"])
+    assert logs["feat"] == 0 and logs["kd"] > 0 and logs["kd_vb"] > 0  # the first blocks are the same
+    torch.testing.assert_close(loss, 0.75 * alone["loss"] + 0.25 * (logs["kd"] + logs["kd_vb"]))
+    loss.backward()
+    assert student.model.proj_out_2.weight.grad.any() and teacher.model.proj_out_2.weight.grad is None
 
 
 # ---------------------------------------------------------------------------------------------------------- the labels
@@ -644,7 +681,7 @@ def test_dropped_labels_are_the_null_class_for_student_and_teacher(distil, monke
 
 
 def test_the_null_class_stays_usable(distil, tmp_path):
-    """It alone learns where all labels are dropped, and guidance by it changes what is drawn."""
+    """It alone learns where all labels are dropped, and guidance by it changes the samples."""
     teacher = weights(save_dit_pipeline(tmp_path / "teacher"))
     folder = distil("--label_dropout", 1, "--no-use_ema")
     for block, source in enumerate((1, 3, 5, 7)):
@@ -655,7 +692,7 @@ def test_the_null_class_stays_usable(distil, tmp_path):
         )
         assert ours.shape == (1001, 16)
         assert torch.equal(ours[:1000], theirs[:1000]) and not torch.equal(ours[1000], theirs[1000])
-    assert not np.allclose(draw(folder, guidance_scale=1.0), draw(folder, guidance_scale=6.0), atol=1e-3)
+    assert not np.allclose(generate(folder, guidance_scale=1.0), generate(folder, guidance_scale=6.0), atol=1e-3)
 
 
 def test_label_embeddings_do_not_drop_by_themselves():
@@ -706,7 +743,7 @@ def test_cached_and_uncached_runs_see_the_same_data(distil, tmp_path):
 @pytest.mark.parametrize("flags", [["--cache_latents"], ["--student_depth", 3]], ids=lambda flags: flags[0])
 def test_a_resumed_run_equals_an_uninterrupted_one(distil, tmp_path, flags):
     flags = [*flags, "--max_train_steps", 3, "--checkpointing_steps", 2, "--cache_dir", tmp_path / "cache"]
-    flags += ["--train_batch_size", 20]  # two batches an epoch, eight images left out of each
+    flags += ["--train_batch_size", 20]  # two batches an epoch, eight images not in any
     whole = distil(*flags, output_dir=tmp_path / "whole")
     resumed = tmp_path / "resumed"
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
@@ -732,13 +769,13 @@ def test_dry_run_needs_no_weights(run, dit_teacher, tmp_path, capsys):
 
 
 def test_classes_of_the_grid_by_number_and_name(distil, monkeypatch):
-    rows, grid = [], lift_utils.labelled_grid
+    rows, grid = [], common.reporting.labelled_grid
 
     def spied_grid(entries, **options):
         rows.append([label for label, _ in entries])
         return grid(entries, **options)
 
-    monkeypatch.setattr(lift_utils, "labelled_grid", spied_grid)
+    monkeypatch.setattr(common.reporting, "labelled_grid", spied_grid)
     distil("--validation_classes", "tee", "ankle boot", 5)
     assert rows == [["t-shirt, tee", "ankle boot", "class 5"]]
 
@@ -758,7 +795,7 @@ def test_classes_of_the_grid_by_number_and_name(distil, monkeypatch):
         (["--keep_blocks", "2,-1"], "there is no block -1"),
         (["--keep_blocks", "3,1,3"], "--keep_blocks 3,1,3 repeats a block"),
         (["--keep_blocks", "one"], "--keep_blocks one is no list of blocks"),
-        (["--student", "{odd}"], "holds ['blocs']"),
+        (["--student", "{unknown_entry}"], "holds ['blocs']"),
         (["--student", "{unknown_key}"], "the transformer's config has no num_blocks"),
         (["--student", "{wider_input}"], "its in_channels is 3; keep the teacher's 4"),
         (["--student", "{wrong_block}"], 'the teacher has no "transformer_blocks.9'),
@@ -775,7 +812,7 @@ def test_classes_of_the_grid_by_number_and_name(distil, monkeypatch):
         (["--pretrained_teacher_model", "/no/such/teacher"], "/no/such/teacher is no folder"),
         (["--pretrained_teacher_model", "{triple}"], "4 channels become 12"),
         (["--pretrained_teacher_model", "{no_vae}"], "has no vae; pass --vae, or a DiTPipeline with"),
-        (["--pretrained_teacher_model", "{odd_scheduler}"], "has an unknown scheduler, MyScheduler"),
+        (["--pretrained_teacher_model", "{own_scheduler}"], "has an unknown scheduler, MyScheduler"),
         (["--train_data_dir", "{flat}"], "--label_column label is not in the data"),
         (["--train_data_dir", "{flat_without_metadata}"], "--label_column label is not in the data"),
         (["--train_data_dir", "{strings}", "--label_column", "kind"], "--label_column kind holds Value('string')"),
@@ -790,7 +827,7 @@ def test_bad_input_ends_with_one_line_before_any_step(
 ):
     paths = {"pixel_unet": teacher}
     recipes = {
-        "odd": {"blocs": {}},
+        "unknown_entry": {"blocs": {}},
         "unknown_key": {"config": {"num_blocks": 3}},
         "wider_input": {"config": {"in_channels": 3, "num_layers": 2}},
         "wrong_block": {"blocks": {"transformer_blocks.0": "transformer_blocks.9"}},
@@ -814,7 +851,7 @@ def test_bad_input_ends_with_one_line_before_any_step(
             shutil.copy(picture, paths[name] / f"{index}.png")
             lines.append(json.dumps({"file_name": f"{index}.png", **row}))
         (paths[name] / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    for name, change in (("no_vae", {"vae": [None, None]}), ("odd_scheduler", {"scheduler": ["own", "MyScheduler"]})):
+    for name, change in (("no_vae", {"vae": [None, None]}), ("own_scheduler", {"scheduler": ["own", "MyScheduler"]})):
         paths[name] = tmp_path / name
         paths[name].mkdir()
         index = json.loads((dit_teacher / "model_index.json").read_text())

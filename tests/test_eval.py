@@ -1,4 +1,4 @@
-"""eval/: images that anyone can draw again, and the figures and the report made of them."""
+"""eval/: reproducible images, and the metrics and the report made from them."""
 
 import json
 import re
@@ -25,8 +25,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 import evaluate
 import generate
-import lift_utils
 import report
+import result_tables
+from lift_utils import lift_place_loss
 
 
 PROMPTS = ["a photo of a dark bag", "a photo of a bright sneaker", "a bag"]
@@ -52,7 +53,7 @@ def sd3(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def models(teacher, sd_teacher, dit, sd3, prompt_file) -> dict[str, list]:
-    """Flags that choose a model of each kind and what it is conditioned on."""
+    """Flags for a model of each kind and its conditions."""
     return {
         "pixels": ["--model", teacher],
         "sd": ["--model", sd_teacher, "--prompt_file", prompt_file],
@@ -62,21 +63,32 @@ def models(teacher, sd_teacher, dit, sd3, prompt_file) -> dict[str, list]:
 
 
 @pytest.fixture
-def draw(run, tmp_path):
-    """`draw(*flags, name="images")` draws six images in two steps; returns their folder."""
+def sample(run, tmp_path):
+    """`sample(*flags, name="images")` generates six images in two steps; returns their folder."""
 
-    def draw_into(*flags, name: str = "images") -> Path:
+    def sample_into(*flags, name: str = "images") -> Path:
         defaults = [] if "--num_images" in flags else ["--num_images", 6]
         defaults += [] if "--num_inference_steps" in flags else ["--num_inference_steps", 2]
         run("generate", "--output_dir", tmp_path / name, *defaults, *flags)
         return tmp_path / name
 
-    return draw_into
+    return sample_into
 
 
 def read(folder: Path) -> np.ndarray:
     """All images, int (N, H, W[, C]), in the order of their numbers."""
     return np.stack([np.array(Image.open(path)) for path in sorted(folder.glob("*.png"))]).astype(int)
+
+
+def read_tables(markdown: str) -> list[list[list[str]]]:
+    """The cells of each table of a Markdown text, without the lines of dashes."""
+    tables = [[]]
+    for line in [*markdown.splitlines(), ""]:
+        if line.startswith("|"):
+            tables[-1].append([cell.strip() for cell in line[1:-1].split("|")])
+        elif tables[-1]:
+            tables.append([])
+    return [[row for row in table if set(row[-1]) - set("-:")] for table in tables if table]
 
 
 def manifest(folder: Path) -> dict:
@@ -100,9 +112,9 @@ def manifest(folder: Path) -> dict:
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else value,
 )
-def test_an_image_depends_on_its_number_alone(draw, models, kind, flags):
-    """Batches of one, four and seven images: they differ by a grey level at most. Another seed is another image."""
-    whole, single = (draw(*models[kind], *flags, "--batch_size", size, name=f"{size}") for size in (4, 1))
+def test_an_image_depends_on_its_number_alone(sample, models, kind, flags):
+    """Batches of one, four and seven images differ by at most a grey level. Another seed gives another image."""
+    whole, single = (sample(*models[kind], *flags, "--batch_size", size, name=f"{size}") for size in (4, 1))
     images = read(whole)
     assert len(images) == 6 and np.abs(images - read(single)).max() <= 1
     side = {"pixels": 16, "sd": 32, "dit": 32, "sd3": 32}[kind]
@@ -110,21 +122,23 @@ def test_an_image_depends_on_its_number_alone(draw, models, kind, flags):
     side = 8 if "--resize" in flags else side
     assert images.shape[1:3] == (side, side) and images.std() > 2
     assert all(np.abs(images[0] - other).max() > 8 for other in images[1:])  # nor are they one and the same
-    more = read(draw(*models[kind], *flags, "--batch_size", 7, "--num_images", 7, name="7"))
+    more = read(sample(*models[kind], *flags, "--batch_size", 7, "--num_images", 7, name="7"))
     assert np.abs(images - more[:6]).max() <= 1
-    other = read(draw(*models[kind], *flags, "--batch_size", 7, "--seed", 1, name="seed"))
+    other = read(sample(*models[kind], *flags, "--batch_size", 7, "--seed", 1, name="seed"))
     assert np.abs(images - other).max() > 8
 
 
-def test_published_protocol_by_default(draw, models, sd3):
-    found = {}
+def test_published_protocol_by_default(sample, models, sd3):
+    protocols = {}
     for kind, flags in models.items():
-        folder = draw(*flags, "--num_images", 1, name=kind)
-        said = manifest(folder)
-        found[kind] = said["sampler"], said["guidance_scale"], said["scheduler"]["class"]
-        assert said["dtype"] == "float32" and said["seed"] == 0 and said["num_inference_steps"] == 2
-        assert torch.__version__.startswith(said["versions"]["torch"]) and said["contents"].startswith("sha256:")
-    assert found == {
+        folder = sample(*flags, "--num_images", 1, name=kind)
+        settings = manifest(folder)
+        protocols[kind] = settings["sampler"], settings["guidance_scale"], settings["scheduler"]["class"]
+        assert settings["dtype"] == "float32" and settings["seed"] == 0 and settings["num_inference_steps"] == 2
+        assert torch.__version__.startswith(settings["versions"]["torch"]) and settings["contents"].startswith(
+            "sha256:"
+        )
+    assert protocols == {
         "pixels": ("ddim", None, "DDIMScheduler"),
         "sd": ("pndm", 7.5, "PNDMScheduler"),
         "dit": ("ddpm", 1.5, "DDPMScheduler"),
@@ -135,53 +149,53 @@ def test_published_protocol_by_default(draw, models, sd3):
     assert manifest(folder)["prompts"] == PROMPTS and manifest(folder)["pipeline"] == "StableDiffusion3Pipeline"
 
 
-def test_images_are_those_of_diffusers_own_pipelines(draw, models, teacher, dit):
+def test_images_are_those_of_diffusers_own_pipelines(sample, models, teacher, dit):
     generators = [generate.seeded(0, index) for index in range(6)]
     pipeline = DDIMPipeline.from_pretrained(teacher)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    theirs = pipeline(6, generators, num_inference_steps=2).images
-    assert np.array_equal(read(draw(*models["pixels"])), np.stack([np.array(image) for image in theirs]))
+    expected = pipeline(6, generators, num_inference_steps=2).images
+    assert np.array_equal(read(sample(*models["pixels"])), np.stack([np.array(image) for image in expected]))
 
     generators = [generate.seeded(0, index) for index in range(6)]
-    theirs = DiTPipeline.from_pretrained(dit)(
+    expected = DiTPipeline.from_pretrained(dit)(
         [3, 999, 999, 0, 3, 999], guidance_scale=2.0, generator=generators, num_inference_steps=2
     ).images
-    ours = draw(*models["dit"], "--sampler", "as_saved", "--guidance_scale", 2, name="dit")
-    assert np.abs(read(ours) - np.stack([np.array(image) for image in theirs])).max() <= 1
+    folder = sample(*models["dit"], "--sampler", "as_saved", "--guidance_scale", 2, name="dit")
+    assert np.abs(read(folder) - np.stack([np.array(image) for image in expected])).max() <= 1
 
 
-def test_null_class_is_the_models_own(draw, tmp_path):
-    """Guidance of a DiT of ten classes, whose null class is number 10; DiTPipeline would look up number 1000."""
+def test_null_class_is_the_models_own(sample, tmp_path):
+    """Guidance of a DiT with ten classes, whose null class is number 10; DiTPipeline would use number 1000."""
     small = save_dit_pipeline(tmp_path / "ten", num_layers=1, num_embeds_ada_norm=10)
-    images = read(draw("--model", small, "--classes", 1, "--num_images", 2, "--guidance_scale", 4))
-    plain = read(draw("--model", small, "--classes", 1, "--num_images", 2, "--guidance_scale", 1, name="plain"))
+    images = read(sample("--model", small, "--classes", 1, "--num_images", 2, "--guidance_scale", 4))
+    plain = read(sample("--model", small, "--classes", 1, "--num_images", 2, "--guidance_scale", 1, name="plain"))
     assert np.abs(images - plain).max() > 1
 
 
-def test_sd3_with_a_vae_that_shifts_nothing(draw, sd3, prompt_file, tmp_path):
-    """Its config says null, as an AutoencoderKL's does by default; StableDiffusion3Pipeline would add that."""
+def test_sd3_with_a_vae_that_shifts_nothing(sample, sd3, prompt_file, tmp_path):
+    """Its config has null, the default of AutoencoderKL, which StableDiffusion3Pipeline would add."""
     flags = ("--prompt_file", prompt_file, "--num_images", 1)
     images = []
     for name, shift in (("null", None), ("zero", 0.0)):
         model = shutil.copytree(sd3, tmp_path / f"model-{name}")
         config = json.loads((model / "vae" / "config.json").read_text())
         (model / "vae" / "config.json").write_text(json.dumps({**config, "shift_factor": shift}))
-        images.append(read(draw("--model", model, *flags, name=name)))
+        images.append(read(sample("--model", model, *flags, name=name)))
     assert np.array_equal(*images)
 
 
-def test_tokens_of_t5_count(draw, sd3, prompt_file):
-    """In place of an absent T5, the transformer sees as many zeros as it was trained with."""
+def test_tokens_of_t5_count(sample, sd3, prompt_file):
+    """Without T5 the transformer gets as many zeros as --max_sequence_length says."""
     flags = ("--model", sd3, "--prompt_file", prompt_file, "--num_images", 1, "--guidance_scale", 1)
-    folders = [draw(*flags, "--max_sequence_length", length, name=f"{length}") for length in (8, 200)]
+    folders = [sample(*flags, "--max_sequence_length", length, name=f"{length}") for length in (8, 200)]
     assert [manifest(folder)["max_sequence_length"] for folder in folders] == [8, 200]
     assert np.abs(read(folders[0]) - read(folders[1])).max() > 1
-    assert manifest(draw(*flags, name="default"))["max_sequence_length"] == 256
+    assert manifest(sample(*flags, name="default"))["max_sequence_length"] == 256
 
 
-def test_learned_variance_is_used(draw, models):
-    """`ddpm` on a DiT draws its noise with the model's own variance, `as_saved` (DDIM here) draws none."""
-    learned = read(draw(*models["dit"], "--guidance_scale", 1))
+def test_learned_variance_is_used(sample, models):
+    """`ddpm` on a DiT scales its noise by the variance that the model predicts; `as_saved`, DDIM here, adds none."""
+    learned = read(sample(*models["dit"], "--guidance_scale", 1))
     generators = [generate.seeded(0, index) for index in range(6)]
     pipeline = DiTPipeline.from_pretrained(models["dit"][1])
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, variance_type="learned_range", clip_sample=False)
@@ -193,15 +207,15 @@ def test_learned_variance_is_used(draw, models):
             output = pipeline.transformer(noisy, timestep=step.expand(6), class_labels=labels).sample
             noisy = scheduler.step(output, step, noisy, generator=generators).prev_sample
         pixels = pipeline.vae.decode(noisy / pipeline.vae.config.scaling_factor).sample
-    wanted = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
-    assert np.abs(learned - wanted).max() <= 1
-    fixed = read(draw(*models["dit"], "--guidance_scale", 1, "--sampler", "as_saved", name="fixed"))
+    expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
+    assert np.abs(learned - expected).max() <= 1
+    fixed = read(sample(*models["dit"], "--guidance_scale", 1, "--sampler", "as_saved", name="fixed"))
     assert np.abs(learned - fixed).max() > 8
 
 
-def test_two_processes_equal_one(draw, teacher, tmp_path):
+def test_two_processes_equal_one(sample, teacher, tmp_path):
     flags = ("--sampler", "ddpm", "--num_inference_steps", 2, "--batch_size", 2, "--num_images", 7)
-    one = draw("--model", teacher, *flags, name="one")
+    one = sample("--model", teacher, *flags, name="one")
     command = ("eval/generate.py", "--model", teacher, "--output_dir", tmp_path / "two", *flags)
     finished = launch(*command, prefix=("torch.distributed.run", "--nproc_per_node", "2"))
     assert finished.returncode == 0, finished.stdout
@@ -210,32 +224,32 @@ def test_two_processes_equal_one(draw, teacher, tmp_path):
     assert manifest(one) == {**manifest(tmp_path / "two"), "model": manifest(one)["model"]}
 
 
-def test_interrupted_and_resumed_equals_whole(draw, models, monkeypatch):
+def test_interrupted_and_resumed_equals_whole(sample, models, monkeypatch):
     flags = (*models["pixels"], "--batch_size", 4, "--sampler", "ddpm", "--num_images", 10)
-    whole = draw(*flags, name="whole")
+    whole = sample(*flags, name="whole")
     save, count = generate.save_image, [0]
 
     def stop_after_six(image, path):
         count[0] += 1
         if count[0] == 7:
-            path.with_name(f".{path.name}").write_bytes(b"half of it")
+            path.with_name(f".{path.name}").write_bytes(b"half a file")
             raise KeyboardInterrupt
         save(image, path)
 
     monkeypatch.setattr(generate, "save_image", stop_after_six)
     with pytest.raises(KeyboardInterrupt):
-        draw(*flags, name="parts")
+        sample(*flags, name="parts")
     monkeypatch.setattr(generate, "save_image", save)
     folder = whole.parent / "parts"
-    assert len(list(folder.glob("*.png"))) == 7 and len(list(folder.glob("[0-9]*.png"))) == 6  # and one half-written
+    assert len(list(folder.glob("*.png"))) == 7 and len(list(folder.glob("[0-9]*.png"))) == 6  # one is incomplete
     damaged, kept = folder / "000001.png", folder / "000002.png"
     damaged.write_bytes(damaged.read_bytes()[:-40])
     before = kept.stat().st_mtime_ns
-    draw(*flags, name="parts")
+    sample(*flags, name="parts")
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in whole.iterdir())
     assert np.array_equal(read(folder), read(whole)) and kept.stat().st_mtime_ns == before
 
-    draw(*flags[:-1], 12, name="parts")  # more of them, by the same command
+    sample(*flags[:-1], 12, name="parts")  # more of them, by the same command
     assert len(read(folder)) == 12 and np.array_equal(read(folder)[:10], read(whole))
     assert manifest(folder)["num_images"] == 12
 
@@ -253,46 +267,46 @@ def test_interrupted_and_resumed_equals_whole(draw, models, monkeypatch):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_folder_of_other_settings_is_refused(draw, teacher, capsys, flags, names):
-    folder = draw("--model", teacher, "--num_images", 2)
+def test_a_folder_of_other_settings_is_refused(sample, teacher, capsys, flags, names):
+    folder = sample("--model", teacher, "--num_images", 2)
     before = read(folder)
     with pytest.raises(SystemExit, match=names):
-        draw("--model", teacher, *(["--num_images", 2] if "--num_images" not in flags else []), *flags)
+        sample("--model", teacher, *(["--num_images", 2] if "--num_images" not in flags else []), *flags)
     assert np.array_equal(read(folder), before)
 
 
-def test_a_folder_of_another_model_is_refused(draw, teacher, dit, sd_teacher, prompt_file, tmp_path):
+def test_a_folder_of_another_model_is_refused(sample, teacher, dit, sd_teacher, prompt_file, tmp_path):
     copy = shutil.copytree(teacher, tmp_path / "copy")
-    draw("--model", teacher, "--num_images", 1)
-    draw("--model", copy, "--num_images", 2)  # the same contents elsewhere are the same model
+    sample("--model", teacher, "--num_images", 1)
+    sample("--model", copy, "--num_images", 2)  # the same contents elsewhere are the same model
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(SystemExit, match="--model's files are others than for the images"):
-        draw("--model", copy, "--num_images", 2)
+    with pytest.raises(SystemExit, match="--model's files differ from those for the images"):
+        sample("--model", copy, "--num_images", 2)
     sd = ("--model", sd_teacher, "--num_images", 1, "--prompt_file")
-    draw(*sd, prompt_file, name="sd")
+    sample(*sd, prompt_file, name="sd")
     (tmp_path / "other.txt").write_text("a bag\n")
-    with pytest.raises(SystemExit, match="the prompts of --prompt_file are others than for"):
-        draw(*sd, tmp_path / "other.txt", name="sd")
+    with pytest.raises(SystemExit, match="the prompts of --prompt_file differ from those for"):
+        sample(*sd, tmp_path / "other.txt", name="sd")
     (tmp_path / "foreign").mkdir()
     shutil.copy(tmp_path / "images" / "000000.png", tmp_path / "foreign" / "a.png")
     with pytest.raises(SystemExit, match=r"--output_dir .*foreign holds images of another origin"):
-        draw("--model", teacher, name="foreign")
+        sample("--model", teacher, name="foreign")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision(draw, models, dtype):
+def test_half_precision(sample, models, dtype):
     for kind in ("pixels", "dit", "sd"):
         exact, half = (
-            read(draw(*models[kind], "--num_images", 2, "--dtype", name, name=f"{kind}-{name}"))
+            read(sample(*models[kind], "--num_images", 2, "--dtype", name, name=f"{kind}-{name}"))
             for name in ("float32", dtype)
         )
-        assert np.abs(exact - half).mean() < 8  # the same noise in fewer bits, not other noise
+        assert np.abs(exact - half).mean() < 8  # the same noise in fewer bits
 
 
-def test_bad_input_of_generation(draw, models, teacher, sd_teacher, sd3, dit, tmp_path):
+def test_bad_input_of_generation(sample, models, teacher, sd_teacher, sd3, dit, tmp_path):
     (tmp_path / "gap.txt").write_text("a bag\n\na sneaker\n")
     (tmp_path / "none.txt").write_text("")
     (tmp_path / "folder").mkdir()
@@ -300,7 +314,7 @@ def test_bad_input_of_generation(draw, models, teacher, sd_teacher, sd3, dit, tm
     (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"short")
     for flags, message in (
         (["--model", tmp_path / "folder"], "--model .*folder does not load"),
-        (["--model", tmp_path / "nowhere"], "--model .*nowhere is no folder; pass a pipeline folder"),
+        (["--model", tmp_path / "nowhere"], "--model .*nowhere is not a folder; pass a pipeline folder"),
         (["--model", teacher / "unet"], "--model .*unet does not load"),
         (["--model", broken], "--model .*broken does not load"),
         (["--model", sd_teacher], "--prompt_file is missing"),
@@ -310,8 +324,8 @@ def test_bad_input_of_generation(draw, models, teacher, sd_teacher, sd3, dit, tm
         ([*models["sd"], "--resolution", 30], "--resolution 30 does not fit the VAE; pass a multiple of 8"),
         ([*models["sd"], "--classes", 1], "--classes .* does not fit: .* takes prompts"),
         ([*models["sd3"], "--sampler", "ddim"], "--sampler ddim is not for flow matching"),
-        (["--model", dit, "--classes", 1000], "--classes 1000 is no class"),
-        (["--model", dit, "--classes", "cat"], "--classes cat is no class"),
+        (["--model", dit, "--classes", 1000], "--classes 1000 is not a class"),
+        (["--model", dit, "--classes", "cat"], "--classes cat is not a class"),
         ([*models["sd"], "--max_sequence_length", 8], "--max_sequence_length 8 is for Stable Diffusion 3"),
         (["--model", teacher, "--guidance_scale", 2], "--guidance_scale 2.0 is for prompts and classes"),
         (["--model", teacher, "--resolution", 32], "--resolution 32 is for text-to-image"),
@@ -319,7 +333,7 @@ def test_bad_input_of_generation(draw, models, teacher, sd_teacher, sd3, dit, tm
         (["--model", teacher, "--batch_size", 0], "--batch_size 0 is too small"),
     ):
         with pytest.raises(SystemExit, match=message):
-            draw(*flags)
+            sample(*flags)
     assert not (tmp_path / "images").exists()
 
 
@@ -372,37 +386,37 @@ def test_frechet_distance_of_known_gaussians():
     random = np.random.default_rng(0)
     basis = np.linalg.qr(random.normal(size=(6, 6)))[0]
     first, second = random.uniform(0.1, 4, 6), random.uniform(0.1, 4, 6)
-    # Covariances that share their axes: the roots of the variances are compared.
+    # Covariances with the same axes: the square roots of the variances are compared.
     a, b = basis * first @ basis.T, basis * second @ basis.T
     shift = random.normal(size=6)
-    wanted = np.square(shift).sum() + np.square(np.sqrt(first) - np.sqrt(second)).sum()
-    assert evaluate.frechet_distance(shift, a, np.zeros(6), b) == pytest.approx(wanted, rel=1e-9)
-    # And any two, by clean-fid's matrix root.
+    expected = np.square(shift).sum() + np.square(np.sqrt(first) - np.sqrt(second)).sum()
+    assert evaluate.frechet_distance(shift, a, np.zeros(6), b) == pytest.approx(expected, rel=1e-9)
+    # Any two covariances, compared with clean-fid's matrix root.
     c = np.cov(random.normal(size=(6, 50)))
-    theirs = fid.frechet_distance(shift, a, np.ones(6), c)
-    assert evaluate.frechet_distance(shift, a, np.ones(6), c) == pytest.approx(theirs, rel=1e-6)
+    expected = fid.frechet_distance(shift, a, np.ones(6), c)
+    assert evaluate.frechet_distance(shift, a, np.ones(6), c) == pytest.approx(expected, rel=1e-6)
     singular = np.diag([1.0, 0, 0, 0, 0, 0])
     assert evaluate.frechet_distance(shift, singular, shift, singular) == pytest.approx(0, abs=1e-9)
 
 
-def test_figures_are_clean_fids(score, noise, pool):
-    """The whole way from files: decoding, resizing, features, distance."""
+def test_distances_equal_those_of_clean_fid(score, noise, pool):
+    """From files to distances: decoding, resizing, features."""
     model = torch.jit.load(str(pool))
     extract = {"device": torch.device("cpu"), "num_workers": 0, "verbose": False, "mode": "clean"}
     folders = [str(noise[name]) for name in "ab"]
-    theirs = fid.compute_fid(*folders, custom_feat_extractor=lambda images: model(images)[0], **extract)
+    expected = fid.compute_fid(*folders, custom_feat_extractor=lambda images: model(images)[0], **extract)
     features = [fid.get_folder_features(folder, lambda images: model(images)[0], **extract) for folder in folders]
     np.random.seed(0)
     kid = fid.kernel_distance(features[1], features[0])
 
     results = score("--images", noise["a"], "--reference", noise["b"], "--features", pool, "--features_size", 299)
     row = results["rows"][0]
-    assert theirs > 0.1 and row["fid"] == pytest.approx(theirs, rel=1e-5)
+    assert expected > 0.1 and row["fid"] == pytest.approx(expected, rel=1e-5)
     assert kid > 0.01 and row["kid"] == pytest.approx(kid, rel=0.2)  # other subsets
     np.random.seed(0)
-    ours, reference = (part.astype(np.float64) for part in features)
-    assert row["kid"] == pytest.approx(fid.kernel_distance(ours, reference), rel=1e-5)
-    assert "pool.pt at 299 px" in results["text"] and "No Inception FID" in results["text"]
+    images, reference = (part.astype(np.float64) for part in features)
+    assert row["kid"] == pytest.approx(fid.kernel_distance(images, reference), rel=1e-5)
+    assert "pool.pt at 299 px" in results["text"] and "Not Inception FID" in results["text"]
     assert "| FID |" not in results["text"] and "Fréchet distance" in results["text"]
     assert "60 images and 60 reference images: fewer than 10,000" in results["text"]
 
@@ -431,7 +445,7 @@ def test_inception_score(score, tmp_path, pool):
     assert one["inception_score"] == pytest.approx(1)
 
 
-def test_statistics_are_kept_and_found_again(score, noise, pool, tmp_path, monkeypatch):
+def test_statistics_are_kept_and_used_again(score, noise, pool, tmp_path, monkeypatch):
     reference = shutil.copytree(noise["b"], tmp_path / "reference")
     measured, measure = [], evaluate.measure
     monkeypatch.setattr(
@@ -448,7 +462,7 @@ def test_statistics_are_kept_and_found_again(score, noise, pool, tmp_path, monke
         assert {key: row[key] for key in ("fid", "kid", "precision", "recall")} == {
             key: first["rows"][0][key] for key in ("fid", "kid", "precision", "recall")
         }
-    (reference / "000.png").unlink()  # other contents are other statistics
+    (reference / "000.png").unlink()  # other contents need other statistics
     assert score(*flags, reference)["reference"]["images"] == 59
     score(*flags, reference, "--features_size", 8)
     score(*flags, reference, "--features_size", 8, "--reference_resolution", 6)
@@ -465,8 +479,8 @@ def test_statistics_are_kept_and_found_again(score, noise, pool, tmp_path, monke
     assert foreign["rows"][0]["kid"] is None and "come without features" in foreign["text"]
 
 
-def test_of_large_sets_some_features_are_kept(score, noise, pool, tmp_path, monkeypatch):
-    """FID sees all images, KID a part of them."""
+def test_some_features_of_large_sets_are_kept(score, noise, pool, tmp_path, monkeypatch):
+    """FID uses all images, KID a part of them."""
     flags = ("--images", noise["a"], "--reference", noise["b"], "--features", pool, "--batch_size", 7)
     whole = score(*flags)["rows"][0]
     shutil.rmtree(tmp_path / "statistics")
@@ -485,9 +499,9 @@ def test_reference_from_a_dataset(score, noise, pool, monkeypatch):
     data = datasets.Dataset.from_dict({"image": paths, "label": [0] * 60}).cast_column("image", datasets.Image())
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: data)
     flags = ("--images", noise["a"], "--features", pool)
-    ours, theirs = (score(*flags, "--reference", source) for source in ("owner/name", noise["b"]))
-    assert ours["rows"][0]["fid"] == pytest.approx(theirs["rows"][0]["fid"])
-    assert ours["reference"] == {**theirs["reference"], "source": "owner/name"}
+    dataset, folder = (score(*flags, "--reference", source) for source in ("owner/name", noise["b"]))
+    assert dataset["rows"][0]["fid"] == pytest.approx(folder["rows"][0]["fid"])
+    assert dataset["reference"] == {**folder["reference"], "source": "owner/name"}
     for column, message in (("picture", "choose one of image, label"), ("label", "pass the column of the images")):
         with pytest.raises(SystemExit, match=f"--image_column {column} .*{message}"):
             score(*flags, "--reference", "owner/name", "--image_column", column)
@@ -520,14 +534,14 @@ def test_inception_by_clean_fid(score, noise, tmp_path):
     assert row["fid"] is None and "60 images and 60 reference images are too few" in row["remarks"][0]
     wrapper = InceptionV3W(str(path.parent), download=False)
     extract = {"device": torch.device("cpu"), "num_workers": 0, "verbose": False}
-    ours, theirs = (fid.get_folder_features(str(noise[name]), wrapper, **extract).astype(float) for name in "ab")
+    features = [fid.get_folder_features(str(noise[name]), wrapper, **extract).astype(float) for name in "ab"]
     np.random.seed(0)
-    assert row["kid"] == pytest.approx(fid.kernel_distance(ours, theirs), rel=1e-4)
+    assert row["kid"] == pytest.approx(fid.kernel_distance(*features), rel=1e-4)
     assert row["inception_score"] > 1 and "| IS |" in results["text"] and "KID" in results["text"]
-    assert "No Inception FID" not in results["text"]
+    assert "Not Inception FID" not in results["text"]
 
 
-def test_inception_that_cannot_be_fetched(score, noise, tmp_path, monkeypatch):
+def test_inception_that_cannot_be_downloaded(score, noise, tmp_path, monkeypatch):
     def no_network(folder):
         Path(folder, "inception-2015-12-05.pt").write_bytes(b"the first half")
         raise URLError("no network")
@@ -542,18 +556,18 @@ def test_published_statistics(score, noise, pool, tmp_path, monkeypatch):
     path = tmp_path / "inception-2015-12-05.pt"
     torch.manual_seed(0)
     torch.jit.script(FakeInception()).save(str(path))
-    features, asked = np.random.default_rng(0).normal(size=(50, 2048)), []
+    features, downloads = np.random.default_rng(0).normal(size=(50, 2048)), []
 
     def fetch(local_folder, url):
-        asked.append(url.rsplit("/", 1)[1])
+        downloads.append(url.rsplit("/", 1)[1])
         np.savez(tmp_path / "published.npz", feats=features, mu=features.mean(0), sigma=np.cov(features.T))
         return str(tmp_path / "published.npz")
 
     monkeypatch.setattr(cleanfid.features, "check_download_url", fetch)
     flags = ("--images", noise["a"], "--inception", tmp_path, "--reference")
     assert score(*flags, "clean-fid:cifar10:32:train")["rows"][0]["kid"] is not None
-    assert asked == ["cifar10_clean_train_32.npz", "cifar10_clean_train_32_kid.npz"]
-    with pytest.raises(SystemExit, match="pass clean-fid:NAME:RESOLUTION:SPLIT"):
+    assert downloads == ["cifar10_clean_train_32.npz", "cifar10_clean_train_32_kid.npz"]
+    with pytest.raises(SystemExit, match="is not clean-fid:NAME:RESOLUTION:SPLIT; pass"):
         score(*flags, "clean-fid:cifar10")
     with pytest.raises(SystemExit, match="holds features by Inception; drop --features"):
         score("--images", noise["a"], "--features", pool, "--reference", "clean-fid:cifar10:32:train")
@@ -577,8 +591,8 @@ def clip(tmp_path_factory, sd_teacher) -> Path:
     return folder
 
 
-def test_clip_score(score, draw, models, clip, pool, noise, tmp_path):
-    images = draw(*models["sd"], "--num_images", 5)
+def test_clip_score(score, sample, models, clip, pool, noise, tmp_path):
+    images = sample(*models["sd"], "--num_images", 5)
     flags = ("--images", images, "--reference", images, "--features", pool, "--clip_model", clip)
     row = score(*flags, "--batch_size", 2)["rows"][0]
     model = CLIPModel.from_pretrained(clip).eval()
@@ -594,24 +608,27 @@ def test_clip_score(score, draw, models, clip, pool, noise, tmp_path):
     (tmp_path / "plain").mkdir()
     for path in sorted(images.glob("*.png")):
         shutil.copy(path, tmp_path / "plain")
-    plain, drawn = score("--images", tmp_path / "plain", *flags[1:])["rows"]
-    assert plain["clip_score"] is None and drawn["clip_score"] == pytest.approx(row["clip_score"])
+    plain, generated = score("--images", tmp_path / "plain", *flags[1:])["rows"]
+    assert plain["clip_score"] is None and generated["clip_score"] == pytest.approx(row["clip_score"])
 
 
-def test_table_of_several_students(score, draw, models, pool, images):
-    """What each manifest says stands beside the figures."""
-    teacher = draw(*models["pixels"], "--num_images", 20, name="teacher")
-    student = draw(*models["pixels"], "--num_images", 20, "--seed", 1, "--sampler", "ddpm", name="student")
+def test_table_of_several_students(score, sample, models, pool, images):
+    """The settings of each manifest are shown too, in tables of at most six columns."""
+    teacher = sample(*models["pixels"], "--num_images", 20, name="teacher")
+    student = sample(*models["pixels"], "--num_images", 20, "--seed", 1, "--sampler", "ddpm", name="student")
     results = score("--images", teacher, student, "--reference", images, "--features", pool)
-    names = [line.split(" | ")[0] for line in results["text"].splitlines() if line.startswith("| ")]
-    assert names == ["|", "| teacher", "| student"]
+    tables = read_tables(results["text"])
+    assert [[row[0] for row in table] for table in tables] == [["", "teacher", "student"]] * 3
+    assert [len(table[0]) for table in tables] == [5, 3, 5]
+    assert tables[0][0] == ["", "images", "Fréchet distance", "kernel distance · 10³", "score"]
+    assert tables[1][0] == ["", "precision", "recall"] and tables[2][2] == ["student", "ddpm", "2", "1", "float32"]
     first, second = results["rows"]
     assert (first["sampler"], first["seed"], second["sampler"], second["seed"]) == ("ddim", 0, "ddpm", 1)
     assert first["contents"] == second["contents"] and first["versions"]["diffusers"]
-    assert results["versions"]["clean-fid"] and "| 20 |" in results["text"] and "| ddpm | 2 |" in results["text"]
+    assert results["versions"]["clean-fid"] and tables[0][1][1] == "20"
 
 
-def test_bad_input_of_evaluation(score, draw, models, noise, pool, images, teacher, tmp_path):
+def test_bad_input_of_evaluation(score, sample, models, noise, pool, images, teacher, tmp_path):
     for name in ("empty", "mixed", "broken", "single"):
         (tmp_path / name).mkdir()
     shutil.copy(noise["a"] / "000.png", tmp_path / "single")
@@ -623,13 +640,13 @@ def test_bad_input_of_evaluation(score, draw, models, noise, pool, images, teach
     Image.new("RGB", (20, 10)).save(tmp_path / "mixed" / "wide.png")
     (tmp_path / "plain.pt").write_bytes(b"no archive")
     torch.jit.script(torch.nn.Identity()).save(str(tmp_path / "identity.pt"))
-    unfinished = draw(*models["pixels"], "--num_images", 3)
+    unfinished = sample(*models["pixels"], "--num_images", 3)
     (unfinished / "000001.png").unlink()
     np.save(tmp_path / "array.npz", np.zeros(3))
     pooled, against = ("--features", pool), ("--reference", noise["b"])
     for flags, message in (
         (["--images", tmp_path / "empty", *against, *pooled], "--images .*empty holds no images"),
-        (["--images", tmp_path / "nowhere", *against, *pooled], "--images .*nowhere is no folder"),
+        (["--images", tmp_path / "nowhere", *against, *pooled], "--images .*nowhere is not a folder"),
         (["--images", tmp_path / "mixed", *against, *pooled], r"mixes sizes, 12x12 and 20x10 \(.*wide.png\)"),
         (["--images", noise["a"], "--reference", tmp_path / "mixed", *pooled], "pass --reference_resolution"),
         (["--images", tmp_path / "broken", *against, *pooled], "bad.png cannot be read; repair or remove"),
@@ -637,7 +654,7 @@ def test_bad_input_of_evaluation(score, draw, models, noise, pool, images, teach
         (["--images", unfinished, *against, *pooled], "holds 2 of the 3 images of its manifest"),
         (["--images", noise["a"], noise["a"], *against, *pooled], "is passed twice"),
         (["--images", images, *against, *pooled], "is 16x16 and the reference 12x12; pass --features_size"),
-        (["--images", noise["a"], "--reference", "no/such", *pooled], "--reference no/such is no folder, and does"),
+        (["--images", noise["a"], "--reference", "no/such", *pooled], "--reference no/such is not a folder, and does"),
         (["--images", noise["a"], "--reference", tmp_path / "no.npz", *pooled], "no.npz cannot be read"),
         (["--images", noise["a"], "--reference", tmp_path / "array.npz", *pooled], "array.npz cannot be read"),
         (["--images", noise["a"], *against, "--features", tmp_path / "plain.pt"], "plain.pt does not load"),
@@ -652,7 +669,7 @@ def test_bad_input_of_evaluation(score, draw, models, noise, pool, images, teach
 
 
 def test_reference_of_mixed_sizes_is_cropped(score, noise, pool, tmp_path):
-    """As `--reference_resolution` does it: the shorter side reduced, the longer one cropped at its centre."""
+    """`--reference_resolution` resizes the shorter side and crops the longer one at its centre."""
     (tmp_path / "wide").mkdir()
     (tmp_path / "square").mkdir()
     for index in range(20):
@@ -683,20 +700,24 @@ def students(tmp_path_factory, teacher) -> list[Path]:
 
 
 class Page(HTMLParser):
-    """What a page refers to, its headings and its table."""
+    """The sources, headings and tables of a page, and the order of its headings, pictures and tables."""
 
     def __init__(self, text: str):
         super().__init__()
-        self.sources, self.headings, self.rows, self.open = [], [], [], []
+        self.sources, self.headings, self.tables, self.open, self.order = [], [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.sources += [value for name, value in attributes if name in ("src", "href")]
         self.open.append(tag)
+        if tag in ("h2", "img", "table"):
+            self.order.append(tag)
+        if tag == "table":
+            self.tables.append([])
         if tag == "tr":
-            self.rows.append([])
+            self.tables[-1].append([])
         if tag in ("td", "th"):
-            self.rows[-1].append("")
+            self.tables[-1][-1].append("")
 
     def handle_endtag(self, tag):
         assert tag in self.open, f"</{tag}> without <{tag}>"
@@ -707,7 +728,7 @@ class Page(HTMLParser):
         if self.open and self.open[-1] == "h2":
             self.headings.append(data)
         if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
+            self.tables[-1][-1][-1] += data
 
 
 @pytest.fixture
@@ -723,9 +744,9 @@ def write_report(tmp_path, costs_here):
     return write_into
 
 
-def test_report_of_pixels(write_report, draw, score, images, pool, teacher, students, tmp_path):
-    """As a user has it: images drawn and measured, then the report."""
-    folders = [draw("--model", model, "--num_images", 20, name=model.name) for model in (teacher, *students)]
+def test_report_of_pixels(write_report, sample, score, images, pool, teacher, students, tmp_path):
+    """As a user does it: generate images, measure them, write the report."""
+    folders = [sample("--model", model, "--num_images", 20, name=model.name) for model in (teacher, *students)]
     (tmp_path / "real").mkdir()
     for path in sorted(images.iterdir())[:20]:
         shutil.copy(path, tmp_path / "real")
@@ -735,27 +756,32 @@ def test_report_of_pixels(write_report, draw, score, images, pool, teacher, stud
 
     text = (tmp_path / "report" / "index.html").read_text()
     page = Page(text)
-    assert not page.open[:-1] and page.headings[:2] == ["Samples", "Quality and cost"]
+    assert not page.open[:-1] and page.headings[:2] == ["Teacher and students", "All figures"]
+    assert page.order[:6] == ["h2", "img", "table", "h2", "table", "table"]  # the samples and their table come first
     pictures = sorted((tmp_path / "report").glob("*.png"))
     assert [path.name for path in pictures] == ["curves.png", "errors.png", "groups.png", "samples.png"]
     assert len(page.sources) == 4 and all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert not re.search(r"https?://|@import|url\(", text) and "<h1>A &lt;title&gt;</h1>" in text
 
-    head, *rows = page.rows
-    table = {row[0]: dict(zip(head, row)) for row in rows}
-    assert list(table) == ["real", "teacher", "narrow", "twin"]
-    assert table["real"]["images"] == "20" and table["real"]["parameters"] == table["real"]["latency per image"] == "–"
+    assert all(len(row) <= 6 for table in page.tables for row in table)
+    summary, quality, costs = ({row[0]: dict(zip(table[0], row)) for row in table[1:]} for table in page.tables)
+    assert list(summary) == list(quality) == ["real", "teacher", "narrow", "twin"]
+    assert list(costs) == ["teacher", "narrow", "twin"]
+    assert quality["real"]["images"] == quality["twin"]["images"] == "20"
+    assert summary["real"]["time per image (speed-up)"] == summary["real"]["quality"] == "–"
     measured = {row["contents"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
-    wide, narrow = (UNet2DModel.from_pretrained(model / "unet") for model in (teacher, students[0]))
-    assert table["teacher"]["parameters"] == f"{wide.num_parameters():,}"
-    assert table["narrow"]["share"] == f"{narrow.num_parameters() / wide.num_parameters():.1%}"
-    fid = measured[manifest(folders[1])["contents"]]["fid"]
-    assert table["narrow"]["Fréchet distance"] == f"{fid:.2f}" != table["teacher"]["Fréchet distance"]
-    assert "no Inception FID" in text and table["twin"]["images"] == "20"
+    wide, narrow = (UNet2DModel.from_pretrained(model / "unet").num_parameters() for model in (teacher, students[0]))
+    assert costs["teacher"]["parameters"] == f"{wide:,}" and costs["narrow"]["parameters"] == f"{narrow:,}"
+    assert summary["narrow"]["size (share of the teacher)"].endswith(f"k ({narrow / wide:.1%})")
+    distances = [measured[manifest(folder)["contents"]]["fid"] for folder in folders]
+    shown = [summary[name]["Fréchet distance"] for name in ("teacher", "narrow", "twin")]
+    assert shown == [f"{distance:.2f}" for distance in distances] and shown[1] != shown[0]
+    assert summary["twin"]["quality"] == "close to the teacher" and summary["real"]["quality"] == "–"
+    assert summary["narrow"]["quality"] == result_tables.quality_in_words(distances[1], distances[0], "the teacher")
+    assert "not Inception FID" in text and "up to 1.1: close to" in text
 
     markdown = (tmp_path / "report" / "report.md").read_text()
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert [[cell.strip() for cell in line[1:-1].split("|")] for line in lines if "--:" not in line] == page.rows
+    assert read_tables(markdown) == page.tables
     assert re.findall(r"^## (.*)", markdown, re.M) == page.headings and markdown.startswith("# A <title>\n")
     assert sorted(re.findall(r"\]\((.*)\)", markdown)) == [path.name for path in pictures]
 
@@ -767,8 +793,92 @@ def test_report_of_pixels(write_report, draw, score, images, pool, teacher, stud
     assert summary["errors"]["twin"] == [0] * 10 and min(summary["errors"]["narrow"]) > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("distance", "words"),
+    [
+        (-0.1, "better"),
+        (1.8, "better"),
+        (1.81, "close to"),
+        (2.2, "close to"),
+        (2.21, "slightly worse"),
+        (3.0, "slightly worse"),
+        (3.01, "worse"),
+        (6.0, "worse"),
+        (6.01, "much worse"),
+    ],
+)
+def test_quality_in_words(distance, words):
+    """Distances compared with a distance of 2."""
+    expected = f"{words} than the teacher".replace("to than", "to")
+    assert result_tables.quality_in_words(distance, 2.0, "the teacher") == expected
+
+
+def test_quality_in_words_needs_a_positive_distance():
+    assert result_tables.quality_in_words(0.1, -0.1, "the teacher") == "–"
+    assert result_tables.quality_in_words(0.1, 0.0, "the teacher") == "–"
+
+
+def make_results(**distances: tuple[float | None, float | None]) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Facts of the models "teacher" and "student", and rows with these Fréchet and kernel distances."""
+    costs = {"macs": 2_000_000, "seconds": 0.5, "bytes": 3 * 2**20}
+    facts = {"teacher": {**costs, "parameters": 4_000_000}, "student": {**costs, "parameters": 9_996, "seconds": 0.2}}
+    rows = {name: {"images": 1000, "fid": fid, "kid": kid, "remarks": []} for name, (fid, kid) in distances.items()}
+    return facts, rows
+
+
+def test_tables_of_the_report():
+    """The student is compared with the teacher, the teacher with the real images of the smallest distance."""
+    facts, rows = make_results(decoded=(2, 0.1), real=(0.5, -0.01), teacher=(3, 0.2), student=(5, 0.21))
+    summary, quality, costs = result_tables.make_tables(facts, rows, inception=False)
+    head, decoded, real, teacher, student = summary
+    assert head == [
+        *("model", "size (share of the teacher)", "time per image (speed-up)"),
+        *("Fréchet distance", "kernel distance · 10³", "quality"),
+    ]
+    assert decoded == ["decoded", "–", "–", "2.00", "100", "–"] and real[-2:] == ["-10", "–"]
+    assert teacher == ["teacher", "4M (100.0%)", "0.5 s (1.0×)", "3.00", "200", "much worse than real images"]
+    assert student == ["student", "10k (0.2%)", "0.2 s (2.5×)", "5.00", "210", "worse than the teacher"]
+    assert quality == [["model", "images"], *([name, "1,000"] for name in rows)]
+    assert costs[0] == ["model", "parameters", "GMACs per pass", "time per image", "peak memory"]
+    assert costs[2] == ["student", "9,996", "0.002", "0.2 s", "3 MiB"]
+    (rule,) = result_tables.judge(facts, rows)[1]
+    assert "a student's Fréchet distance divided by the teacher's" in rule and "(the row real)" in rule
+    for limit, words in list(result_tables.WORDS.items())[:-1]:
+        assert f"p to {limit}: {words}" in rule
+
+    # Without a Fréchet distance of the teacher, and without real images: by kernel distance.
+    facts, rows = make_results(teacher=(None, 0.2), student=(5, 0.21))
+    summary = result_tables.make_tables(facts, rows, inception=True)[0]
+    assert summary[0][3:] == ["FID", "KID · 10³", "quality"]
+    assert [row[-1] for row in summary[1:]] == ["–", "close to the teacher"]
+    assert "a student's kernel distance" in result_tables.judge(facts, rows)[1][0]
+
+    facts, rows = make_results(student=(5, 0.21))  # no row of the teacher
+    summary = result_tables.make_tables(facts, rows, inception=False)[0]
+    assert summary[0][-1] == "kernel distance · 10³" and result_tables.judge(facts, rows) == ({}, [])
+    summary, quality, costs = result_tables.make_tables(facts, {}, inception=False)  # no results
+    assert len(summary[0]) == 3 and quality == [] and len(costs) == 3
+
+
+RESULTS = sorted(path.parent for path in (ROOT / "demos" / "results").glob("*/results.md"))
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_stored_tables_are_made_from_the_stored_numbers(folder):
+    tables = result_tables.tables_from_files(folder / "report.json", folder / "quality.json")
+    assert all(len(row) <= 6 for table in tables for row in table)
+    text = (folder / "results.md").read_text()
+    assert read_tables(text) == tables
+    assert all(result_tables.as_markdown(table) in text for table in tables)
+    results = json.loads((folder / "quality.json").read_text())
+    rows = {row["name"]: row for row in results["rows"]}
+    facts = json.loads((folder / "report.json").read_text())["facts"]
+    for remark in [*result_tables.judge(facts, rows)[1], *report.quality_notes(rows, results)]:
+        assert f"- {remark}\n" in text
+
+
 def test_report_in_a_browser(write_report, teacher, students, tmp_path):
-    """Chromium lays the page out: all pictures decode, nothing sticks out at the sides, on a desk and on a phone."""
+    """In Chromium all pictures decode and nothing is wider than the window, of a desktop or of a phone."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("needs Chromium, Debian's package chromium")
@@ -784,12 +894,12 @@ def test_report_in_a_browser(write_report, teacher, students, tmp_path):
         command += ["--disable-background-networking", "--disable-component-update", f"--window-size={width},900"]
         command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "probe.html").as_uri()]
         finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        found = json.loads(re.search(r"<body>(\{.*\})</body>", finished.stdout, re.S)[1])
+        layout = json.loads(re.search(r"<body>(\{.*\})</body>", finished.stdout, re.S)[1])
         widths = [
             Image.open(page.with_name(f"{name}.png")).width for name in ("samples", "curves", "errors", "groups")
         ]
-        assert found["pictures"] == widths and found["inside"]
-        assert len(found["headings"]) == 5 and found["headings"] == sorted(found["headings"])
+        assert layout["pictures"] == widths and layout["inside"]
+        assert len(layout["headings"]) == 5 and layout["headings"] == sorted(layout["headings"])
 
 
 def test_costs_are_measured_in_a_new_process(teacher, tmp_path):
@@ -804,7 +914,7 @@ def test_costs_are_measured_in_a_new_process(teacher, tmp_path):
         tmp_path,
     )
     args = report.parse_args([str(part) for part in command])
-    ballast = torch.ones(2**27)  # 512 MiB in this process are not to show
+    ballast = torch.ones(2**27)  # 512 MiB of this process, which must not count
     cost = report.measure_costs({"teacher": str(teacher)}, args)["teacher"]
     assert len(ballast) == 2**27 and 2**20 < cost["bytes"] < 2**28 and 0.001 < cost["seconds"] < 60
 
@@ -824,11 +934,11 @@ def test_error_by_timestep_is_what_it_says(write_report, teacher, students, imag
 
 
 def test_error_groups_are_those_of_the_loss():
-    """The fits of `lift_place_loss` are the fits of the groups that the map shows."""
+    """A line fitted to each group of the map is the fit of `lift_place_loss`."""
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 8, 8), torch.randn(2, 8, 8)
     groups = report.error_groups(student, teacher, 16)
-    parts = lift_utils.lift_place_loss(student[None], teacher[None], group_size=16)
+    parts = lift_place_loss(student[None], teacher[None], group_size=16)
     for channel in range(2):
         for group in range(4):
             inside = groups[channel] == group
@@ -858,11 +968,11 @@ def test_report_of_each_kind(write_report, sd_teacher, dit, sd3, prompt_file, tm
         assert ("Prompt 1: a photo of a dark bag" in text) == ("--prompt_file" in flags)
 
 
-def test_other_predictions_are_left_out(write_report, sd_teacher, prompt_file, tmp_path):
+def test_other_predictions_are_not_shown(write_report, sd_teacher, prompt_file, tmp_path):
     student = save_sd_pipeline(tmp_path / "velocity", prediction_type="v_prediction")
     folder = write_report(sd_teacher, [student], "--prompt_file", prompt_file)
     text = (folder / "index.html").read_text()
-    assert "velocity predicts something else than the teacher" in text and text.count("data:image/png") == 1
+    assert "velocity does not predict the same quantity as the teacher" in text and text.count("data:image/png") == 1
 
 
 def test_bad_input_of_the_report(write_report, teacher, students, dit, tmp_path):
@@ -901,13 +1011,19 @@ def test_every_flag_of_the_readme_exists(capsys):
             assert set(re.findall(r"--[a-z0-9_]+", command)) <= known, command
 
 
+def test_words_of_the_readme_are_those_of_the_report():
+    (table,) = [table for table in read_tables((ROOT / "eval" / "README.md").read_text()) if table[0][0] == "ratio"]
+    limits = [f"up to {limit}" for limit in list(result_tables.WORDS)[:-1]]
+    assert table[1:] == [list(row) for row in zip([*limits, "above"], result_tables.WORDS.values())]
+
+
 def test_protocols_of_the_readme_are_the_defaults():
-    """Its commands spell out sampler, steps and guidance of each kind: those that no flag gives as well."""
+    """Sampler, steps and guidance of its commands are the defaults of each kind."""
     text = (ROOT / "eval" / "README.md").read_text()
     commands = re.findall(r"generate\.py(?:\\\n|[^\n`])*", text)
-    spelt = {command for command in commands if "--num_inference_steps" in command}
-    found = set()
-    for command in spelt:
-        args = generate.parse_args(command.replace("\\\n", " ").split()[1:])
-        found.add((args.sampler, args.num_inference_steps, args.guidance_scale))
-    assert found == {protocol[1:] for protocol in generate.PROTOCOLS.values()}
+    protocols = set()
+    for command in commands:
+        if "--num_inference_steps" in command:
+            args = generate.parse_args(command.replace("\\\n", " ").split()[1:])
+            protocols.add((args.sampler, args.num_inference_steps, args.guidance_scale))
+    assert protocols == {protocol[1:] for protocol in generate.PROTOCOLS.values()}

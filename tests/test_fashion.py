@@ -1,11 +1,9 @@
-"""Small models of Fashion-MNIST, the demos made of them, and the benchmark of caching, at a budget of a few steps."""
+"""demos/: small models of Fashion-MNIST and the demos made of them, with a budget of a few steps."""
 
 import json
 from functools import partial
 from pathlib import Path
 
-import fashion_dit
-import fashion_sd3
 import numpy as np
 import pytest
 import torch
@@ -15,12 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
-import cache
 import demo
 import fashion
+import fashion_dit
+import fashion_sd3
 import fashion_sd21
 import small_models
-import train_lift_sd21
+from result_tables import as_markdown, tables_from_files
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def words(data) -> tuple[list[str], object]:
 
 @pytest.fixture
 def in_process(run, monkeypatch) -> list:
-    """Lets what would be launched run in this process; returns the commands' flags."""
+    """Training scripts run in this process instead of being launched; returns the flags of each."""
     commands = []
 
     class Finished:
@@ -53,7 +52,6 @@ def in_process(run, monkeypatch) -> list:
             return self.returncode
 
     monkeypatch.setattr(demo.subprocess, "Popen", Finished)
-    monkeypatch.setattr(cache.subprocess, "run", Finished)
     return commands
 
 
@@ -68,7 +66,7 @@ def error_of(vae, images: np.ndarray) -> float:
 # ----------------------------------------------------------------------------------------------------------- the parts
 
 
-def test_captions_say_what_is_there(data, tmp_path):
+def test_captions_describe_the_images(data, tmp_path):
     images, labels = data
     folder = fashion.write_captioned(tmp_path / "images", images[:40], labels[:40])
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
@@ -124,15 +122,15 @@ def test_clip_learns_and_is_reused(data, words, tmp_path):
     torch.testing.assert_close(pixels["pixel_values"], small_models.as_inputs(images), atol=1e-5, rtol=0)
 
     @torch.no_grad()
-    def share_right(model) -> float:
-        """Of the images that are nearer to their own prompt than to the nineteen others."""
-        found = CLIPModel.from_pretrained(model).eval()(input_ids=ids, **pixels).logits_per_image.argmax(-1)
-        return np.mean([fashion.PROMPTS[number] == text for number, text in zip(found, captions)])
+    def accuracy(model) -> float:
+        """The share of images that are nearer to their own prompt than to the nineteen others."""
+        nearest = CLIPModel.from_pretrained(model).eval()(input_ids=ids, **pixels).logits_per_image.argmax(-1)
+        return np.mean([fashion.PROMPTS[number] == text for number, text in zip(nearest, captions)])
 
-    assert share_right(folder) > 0.25 > share_right(short)
-    for kind in (CLIPTextModel, CLIPTextModelWithProjection):  # what the pipelines take, with the weights of training
-        held, whole = kind.from_pretrained(folder).state_dict(), CLIPModel.from_pretrained(folder).state_dict()
-        assert held and all(any(torch.equal(value, other) for other in whole.values()) for value in held.values())
+    assert accuracy(folder) > 0.25 > accuracy(short)
+    for kind in (CLIPTextModel, CLIPTextModelWithProjection):  # for the pipelines, with the trained weights
+        part, clip = kind.from_pretrained(folder).state_dict(), CLIPModel.from_pretrained(folder).state_dict()
+        assert part and all(any(torch.equal(value, other) for other in clip.values()) for value in part.values())
     before = stamp(tmp_path)
     train(folder, steps=60)
     assert stamp(tmp_path) == before
@@ -176,22 +174,28 @@ def make_demo(in_process, costs_here, tmp_path, monkeypatch):
     return make
 
 
-def read_table(folder: Path) -> dict[str, dict[str, str]]:
-    """The table of results.md by row and column."""
-    lines = [line for line in (folder / "results.md").read_text().splitlines() if line.startswith("|")]
-    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    return {row[0]: dict(zip(head[1:], row[1:])) for row in rows}
+def read_tables(folder: Path) -> dict[str, dict[str, str]]:
+    """The cells of the tables of results.md by row and column; all tables must have at most six columns."""
+    tables, cells = tables_from_files(folder / "report.json", folder / "quality.json"), {}
+    text = (folder / "results.md").read_text()
+    for table in tables:
+        assert as_markdown(table) in text and len(table[0]) <= 6
+        for row in table[1:]:
+            cells.setdefault(row[0], {}).update(zip(table[0][1:], row[1:]))
+    return cells
 
 
 def check_demo(folder: Path, names: list[str]) -> dict[str, dict[str, str]]:
-    """What all demos leave behind; returns their table."""
-    table = read_table(folder)
+    """Check what all demos write; returns the first table of results.md by row and column."""
+    table = read_tables(folder)
     assert list(table) == names
     for name in names:
         assert np.isfinite(float(table[name]["Fréchet distance"]))
     assert float(table["real"]["Fréchet distance"]) < float(table["teacher"]["Fréchet distance"])
+    assert table["teacher"]["quality"].endswith(" real images")
+    assert all(table[name]["quality"].endswith(" the teacher") for name in names[names.index("teacher") + 1 :])
     text = (folder / "results.md").read_text()
-    assert "no Inception FID" in text and "- budget: teacher 2 steps, students 2 steps" in text
+    assert "not Inception FID" in text and "- budget: teacher 2 steps, students 2 steps" in text
     for name in ("samples", "curves", "errors", "groups"):
         assert f"]({name}.png)" in text and Image.open(folder / f"{name}.png").width > 300
     assert (folder / "index.html").read_text().count("data:image/png") == 4
@@ -199,7 +203,7 @@ def check_demo(folder: Path, names: list[str]) -> dict[str, dict[str, str]]:
 
 
 def test_stable_diffusion_from_nothing_and_again(make_demo, in_process, monkeypatch):
-    """A few steps of everything; the second call finds it all done."""
+    """A few steps of everything; the second call has nothing to do."""
     monkeypatch.setattr(fashion_sd21, "IMAGES", 96)
     monkeypatch.setattr(fashion_sd21, "METHODS", ("place",))
     monkeypatch.setattr(fashion_sd21, "STUDENTS", ("bk_extreme",))
@@ -247,29 +251,3 @@ def test_dit_from_nothing(make_demo, monkeypatch):
     check_demo(folder, ["real", "teacher", "place"])
     manifest = json.loads((folder / "samples" / "place" / "manifest.json").read_text())
     assert manifest["classes"] == list(range(10))
-
-
-# -------------------------------------------------------------------------------------------- the benchmark of caching
-
-
-def test_shrunk_models_keep_the_proportions():
-    args = train_lift_sd21.parse_args(["--student", "bk_tiny", "--train_data_dir", str(ROOT)])
-    shares = []
-    for sizes in ((8, 128, 200, cache.TOKENS), (1, 512, 49408, 77)):
-        macs = cache.count_macs(*cache.make_models(*sizes), args)
-        shares.append([value / sum(macs.values()) for value in macs.values()])
-    assert shares[0] == pytest.approx(shares[1], abs=0.02) and shares[1][0] > 0.3
-
-
-def test_cache_benchmark_prints_the_ratio(in_process, tmp_path, capsys):
-    path = tmp_path / "cache.json"
-    flags = ["--steps", "2", "--warmup", "1", "--runs", "1", "--resolution", "64", "--threads", "1"]
-    cache.main(cache.parse_args([*flags, "--json", str(path), "--", "--train_batch_size", "2", "--group_size", "8"]))
-    assert ["--cache_latents" in flags for flags in in_process] == [False, True]
-    result = json.loads(path.read_text())
-    speeds = result["steps per second"]
-    assert result["batch"] == 2 and len(speeds["with"]) == len(speeds["without"]) == 1
-    assert result["ratio"] == speeds["with"][0] / speeds["without"][0] > 0
-    assert f"with / without --cache_latents: {result['ratio']:.2f}" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="--scale 3 does not divide"):
-        cache.parse_args(["--scale", "3"])

@@ -247,10 +247,11 @@ def test_a_refused_login_ends_before_the_first_step(start_hub, teacher, images, 
 
 
 CREATE = """
-import sys, lift_utils
+import sys
+from common.hub import create_hub_repo
 for name in sys.argv[1:]:
     try:
-        print(lift_utils.create_hub_repo(name, private=False))
+        print(create_hub_repo(name, private=False))
     except SystemExit as error:
         print(error)
 """

@@ -1,10 +1,11 @@
-"""requirements.txt gives an environment whose parts work together, and the README speaks of what is there."""
+"""The installed versions work together; README.md and docs/ show what exists and was measured."""
 
 import importlib
 import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -40,9 +41,45 @@ assert callable(xformers.ops.memory_efficient_attention)
     assert finished.returncode == 0, finished.stderr
 
 
-@pytest.mark.parametrize("script", ["train_lift_unet", "train_lift_sd21", "train_lift_dit", "train_lift_sd3"])
-def test_every_flag_the_readme_names_exists(script, capsys):
-    commands = re.findall(rf"{script}\.py(?:\\\n|[^\n`])*", (ROOT / "README.md").read_text())
+# ------------------------------------------------------------------------------------------------- README.md and docs/
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = ["train_lift_unet", "train_lift_sd21", "train_lift_dit", "train_lift_sd3"]
+RESULTS = sorted((ROOT / "demos" / "results").glob("*/results.md"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def read_tables(path: Path) -> list[list[str]]:
+    """The lines of each Markdown table of a file."""
+    tables = [[]]
+    for line in [*path.read_text().splitlines(), ""]:
+        if line.startswith("|"):
+            tables[-1].append(line)
+        elif tables[-1]:
+            tables.append([])
+    return tables[:-1]
+
+
+def read_links(path: Path) -> list[str]:
+    """The targets of a page's links and pictures, without code blocks."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+def headings_of(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", path.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_in_a_command_exists(script, capsys):
+    pages = [*PAGES, ROOT / "eval" / "README.md"]
+    commands = [command for page in pages for command in find_commands(page, f"{script}.py")]
     assert len(commands) >= 2
     with pytest.raises(SystemExit):
         importlib.import_module(script).parse_args(["--help"])
@@ -51,21 +88,44 @@ def test_every_flag_the_readme_names_exists(script, capsys):
         assert set(re.findall(r"--[a-z0-9_]+", command)) <= known, command
 
 
-RESULTS = sorted(path.parent.name for path in (ROOT / "benchmarks" / "results").glob("*/results.md"))
+def find_commands(page: Path, script: str) -> list[str]:
+    """The commands of a page that run the script, from its name on, with their continued lines."""
+    return re.findall(rf"{re.escape(script)}(?:\\\n|[^\n`])*", page.read_text())
 
 
-@pytest.mark.parametrize("results", RESULTS)
-def test_the_readme_shows_what_was_measured(results):
-    measured = (ROOT / "benchmarks" / "results" / results / "results.md").read_text()
-    table = [line for line in measured.splitlines() if line.startswith("|")]
-    assert len(table) >= 6
-    readme = (ROOT / "README.md").read_text()
-    assert "\n".join(table) in readme
-    assert f"benchmarks/results/{results}/samples.png" in readme
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_relative_link_leads_somewhere(page):
+    for link in read_links(page):
+        target, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), link
+        assert not anchor or anchor in headings_of(path), link
 
 
-def test_every_picture_the_readme_shows_is_there():
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text())
-    assert len(pictures) >= 4
-    for picture in pictures:
-        assert (ROOT / picture).exists(), picture
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_table_has_more_than_six_columns(page):
+    for table in read_tables(page):
+        assert all(line.count("|") - line.count("\\|") <= 7 for line in table), table[0]
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+@pytest.mark.parametrize("results", RESULTS, ids=lambda path: path.parent.name)
+def test_measured_tables_and_samples_are_shown(results):
+    """The first table of each results.md is in README.md or docs/, with the picture of the samples."""
+    table = read_tables(results)[0]
+    assert len(table) >= 5
+    shown = [page for page in PAGES if table in read_tables(page)]
+    assert shown, "no page has the table"
+    pictures = {(page.parent / link).resolve() for page in shown for link in read_links(page)}
+    assert results.with_name("samples.png").resolve() in pictures
+
+
+def test_readme_shows_one_result():
+    tables = [read_tables(results)[0] for results in RESULTS]
+    shown = [table for table in read_tables(ROOT / "README.md") if table in tables]
+    assert shown == [read_tables(ROOT / "demos" / "results" / "digits" / "results.md")[0]]

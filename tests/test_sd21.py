@@ -17,14 +17,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch, save_sd_pipeline
+from conftest import ROOT, copy_script, launch, save_sd_pipeline
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import lift_utils
+import common.hub
 import train_lift_sd21
+from common.pruning import prune_width
+from common.students import is_narrower, pair_features
+from common.teachers import TeacherSource
+from lift_utils import FeatureModel
 from train_lift_sd21 import STUDENTS
 
 
@@ -39,8 +43,8 @@ WIDTHS = [name for name in STUDENTS if name.startswith("width_")]
 
 @pytest.fixture
 def distil(run, sd_teacher, captioned, tmp_path, monkeypatch):
-    """`distil(*flags)` runs two steps into a new folder and returns it. The curves take half of the time: left out."""
-    monkeypatch.setattr(lift_utils, "plot_curves", lambda *arguments: None)
+    """`distil(*flags)` runs two steps into a new folder and returns it. No curves: they take half of the time."""
+    monkeypatch.setattr(common.hub, "plot_curves", lambda *arguments: None)
 
     def distil_into(*flags, output_dir=tmp_path / "student") -> Path:
         source = ("--pretrained_teacher_model", sd_teacher, "--train_data_dir", captioned, "--student", "bk_base")
@@ -67,21 +71,22 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def draw(folder: Path, **options) -> np.ndarray:
+def generate(folder: Path, **options) -> np.ndarray:
     """An image, (32, 32, 3) in [0, 1], by a pipeline folder."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, **options)
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return pipeline("a photo of a bag", num_inference_steps=2, generator=generator, output_type="np").images[0]
+    side = pipeline.unet.config.sample_size
+    # In float32 first: some releases of torch have other random numbers in half precision.
+    latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).to(pipeline.unet.dtype)
+    return pipeline("a photo of a bag", num_inference_steps=2, latents=latents, output_type="np").images[0]
 
 
 # --------------------------------------------------------------------------------------------------- as a user does it
 
 
 def test_from_teacher_to_student_by_accelerate_launch(sd_teacher, captioned, tmp_path):
-    """In a folder that holds nothing but the script and lift_utils.py."""
-    for name in ("train_lift_sd21.py", "lift_utils.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    """In a folder that holds nothing but the script, lift_utils.py and common/."""
+    copy_script("train_lift_sd21", tmp_path)
     before = digest(sd_teacher)
     flags = ("--pretrained_teacher_model", sd_teacher, "--student", "bk_base", "--train_data_dir", captioned)
     prompts = ("--validation_prompts", "a dark bag", "a bright sneaker")
@@ -101,7 +106,7 @@ def test_from_teacher_to_student_by_accelerate_launch(sd_teacher, captioned, tmp
     events = EventAccumulator(str(student / "logs" / "lift")).Reload().Tags()
     assert events["images"] == ["samples"] and logged <= set(events["scalars"])
 
-    image = draw(student)
+    image = generate(student)
     assert image.shape == (32, 32, 3) and 0 <= image.min() < image.max() <= 1
     for part in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
         assert same(load_file(student / part), load_file(sd_teacher / part))
@@ -209,7 +214,7 @@ def test_presets_start_from_the_teachers_blocks(distil, sd_teacher, preset):
     if preset == "bk_tiny":
         ours, name = ours["up_blocks.0.resnets.1.conv2.weight"], "up_blocks.1.resnets.{}.conv2.weight"
         assert torch.equal(ours, theirs[name.format(2)]) and not torch.equal(ours, theirs[name.format(1)])
-    assert draw(folder).shape == (32, 32, 3)
+    assert generate(folder).shape == (32, 32, 3)
 
 
 SIZES = {
@@ -260,7 +265,7 @@ def test_presets_of_stable_diffusion(full_size, preset):
                 SIZES[preset] / SIZES["whole"], abs=0.01
             )
         if preset in WIDTHS:
-            assert lift_utils.is_narrower(student, teacher)
+            assert is_narrower(student, teacher)
             widths = student.config.block_out_channels
             heads = student.config.attention_head_dim
             heads = [heads] * 4 if isinstance(heads, int) else heads
@@ -274,7 +279,7 @@ def test_feature_pairs_of_the_full_size_have_one_size(full_size):
         args.resolution = 64
         student, recipe = train_lift_sd21.build_student(full_size["2.1"], full_size["vae"], args)
         inputs = train_lift_sd21.example_inputs(student)
-        pair, _ = lift_utils.pair_features(student, full_size["2.1"], recipe["features"], inputs)
+        pair, _ = pair_features(student, full_size["2.1"], recipe["features"], inputs)
         assert len(pair.projections) == len(recipe["features"]) >= 4
         assert all(isinstance(layer, torch.nn.Conv2d) == projected for layer in pair.projections)
 
@@ -316,12 +321,12 @@ def test_pruning_finds_the_channels_that_matter(linear):
             weight.data = weight.data.sign() * weight.data.abs().mean()
     teacher, student = widened(small), UNet2DConditionModel.from_config(small.config)
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 600]), torch.randn(2, 8, 16)
-    wanted = small(*inputs).sample
-    torch.testing.assert_close(teacher(*inputs).sample, wanted, rtol=1e-3, atol=1e-4)
-    assert (student(*inputs).sample - wanted).abs().max() > 0.1 * wanted.std()
+    expected = small(*inputs).sample
+    torch.testing.assert_close(teacher(*inputs).sample, expected, rtol=1e-3, atol=1e-4)
+    assert (student(*inputs).sample - expected).abs().max() > 0.1 * expected.std()
     example = torch.zeros(1, 4, 16, 16), torch.zeros(1, dtype=torch.long), torch.zeros(1, 8, 16)
-    lift_utils.prune_width(student, teacher, example)
-    torch.testing.assert_close(student(*inputs).sample, wanted, rtol=1e-3, atol=1e-3)
+    prune_width(student, teacher, example)
+    torch.testing.assert_close(student(*inputs).sample, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_json_student_with_blocks_and_features(distil, sd_teacher, tmp_path):
@@ -342,7 +347,7 @@ def test_json_student_with_blocks_and_features(distil, sd_teacher, tmp_path):
     copied = {name for name in ours if name in theirs and torch.equal(ours[name], theirs[name])}
     assert copied >= {name for name in ours if name.startswith(("conv_in.", "down_blocks.0."))}
     assert not [name for name in copied if "conv1.weight" in name and not name.startswith("down_blocks.0.")]
-    assert draw(folder).shape == (32, 32, 3)
+    assert generate(folder).shape == (32, 32, 3)
 
 
 # ----------------------------------------------------------------------------------------------------- what is trained
@@ -394,7 +399,7 @@ def test_flags_train_a_student_that_loads(distil, sd_teacher, tmp_path, flags):
         assert [row["weight"] for row in rows] == [0, 0]
     if "--resolution" in flags:
         assert UNet2DConditionModel.load_config(folder / "unet")["sample_size"] == 16
-    assert draw(folder).min() >= 0
+    assert generate(folder).min() >= 0
 
 
 def test_the_loss_falls_and_the_average_is_saved(distil):
@@ -439,24 +444,24 @@ def test_features_under_checkpointing(sd_teacher, preset):
         results = {name: parameter.grad.clone() for name, parameter in unet.named_parameters()}
         return {"prediction": prediction.detach(), "loss": loss.detach(), **results}
 
-    plain = lift_utils.FeatureModel(unet, names)
-    wanted = gradients(plain)
+    plain = FeatureModel(unet, names)
+    expected = gradients(plain)
     assert len(plain(*inputs)[1]) == len(names)
     unet.enable_gradient_checkpointing()
     assert unet.is_gradient_checkpointing
     for _ in range(2):  # nothing is left over from one step to the next
-        torch.testing.assert_close(gradients(plain), wanted, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients(plain), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_compiled_equals_eager(distil, tmp_path, monkeypatch):
-    """The whole run; by a backend that traces both models but leaves out the minutes of code generation."""
+    """The whole run; by a backend that traces both models without the minutes of code generation."""
     compile_module, calls = torch.nn.Module.compile, []
 
     def compile_quickly(module):
         calls.append(module)
         compile_module(module, fullgraph=True, backend="aot_eager")
 
-    monkeypatch.setattr(lift_utils.FeatureModel, "compile", compile_quickly)
+    monkeypatch.setattr(FeatureModel, "compile", compile_quickly)
     teacher = save_sd_pipeline(
         tmp_path / "teacher",
         block_out_channels=[8],
@@ -483,8 +488,8 @@ def test_fp16_variant_loads(distil):
     pipeline = StableDiffusionPipeline.from_pretrained(folder, variant="fp16", torch_dtype=torch.float16)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         assert part.dtype == torch.float16
-    half_image = draw(folder, variant="fp16", torch_dtype=torch.float16)
-    assert np.abs(half_image - draw(folder)).max() < 0.1
+    half_image = generate(folder, variant="fp16", torch_dtype=torch.float16)
+    assert np.abs(half_image - generate(folder)).max() < 0.1
 
 
 # ---------------------------------------------------------------------------------------------- noise, time and target
@@ -498,7 +503,7 @@ def test_the_target_is_what_the_scheduler_inverts(prediction_type, tmp_path):
     assert scheduler.config.prediction_type == prediction_type
     latents, noise = torch.rand(4, 4, 8, 8) * 2 - 1, torch.randn(4, 4, 8, 8)
     for step in (1, 300, 900):
-        noisy, target = train_lift_sd21.noise_latents(scheduler, latents, noise, torch.full((4,), step))
+        noisy, target = train_lift_sd21.add_noise(scheduler, latents, noise, torch.full((4,), step))
         clean = scheduler.step(target, step, noisy).pred_original_sample
         torch.testing.assert_close(clean, latents, rtol=1e-3, atol=1e-3)
 
@@ -506,20 +511,20 @@ def test_the_target_is_what_the_scheduler_inverts(prediction_type, tmp_path):
 def test_velocity_teachers_by_the_schedulers_config(distil, tmp_path, monkeypatch):
     teacher = save_sd_pipeline(tmp_path / "teacher", "v_prediction")
     targets = []
-    noise_latents = train_lift_sd21.noise_latents
+    add_noise = train_lift_sd21.add_noise
 
     def record(scheduler, latents, noise, timesteps):
-        noisy, target = noise_latents(scheduler, latents, noise, timesteps)
+        noisy, target = add_noise(scheduler, latents, noise, timesteps)
         targets.append((target, scheduler.get_velocity(latents, noise, timesteps), noise))
         return noisy, target
 
-    monkeypatch.setattr(train_lift_sd21, "noise_latents", record)
+    monkeypatch.setattr(train_lift_sd21, "add_noise", record)
     folder = distil("--pretrained_teacher_model", teacher)
     assert len(targets) == 2
     assert all(torch.equal(target, velocity) and not torch.equal(target, e) for target, velocity, e in targets)
     scheduler = PNDMScheduler.from_pretrained(folder, subfolder="scheduler")
     assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.skip_prk_steps
-    assert draw(folder).shape == (32, 32, 3)
+    assert generate(folder).shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
@@ -571,7 +576,7 @@ def test_dropped_captions_are_empty_for_student_and_teacher(distil, sd_teacher, 
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(distil, tmp_path, flags):
     flags = [*flags, "--max_train_steps", 3, "--checkpointing_steps", 2, "--cache_dir", tmp_path / "cache"]
-    flags += ["--train_batch_size", 20]  # two batches an epoch, eight images left out of each
+    flags += ["--train_batch_size", 20]  # two batches an epoch, eight images wait for another epoch
     whole = distil(*flags, output_dir=tmp_path / "whole")
     resumed = tmp_path / "resumed"
     shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("unet", "vae", "lora", "checkpoint-3", "*.json"))
@@ -619,7 +624,7 @@ def test_lora_trains_adapters_and_saves_both_forms(distil, sd_teacher):
     torch.testing.assert_close(adapted, both, rtol=1e-4, atol=1e-4)
     assert (adapted - plain).abs().max() > 1e-2
     assert "LoRA of rank 2" in (folder / "README.md").read_text()
-    assert draw(folder).shape == (32, 32, 3)
+    assert generate(folder).shape == (32, 32, 3)
 
     with pytest.raises(SystemExit, match=r"is of another student .*adapters.* pass the run's own flags"):
         distil(*flags, "--resume_from_checkpoint", "latest", "--lora_rank", 4)
@@ -862,7 +867,8 @@ def prepare(captioned, sd_teacher, tmp_path):
         fixed = ("--pretrained_teacher_model", sd_teacher, "--train_data_dir", folder, "--cache_dir", tmp_path / "c")
         fixed = (*fixed, "--resolution", 32, "--dataloader_num_workers", 0)
         args = train_lift_sd21.parse_args([str(flag) for flag in (*fixed, *flags)])
-        return train_lift_sd21.make_dataset(args, train_lift_sd21.load_tokenizer(args))[0]
+        source = TeacherSource(str(sd_teacher), None, None, train_lift_sd21.EXPECTED)
+        return train_lift_sd21.make_dataset(args, train_lift_sd21.load_tokenizer(source))[0]
 
     return make
 
@@ -912,8 +918,8 @@ def test_images_without_a_caption_are_named(prepare, tmp_path, capsys, change, p
     shutil.rmtree(tmp_path / "edited")
     dataset = prepare(change, "--max_unreadable", 0.03)
     output = capsys.readouterr().out
-    assert f"leaving out 1 of 48 images, which {problem}: " in output and "00000.png" in output
-    assert len(dataset) == 47 and output.count("leaving out") == 1
+    assert f"skipping 1 of 48 images, which {problem}: " in output and "00000.png" in output
+    assert len(dataset) == 47 and output.count("skipping") == 1
     assert dataset[0]["images"].shape == (3, 32, 32) and dataset[0]["input_ids"].shape == (24,)
 
 
@@ -928,7 +934,8 @@ def test_images_without_a_caption_are_named(prepare, tmp_path, capsys, change, p
     ],
     ids=["numbers", "lists", "no column", "nulls", "mixed"],
 )
-def test_captions_that_are_none(prepare, change, complaint):
+def test_captions_that_are_none(prepare, monkeypatch, change, complaint):
+    monkeypatch.setattr(train_lift_sd21, "drop_unreadable", None)  # before the images are checked, which takes long
     with pytest.raises(SystemExit) as error:
         prepare(change)
     assert str(error.value).startswith("error: --") and complaint in str(error.value)
@@ -953,10 +960,10 @@ def test_long_captions_are_cut_counted_and_said_once(prepare, sd_teacher, caplog
 
 HUB = """
 import sys, train_lift_sd21
+from common.teachers import TeacherSource
 for name in sys.argv[1:]:
-    args = train_lift_sd21.parse_args(["--dry_run", "--pretrained_teacher_model", name])
     try:
-        train_lift_sd21.check_pipeline(args)
+        train_lift_sd21.check_pipeline(TeacherSource(name, None, None, train_lift_sd21.EXPECTED))
     except SystemExit as error:
         print(error)
 """
@@ -994,7 +1001,7 @@ def test_models_that_are_gone_or_gated_get_one_line(tmp_path):
     server.server_close()
     gone, gated, broken = finished.stdout.splitlines()
     assert gone.startswith("error: --pretrained_teacher_model gone/model is not on the Hub, or private; pass a Stable")
-    assert train_lift_sd21.MIRROR in gone
+    assert train_lift_sd21.TEACHER in gone
     assert gated.startswith("error: --pretrained_teacher_model gated/model is gated; accept its terms at ")
     assert "huggingface.co/gated/model" in gated and "hf auth login" in gated
     assert broken.startswith("error: --pretrained_teacher_model broken/model does not load: ")

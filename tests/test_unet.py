@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, launch
+from conftest import TINY, copy_script, launch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import lift_utils
 import train_lift_unet
+from common.costs import profile_forward
+from common.pruning import prune_width
+from common.students import copy_blocks, is_narrower
+from lift_utils import FeatureModel
 
 
 SHORT = [
@@ -62,9 +65,8 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
 
 
 def test_from_scratch_to_student_by_accelerate_launch(images, tmp_path):
-    """The docstring's two commands, run in a folder that holds nothing but the script and lift_utils.py."""
-    for name in ("train_lift_unet.py", "lift_utils.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    """The docstring's two commands, run in a folder that holds nothing but the script, lift_utils.py and common/."""
+    copy_script("train_lift_unet", tmp_path)
     (tmp_path / "teacher.json").write_text(json.dumps({"config": TINY}))
     data = ("--train_data_dir", images, *SHORT)
     scratch = ("--kd_loss", "none", "--student", "teacher.json", "--output_dir", "teacher")
@@ -177,7 +179,7 @@ def test_the_loss_falls_and_every_weight_moves(distil, teacher):
     assert mean("coarse", last) < mean("coarse", first) and mean("weight", last) > mean("weight", first)
 
     student = UNet2DModel.from_config({**TINY, "block_out_channels": [8, 16]})
-    lift_utils.prune_width(student, UNet2DModel.from_pretrained(teacher / "unet"), EXAMPLE)
+    prune_width(student, UNet2DModel.from_pretrained(teacher / "unet"), EXAMPLE)
     trained = load_file(folder / "checkpoint-60" / "student.safetensors")
     still = [key for key, value in student.state_dict().items() if torch.equal(value, trained[f"model.{key}"])]
     # The teacher's key biases start at 0, and softmax does not see them: they alone may stay.
@@ -216,7 +218,7 @@ def test_the_target_is_what_the_scheduler_inverts(prediction_type):
     scheduler = DDPMScheduler(prediction_type=prediction_type, clip_sample=False)
     images, noise = torch.rand(4, 1, 8, 8) * 2 - 1, torch.randn(4, 1, 8, 8)
     for step in (1, 300, 900):
-        noisy, target = train_lift_unet.noise_images(scheduler, images, noise, torch.full((4,), step))
+        noisy, target = train_lift_unet.add_noise(scheduler, images, noise, torch.full((4,), step))
         clean = scheduler.step(target, step, noisy).pred_original_sample
         torch.testing.assert_close(clean, images, rtol=1e-3, atol=1e-3)
 
@@ -248,7 +250,7 @@ def test_presets_of_the_celeba_ddpm(preset, parameters):
         student = UNet2DModel.from_config(train_lift_unet.student_config(dict(teacher.config), recipe))
     assert teacher.num_parameters() == 78_700_803
     assert student.num_parameters() == parameters
-    assert lift_utils.is_narrower(student, teacher)
+    assert is_narrower(student, teacher)
 
 
 def widened(small: UNet2DModel) -> UNet2DModel:
@@ -289,7 +291,7 @@ def test_pruning_finds_the_channels_that_matter(init):
         def accumulate(model):
             train_lift_unet.accumulate_gradients(model, scheduler=DDPMScheduler(), images=images)
 
-    lift_utils.prune_width(student, teacher, EXAMPLE, accumulate)
+    prune_width(student, teacher, EXAMPLE, accumulate)
     ours, wanted = student(*inputs).sample, small(*inputs).sample
     if init == "magnitude":
         torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4)
@@ -304,7 +306,7 @@ def test_pruned_weights_are_the_teachers(fraction, head_dim):
     teacher = UNet2DModel(**{**TINY, "block_out_channels": [32, 64], "attention_head_dim": head_dim})
     student = UNet2DModel.from_config(train_lift_unet.student_config(dict(teacher.config), {"width": fraction}))
     assert student.config.block_out_channels == [32 * fraction, 64 * fraction]
-    lift_utils.prune_width(student, teacher, EXAMPLE)
+    prune_width(student, teacher, EXAMPLE)
     inputs = torch.randn(2, 1, 16, 16), torch.tensor([3, 700])
     if fraction == 1:
         torch.testing.assert_close(student(*inputs).sample, teacher(*inputs).sample, rtol=1e-3, atol=1e-4)
@@ -339,13 +341,13 @@ def test_features_under_compile_and_checkpointing():
     model = UNet2DModel(**TINY).train()
     names = ["down_blocks.0", "mid_block", "up_blocks.1"]
     inputs = torch.randn(2, 1, 16, 16), torch.tensor([1, 2])
-    prediction, features = lift_utils.FeatureModel(model, names)(*inputs)
+    prediction, features = FeatureModel(model, names)(*inputs)
     assert [tuple(feature.shape[1:]) for feature in features] == [(16, 8, 8), (32, 8, 8), (16, 16, 16)]
     sum(feature.square().mean() for feature in features).backward()
     gradient = model.conv_in.weight.grad.clone()
     for change in ("enable_gradient_checkpointing", "compile"):
         model.zero_grad()
-        wrapped = lift_utils.FeatureModel(model, names)
+        wrapped = FeatureModel(model, names)
         if change == "compile":
             torch.compiler.reset()  # other tests' models count against the limit of recompilations
             wrapped.compile(fullgraph=True, backend="aot_eager")
@@ -361,7 +363,7 @@ def test_features_under_compile_and_checkpointing():
 def test_copy_blocks_refuses_what_does_not_match():
     student, teacher = UNet2DModel(**TINY), UNet2DModel(**{**TINY, "block_out_channels": [16, 64]})
     state = teacher.state_dict()
-    fresh = lift_utils.copy_blocks(student, state)
+    fresh = copy_blocks(student, state)
     assert "down_blocks.0.resnets.0.conv1.weight" not in fresh and "mid_block.resnets.0.conv1.weight" in fresh
     assert torch.equal(student.conv_in.weight, teacher.conv_in.weight)
     for blocks, complaint in (
@@ -370,7 +372,7 @@ def test_copy_blocks_refuses_what_does_not_match():
         ({"mid_block": "mid_block"}, "shape"),
     ):
         with pytest.raises(ValueError, match=complaint):
-            lift_utils.copy_blocks(student, state, blocks)
+            copy_blocks(student, state, blocks)
 
 
 # ------------------------------------------------------------------------------------------------------- what it shows
@@ -393,7 +395,7 @@ def test_macs_and_kept_bytes_of_a_known_layer():
     with torch.device("meta"):
         layer = torch.nn.Conv2d(4, 8, 3, padding=1)
         image = torch.zeros(1, 4, 16, 16)
-    assert lift_utils.profile_forward(layer, input=image) == (16 * 16 * 4 * 8 * 9, 4 * 16 * 16 * 4, 0)
+    assert profile_forward(layer, input=image) == (16 * 16 * 4 * 8 * 9, 4 * 16 * 16 * 4, 0)
 
 
 def test_grid_rows_start_from_the_same_noise(distil, teacher):

@@ -6,17 +6,17 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""A small Stable Diffusion 3 of garments, from nothing, and its students by `train_lift_sd3.py`, on two CPU cores.
+"""A small Stable Diffusion 3 of garments, trained from scratch and distilled by `train_lift_sd3.py` on two cores.
 
-    python benchmarks/fashion_sd3.py --output_dir demo-sd3
+    python demos/fashion_sd3.py --output_dir demo-sd3
 
-As benchmarks/fashion_sd21.py, on the same captioned images of Fashion-MNIST, with the same autoencoder, and measured
-in the same way; but the teacher is an MMDiT of six joint blocks, trained by flow matching, and the students keep a
-third of them (`--student third`), distilled with --kd_loss none, mse, lift and place at equal budget.
+The captioned images, the autoencoder and the way to measure are those of demos/fashion_sd21.py. The teacher is an
+MMDiT of six joint blocks, trained by flow matching. The students keep a third of the blocks (`--student third`) and
+are distilled with --kd_loss none, mse, lift and place at equal budget.
 
 Open demo-sd3/index.html, or read demo-sd3/results.md. Each model is a folder that loads with
-`StableDiffusion3Pipeline.from_pretrained("demo-sd3/third-place", text_encoder_3=None, tokenizer_3=None)`. Stop it
-whenever you like: the same command goes on from there.
+`StableDiffusion3Pipeline.from_pretrained("demo-sd3/third-place", text_encoder_3=None, tokenizer_3=None)`. You can stop
+the demo at any time: the same command continues it.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from fashion_sd21 import METHODS
 
 SCRIPT = "train_lift_sd3.py"
 STUDENT = "third"
-# In place of the absent T5, the pipeline feeds so many zeros; few make small models quick.
+# There is no T5; the pipeline passes this many zeros in its place. Few of them make a small model fast.
 LENGTH = ("--max_sequence_length", 8)
 
 
@@ -38,9 +38,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Make the data and the parts, train the teacher and the students, measure them."""
     from transformers import CLIPTextModelWithProjection
 
-    vae, clip, tokenizer, known = fashion_sd21.make_parts(args)
+    vae, clip, tokenizer, accuracy = fashion_sd21.make_parts(args)
     text_encoder = CLIPTextModelWithProjection.from_pretrained(clip)
     start = small_models.save_sd3_pipeline(args.output_dir / "start", vae, text_encoder, tokenizer)
     common = [*LENGTH, "--weighting_scheme", "none"]
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         name = f"{STUDENT}-{method}"
         runs[name] = fashion_sd21.train(args, SCRIPT, name, args.student_steps, flags)
     title = "A small Stable Diffusion 3 of garments, distilled"
-    fashion_sd21.measure(args, title, runs, known, drawing=("--sampler", "euler", *LENGTH))
+    fashion_sd21.measure(args, title, runs, accuracy, ("--sampler", "euler", *LENGTH))
 
 
 if __name__ == "__main__":

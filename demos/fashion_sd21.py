@@ -6,28 +6,31 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""A small Stable Diffusion of garments, from nothing, and its students by `train_lift_sd21.py`, on two CPU cores.
+"""A small Stable Diffusion of garments, trained from scratch and distilled by `train_lift_sd21.py` on two cores.
 
-    python benchmarks/fashion_sd21.py --output_dir demo-sd21
+    python demos/fashion_sd21.py --output_dir demo-sd21
 
-In turn, all on 10,000 captioned images of Fashion-MNIST (32 pixels; Debian's package, fetched if it is not installed):
+The data are 10,000 captioned images of Fashion-MNIST at 32 pixels, from Debian's package, which is downloaded if it is
+not installed. The demo makes, one after the other:
 
-1. a small autoencoder (latents of 4 x 8 x 8) and a small CLIP, whose text encoder the pipeline takes;
-2. the teacher: a random U-Net in Stable Diffusion's layout, trained by the script itself with --kd_loss none
-   --student whole --student_init random, on cached latents;
-3. the students bk_tiny and bk_extreme, each distilled with --kd_loss none, mse, lift and place at equal budget (steps,
-   batches, noise, initial weights from the teacher);
-4. samples of every model by prompt, from the same noise, figures and the report, all by the scripts of eval/.
+1. a small autoencoder (latents of 4 x 8 x 8) and a small CLIP, whose text encoder the pipeline uses;
+2. the teacher: a U-Net in Stable Diffusion's layout, trained from random weights by the script itself with --kd_loss
+   none --student whole --student_init random, on cached latents;
+3. the students bk_tiny and bk_extreme, each distilled with --kd_loss none, mse, lift and place at equal budget: the
+   same steps, batches, noise and initial weights from the teacher;
+4. samples of every model by prompt, from the same noise, their distances to real images, and the report, all by the
+   scripts of eval/.
 
-The distances are taken in 32 features of a small classifier trained here on the same images, to images of the test
-set. They are no Inception FID and compare with no published figure. Other images of the test set ("real"), and these
-after the autoencoder ("decoded"), give their floor. The CLIP score is by the small CLIP.
+The distances are taken in 32 features of a small classifier, which is trained here on the same images; the reference
+are images of the test set. They are not Inception FIDs; do not compare them with published figures. The rows "real"
+(other images of the test set) and "decoded" (the same after the autoencoder) show what is the best that can be
+expected. The CLIP score is computed with the small CLIP.
 
 Open demo-sd21/index.html, or read demo-sd21/results.md. Each model is a folder that loads with
-`StableDiffusionPipeline.from_pretrained("demo-sd21/bk_tiny-place")`. Stop it whenever you like: the same command goes
-on from there. With more time, in a new folder:
+`StableDiffusionPipeline.from_pretrained("demo-sd21/bk_tiny-place")`. You can stop the demo at any time: the same
+command continues it. With more time, in a new folder:
 
-    python benchmarks/fashion_sd21.py --output_dir demo-sd21-long --teacher_steps 10000 --student_steps 5000
+    python demos/fashion_sd21.py --output_dir demo-sd21-long --teacher_steps 10000 --student_steps 5000
 """
 
 import argparse
@@ -43,42 +46,43 @@ import small_models
 SCRIPT = "train_lift_sd21.py"
 METHODS = ("none", "mse", "lift", "place")
 STUDENTS = ("bk_tiny", "bk_extreme")
-IMAGES = 10_000  # of the 60,000 that Fashion-MNIST has to train on
-REFERENCE, REAL = 100, 50  # test images of each prompt; the rarest has 159
+IMAGES = 10_000  # of the 60,000 training images of Fashion-MNIST
+REFERENCE, REAL = 100, 50  # test images of each prompt, which has at least 159
 TOKENS = 24
 
 
 def parse_args(
     input_args: list[str] | None = None, description: str = __doc__, output_dir: str = "demo-sd21"
 ) -> argparse.Namespace:
+    """The flags of this demo, and of fashion_sd3.py with another description and default folder."""
     defaults = {"teacher_steps": 1500, "student_steps": 300, "samples": 400, "inference_steps": 20}
     parser = demo.make_parser(description, output_dir, **defaults)
-    parser.add_argument("--autoencoder_steps", type=int, default=800, help="steps of the autoencoder")
-    parser.add_argument("--clip_steps", type=int, default=400, help="of the CLIP")
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance")
-    return demo.parse(parser, input_args, most_samples=50_000)
+    parser.add_argument("--autoencoder_steps", type=int, default=800, help="training steps of the autoencoder")
+    parser.add_argument("--clip_steps", type=int, default=400, help="training steps of the CLIP")
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance; 1 is none")
+    return demo.parse(parser, input_args, max_samples=50_000)
 
 
 def make_parts(args: argparse.Namespace) -> tuple:
-    """The trained autoencoder, CLIP's folder and its tokenizer; and in `--output_dir` what the trainings need.
+    """Write the data to `--output_dir`, and train the parts of a pipeline that are not distilled.
 
-    These are the captioned `images`, the test images `reference` and `real`, `decoded`, `prompts.txt` and
+    The data are the captioned `images`, the test images `reference`, `real` and `decoded`, `prompts.txt` and
     `classifier.pt`.
 
     Returns:
-        The three, and the share of `real` that the classifier knows.
+        The autoencoder, CLIP's folder, its tokenizer, and the classifier's accuracy on `real`.
     """
     folder = args.output_dir
     source = fashion.find_fashion_mnist(demo.ROOT / ".data")
     images, labels = (part[:IMAGES] for part in fashion.read_fashion_mnist(source, "train"))
     if not (folder / "images" / "metadata.jsonl").exists():  # written last
-        demo.say("the images with their captions")
+        demo.say("images with captions")
         fashion.write_captioned(folder / "images", images, labels)
     demo.write(folder / "prompts.txt", "\n".join(fashion.PROMPTS) + "\n")
 
     captions, padded = [fashion.caption(*pair) for pair in zip(labels, images)], fashion.pad(images)
     tokenizer = small_models.make_tokenizer(sorted({word for text in captions for word in text.split()}), TOKENS)
-    demo.say("autoencoder, CLIP and the classifier in whose features images are compared, unless they are there")
+    demo.say("autoencoder, CLIP, and the classifier for the distances")
     vae = small_models.train_autoencoder(folder / "parts" / "vae", padded, args.autoencoder_steps)
     clip = small_models.train_clip(folder / "parts" / "clip", padded, captions, tokenizer, args.clip_steps)
     classifier = small_models.train_classifier(folder / "classifier.pt", padded, labels)
@@ -94,19 +98,21 @@ def make_parts(args: argparse.Namespace) -> tuple:
 
 
 def train(args: argparse.Namespace, script: str, run: str, steps: int, flags: list) -> Path:
-    """Of a latent text-to-image model."""
+    """[`demo.train`] with the flags that all latent text-to-image models here share."""
     latent = ["--cache_latents", "--encoding_batch_size", 64, "--learning_rate", 1e-3]
     latent += ["--guidance_scale", args.guidance_scale, "--validation_prompts", *fashion.PROMPTS[::5]]
     return demo.train(args, script, run, steps, [*flags, *latent])
 
 
-def measure(args: argparse.Namespace, title: str, runs: dict[str, Path], known: float, drawing: tuple) -> None:
-    """Of latent text-to-image models; `known` is the share of real images that the classifier knows."""
+def measure(
+    args: argparse.Namespace, title: str, runs: dict[str, Path], accuracy: float, sampling_flags: tuple
+) -> None:
+    """[`demo.measure`] for latent text-to-image models; `accuracy` is the classifier's on real images."""
     real = [args.output_dir / name for name in ("real", "decoded")]
     facts = {
-        "students": "`--kd_loss none`, `mse`, `lift` and `place`, which the names end with, one seed",
-        "real": f"{REAL} test images of each prompt, {known:.1%} of which the classifier knows; decoded: the same, "
-        "after the autoencoder",
+        "students": "`--kd_loss none`, `mse`, `lift` and `place`, one seed; the names end with the loss",
+        "real": f"{REAL} test images of each prompt; the classifier recognises {accuracy:.1%} of them",
+        "decoded": "the same images after the autoencoder",
     }
     prompts = ("--prompt_file", args.output_dir / "prompts.txt", "--guidance_scale", args.guidance_scale)
     demo.measure(
@@ -116,16 +122,17 @@ def measure(args: argparse.Namespace, title: str, runs: dict[str, Path], known: 
         real,
         args.output_dir / "reference",
         facts,
-        drawing=(*prompts, *drawing),
-        scoring=("--clip_model", args.output_dir / "parts" / "clip"),
-        reporting=("--columns", len(fashion.CLASSES)),
+        sampling_flags=(*prompts, *sampling_flags),
+        evaluate_flags=("--clip_model", args.output_dir / "parts" / "clip"),
+        report_flags=("--columns", len(fashion.CLASSES)),
     )
 
 
 def run(args: argparse.Namespace) -> None:
+    """Make the data and the parts, train the teacher and the students, measure them."""
     from transformers import CLIPTextModel
 
-    vae, clip, tokenizer, known = make_parts(args)
+    vae, clip, tokenizer, accuracy = make_parts(args)
     text_encoder = CLIPTextModel.from_pretrained(clip)
     start = small_models.save_sd_pipeline(args.output_dir / "start", vae, text_encoder, tokenizer)
     scratch = ["--kd_loss", "none", "--student", "whole", "--student_init", "random"]
@@ -136,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
             flags = ["--pretrained_teacher_model", runs["teacher"], "--student", student, "--kd_loss", method]
             name = f"{student}-{method}"
             runs[name] = train(args, SCRIPT, name, args.student_steps, flags)
-    measure(args, "A small Stable Diffusion of garments, distilled", runs, known, drawing=("--sampler", "ddim"))
+    measure(args, "A small Stable Diffusion of garments, distilled", runs, accuracy, ("--sampler", "ddim"))
 
 
 if __name__ == "__main__":

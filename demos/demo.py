@@ -6,15 +6,15 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""What the demos share: trainings as a user launches them, then the scripts of eval/. In the folder of a demo:
+"""What the demos share: they train as a user does, then run the scripts of eval/. The folder of a demo holds:
 
     <run>/              train_lift_*.py: the teacher and the students, each a pipeline folder
-    samples/<run>/      eval/generate.py: images of every model, all from the same noise
-    quality.json        eval/evaluate.py: figures against real images, in features of a small classifier
-    index.html          eval/report.py: the page, and report.md with the pictures
-    results.md          that report, and what it was made with
+    samples/<run>/      eval/generate.py: samples of every model, all from the same noise
+    quality.json        eval/evaluate.py: distances to real images, in the features of a small classifier
+    index.html          eval/report.py: the page; report.md is the same as Markdown, with PNGs
+    results.md          report.md, and how the results were made
 
-All of it is kept, so that a demo that was stopped goes on from there.
+Every file is kept, so a demo that was stopped continues where it was.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -29,11 +30,12 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 
-# Before torch is loaded, for this process and the trainings. Nothing is fetched from a network. Threads that wait spin
-# for microseconds only: the default is ten times slower where other jobs share the cores, and not to spin at all loses
-# the second core. That a text encoder leaves the rest of a CLIP folder where it is needs no table of warnings.
+# Set before torch is loaded, for this process and for the trainings. Nothing is downloaded. Waiting threads spin for
+# microseconds only: the default is ten times slower where other jobs share the cores, and no spinning at all makes the
+# second core useless. A text encoder that is loaded from a CLIP folder warns of the weights that it does not use.
 os.environ |= {"HF_HUB_OFFLINE": "1", "GOMP_SPINCOUNT": "3000", "TRANSFORMERS_VERBOSITY": "error"}
 
 import numpy as np
@@ -47,21 +49,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
 import evaluate
 import generate
-import lift_utils
 import report
-from lift_utils import fail
-from loss import describe_device
+from common.arguments import HelpFormatter, fail
+from common.reporting import read_metrics
 from small_models import FEATURES
 
 
-ROOT = Path(lift_utils.__file__).parent
-BATCH = 32
-DRAWN_AT_ONCE = 100
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN_BATCH_SIZE = 32
+SAMPLE_BATCH_SIZE = 100
 
 start = time.perf_counter()
 
 
 def say(message: str) -> None:
+    """Print a message after the time since the start."""
     minutes, seconds = divmod(int(time.perf_counter() - start), 60)
     print(f"[{minutes:2d}:{seconds:02d}] {message}", flush=True)
 
@@ -73,45 +75,47 @@ def make_parser(description: str, output_dir: str, **defaults: int) -> argparse.
     """The flags of all demos.
 
     Args:
+        description: The demo's docstring.
+        output_dir: Default of --output_dir.
         defaults: Of `teacher_steps`, `student_steps`, `samples` and `inference_steps`.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=lift_utils.HelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path(output_dir), help="where everything goes")
-    parser.add_argument("--teacher_steps", type=int, help="optimizer steps of the teacher")
-    parser.add_argument("--student_steps", type=int, help="of each student")
-    parser.add_argument("--samples", type=int, help="images drawn from each model")
-    parser.add_argument("--inference_steps", type=int, help="steps per image")
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path(output_dir), help="folder of everything that is made")
+    parser.add_argument("--teacher_steps", type=int, help="training steps of the teacher")
+    parser.add_argument("--student_steps", type=int, help="training steps of each student")
+    parser.add_argument("--samples", type=int, help="images to generate with each model")
+    parser.add_argument("--inference_steps", type=int, help="denoising steps per image")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.set_defaults(**defaults)
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, input_args: list[str] | None, most_samples: int) -> argparse.Namespace:
-    """Parse the command line, or `input_args`; numbers must be positive."""
+def parse(parser: argparse.ArgumentParser, input_args: list[str] | None, max_samples: int) -> argparse.Namespace:
+    """Parse the command line, or `input_args`. Ends the process if a number is out of range."""
     args = parser.parse_args(input_args)
     for name, value in vars(args).items():
         if isinstance(value, int) and value < 1:
             fail(f"--{name} {value} is too small; pass at least 1")
-    if not 2 * FEATURES <= args.samples <= most_samples:
-        fail(f"--samples {args.samples} does not do for {FEATURES} features; pass {2 * FEATURES} to {most_samples}")
+    if not 2 * FEATURES <= args.samples <= max_samples:
+        fail(f"--samples {args.samples} does not suit {FEATURES} features; pass {2 * FEATURES} to {max_samples}")
     return args
 
 
-def keep_settings(args: argparse.Namespace) -> None:
-    """Write down what the results depend on; refuse to go on with a folder that was started otherwise."""
+def save_settings(args: argparse.Namespace) -> None:
+    """Write the flags that the results depend on. Ends the process if the folder was started with other ones."""
     free = ("output_dir", "seeds", "threads")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     path = args.output_dir / "settings.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        saved = json.loads(path.read_text())
         for name, value in settings.items():
-            if before.get(name) != value:
-                fail(f"--{name} {value} was {before.get(name)} in {args.output_dir}; pass a new --output_dir")
+            if saved.get(name) != value:
+                fail(f"--{name} {value} was {saved.get(name)} in {args.output_dir}; pass a new --output_dir")
     write(path, json.dumps(settings, indent=2))
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text)
     temporary.replace(path)
@@ -121,7 +125,7 @@ def write(path: Path, text: str) -> None:
 
 
 def save_images(folder: Path, images: np.ndarray) -> Path:
-    """Grey uint8 images (N, H, W) as a folder of PNGs, unless it is there."""
+    """Write grey images, uint8 (N, H, W), as a folder of PNGs, unless it exists."""
     if not folder.exists():
         temporary = folder.with_name(f".{folder.name}")
         temporary.mkdir(parents=True, exist_ok=True)
@@ -132,7 +136,7 @@ def save_images(folder: Path, images: np.ndarray) -> Path:
 
 
 def train(args: argparse.Namespace, script: str, run: str, steps: int, flags: list) -> Path:
-    """Launch a training script as a user does, unless the run is finished; one that was stopped goes on."""
+    """Launch a training script as a user does, unless the run is finished. A stopped run resumes."""
     folder = args.output_dir / run
     if (folder / "done").exists():
         return folder
@@ -142,44 +146,47 @@ def train(args: argparse.Namespace, script: str, run: str, steps: int, flags: li
     command += ["--dynamo_backend", "no", ROOT / script, "--output_dir", folder.resolve(), *flags]
     command += ["--train_data_dir", args.output_dir / "images", "--dataloader_num_workers", 0]
     command += ["--cache_dir", args.output_dir / "cache", "--max_train_steps", steps]
-    command += ["--train_batch_size", BATCH, "--gradient_accumulation_steps", 1, "--ema_decay", 0.99]
+    command += ["--train_batch_size", TRAIN_BATCH_SIZE, "--gradient_accumulation_steps", 1, "--ema_decay", 0.99]
     command += ["--lr_scheduler", "cosine", "--lr_warmup_steps", max(1, steps // 20)]
     command += ["--checkpointing_steps", 100, "--checkpoints_total_limit", 1, "--resume_from_checkpoint", "latest"]
     command += ["--num_inference_steps", args.inference_steps, "--report_to", "none"]
-    end_training_into(folder, script)
-    # In a session of its own, so that Ctrl-C reaches the demo alone, which then lets the training save its step.
+    terminate_training(folder, script)
+    # In a session of its own: Ctrl-C reaches the demo alone, which then lets the training save its state.
     process = subprocess.Popen([str(part) for part in command], start_new_session=True)
     try:
         if process.wait() != 0:
             fail(f"the training of {folder} ended with exit status {process.returncode}; its messages are above")
     except KeyboardInterrupt:
-        say("stopping; the training saves its step")
-        end_training_into(folder, script)
+        say("stopping; the training saves its state")
+        terminate_training(folder, script)
         raise
     (folder / "done").touch()
     return folder
 
 
-def end_training_into(folder: Path, script: str) -> None:
-    """End trainings into this folder, such as one that a killed demo left behind; SIGTERM makes them save first."""
-    found = []
+def terminate_training(folder: Path, script: str) -> None:
+    """End the trainings that write to this folder, e.g. one of a killed demo. SIGTERM makes them save their state."""
+    processes = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if str(ROOT / script) in words and str(folder.resolve()) in words:
-            found.append(process)
+            processes.append(process)
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
-    psutil.wait_procs(found, timeout=60)
+    psutil.wait_procs(processes, timeout=60)
 
 
 def training_seconds(run: Path) -> float:
-    """The time between the logged steps: neither start-up nor interruptions."""
-    rows = lift_utils.read_metrics(run / "metrics.jsonl")
-    steps = [0] + [row["step"] for row in rows]
-    return sum((step - before) * BATCH / row["images_per_second"] for before, step, row in zip(steps, steps[1:], rows))
+    """The time between the logged steps, without start-up and interruptions."""
+    rows = read_metrics(run / "metrics.jsonl")
+    seconds, last = 0.0, 0
+    for row in rows:
+        seconds += (row["step"] - last) * TRAIN_BATCH_SIZE / row["images_per_second"]
+        last = row["step"]
+    return seconds
 
 
-# -------------------------------------------------------------------------------------------------------- the measures
+# ------------------------------------------------------------------------------------------------------ the evaluation
 
 
 def measure(
@@ -189,41 +196,44 @@ def measure(
     real: list[Path],
     reference: Path,
     facts: dict[str, str],
-    drawing: tuple = (),
-    scoring: tuple = (),
-    reporting: tuple = (),
+    sampling_flags: tuple = (),
+    evaluate_flags: tuple = (),
+    report_flags: tuple = (),
 ) -> None:
-    """Draw samples of every model, measure them, write the report.
+    """Generate samples with every model, measure them, and write the report.
 
     Args:
-        runs: The teacher's folder and the students'.
+        args: The demo's flags.
+        title: Of the report.
+        runs: The teacher's folder and the students' folders, by their names in the report.
         real: Folders of real images, measured beside the samples.
-        reference: Folder of the images that all are compared with.
-        facts: What else results.md says of how it was made.
-        drawing: Flags for generate.py and report.py.
-        scoring: Flags for evaluate.py.
-        reporting: Flags for report.py.
+        reference: Folder of the images that all others are compared with.
+        facts: Further lines of results.md about how it was made.
+        sampling_flags: Flags for generate.py and report.py.
+        evaluate_flags: Flags for evaluate.py.
+        report_flags: Flags for report.py.
     """
     folder = args.output_dir
-    drawing = ("--num_inference_steps", args.inference_steps, *drawing)
+    sampling_flags = ("--num_inference_steps", args.inference_steps, *sampling_flags)
     for name, run in runs.items():
         say(f"samples of {name}")
-        flags = ("--output_dir", folder / "samples" / name, "--num_images", args.samples, *drawing)
-        call(generate, "--model", run, "--batch_size", DRAWN_AT_ONCE, *flags)
-    say("figures")
+        flags = ("--output_dir", folder / "samples" / name, "--num_images", args.samples, *sampling_flags)
+        call(generate, "--model", run, "--batch_size", SAMPLE_BATCH_SIZE, *flags)
+    say("distances to real images")
     samples = [folder / "samples" / name for name in runs]
-    flags = ("--features", folder / "classifier.pt", "--statistics_dir", folder / "statistics", *scoring)
+    flags = ("--features", folder / "classifier.pt", "--statistics_dir", folder / "statistics", *evaluate_flags)
     call(evaluate, "--images", *real, *samples, "--reference", reference, "--output", folder / "quality", *flags)
     say("report")
     teacher, *students = runs.values()
-    flags = ("--results", folder / "quality.json", "--title", title, *drawing, *reporting)
+    flags = ("--results", folder / "quality.json", "--title", title, *sampling_flags, *report_flags)
     call(report, "--teacher", teacher, "--students", *students, "--output_dir", folder, *flags)
 
     seconds = ", ".join(f"{name} {training_seconds(run):.0f} s" for name, run in runs.items())
     facts = {
-        "budget": f"teacher {args.teacher_steps} steps, students {args.student_steps} steps, of {BATCH} images",
+        "budget": f"teacher {args.teacher_steps} steps, students {args.student_steps} steps, "
+        f"of {TRAIN_BATCH_SIZE} images",
         "training": seconds,
-        "machine": f"{describe_device(torch.device('cpu'))}, {args.threads} thread(s)",
+        "machine": f"{processor_name()}, {args.threads} thread(s)",
         "versions": ", ".join(f"{library} {version(library)}" for library in ("torch", "diffusers")),
         **facts,
     }
@@ -232,8 +242,16 @@ def measure(
     say(f"done; read {folder / 'index.html'} or {folder / 'results.md'}")
 
 
-def call(script, *flags) -> None:
-    """Run a script of eval/ as its command line does."""
+def processor_name() -> str:
+    """The CPU's model, or its architecture where the model is unknown."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def call(script: ModuleType, *flags: object) -> None:
+    """Run a script of eval/ in this process, as its command line does."""
     script.main(script.parse_args([str(flag) for flag in flags]))
 
 
@@ -241,7 +259,7 @@ def call(script, *flags) -> None:
 
 
 def main(args: argparse.Namespace, run: Callable[[argparse.Namespace], None]) -> None:
-    """Set up, and let Ctrl-C or SIGTERM stop the demo so that it can go on."""
+    """Run a demo. Ctrl-C and SIGTERM stop it so that the same command continues it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
@@ -252,8 +270,8 @@ def main(args: argparse.Namespace, run: Callable[[argparse.Namespace], None]) ->
         except BlockingIOError:
             fail(f"--output_dir {args.output_dir} is in use by another demo; wait for it, or pass another folder")
         try:
-            keep_settings(args)
+            save_settings(args)
             run(args)
         except KeyboardInterrupt:
-            say("stopped; the same command goes on from here")
+            say("stopped; the same command continues from here")
             sys.exit(130)

@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""Fashion-MNIST (Xiao et al., 2017): found, read, and written as image folders with captions."""
+"""Fashion-MNIST (Xiao et al., 2017): find it, read it, write it as folders of images with captions."""
 
 import gzip
 import json
@@ -18,14 +18,14 @@ import numpy as np
 from PIL import Image
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lift_utils import fail
+from common.arguments import fail
 
 
 CLASSES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 TONES = ("bright", "dark")
-# Each tone of each class; any ten in a row have all classes.
+# Every tone of every class, ordered so that any ten in a row have all ten classes.
 PROMPTS = [
     f"a photo of a {TONES[(number + turn) % 2]} {name}" for turn in range(2) for number, name in enumerate(CLASSES)
 ]
@@ -37,7 +37,11 @@ INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 
 
 def find_fashion_mnist(cache: Path) -> Path:
-    """The folder of the four gzipped files: Debian's, installed or unpacked into `cache`, which needs no root."""
+    """The folder of the four gzipped files, from Debian's package.
+
+    The package is used where it is installed. Otherwise it is downloaded and unpacked into `cache`, which needs no
+    root. Ends the process if that fails.
+    """
     unpacked = cache / INSTALLED.relative_to("/")
     for folder in (INSTALLED, unpacked):
         if (folder / "t10k-labels-idx1-ubyte.gz").exists():
@@ -49,14 +53,14 @@ def find_fashion_mnist(cache: Path) -> Path:
         subprocess.run(["dpkg", "-x", package, cache], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError, StopIteration) as error:
         fail(
-            f"Fashion-MNIST is not at hand and apt-get cannot fetch it ({error}); install Debian's {DEBIAN}, or put "
+            f"Fashion-MNIST is missing and apt-get cannot download it ({error}); install Debian's {DEBIAN}, or put "
             f"the four .gz files of github.com/zalandoresearch/fashion-mnist into {unpacked}"
         )
     return unpacked
 
 
 def read_fashion_mnist(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images, uint8 (N, 28, 28), and labels (N,) of the split "train" or "t10k", from the IDX files."""
+    """Images, uint8 (N, 28, 28), and labels, uint8 (N,), of the split "train" or "t10k", from the IDX files."""
 
     def read(name: str, header: int) -> np.ndarray:
         with gzip.open(folder / f"{split}-{name}-ubyte.gz") as file:
@@ -66,19 +70,26 @@ def read_fashion_mnist(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray
 
 
 def caption(label: int, image: np.ndarray) -> str:
-    """A caption that says what can be seen: the class, and whether it is dark or bright."""
+    """A caption that names the class and says whether the image, uint8 (28, 28), is dark or bright."""
     tone = TONES[0] if image[image > 32].mean() > 150 else TONES[1]
     return f"a photo of a {tone} {CLASSES[label]}"
 
 
 def pad(images: np.ndarray, side: int = 32) -> np.ndarray:
-    """The 28 pixels centred on black, uint8 (N, side, side)."""
+    """Centre images, uint8 (N, 28, 28), on black: uint8 (N, side, side)."""
     margin = (side - 28) // 2
     return np.pad(images, ((0, 0), (margin, margin), (margin, margin)))
 
 
 def write_captioned(folder: Path, images: np.ndarray, labels: np.ndarray, side: int = 32) -> Path:
-    """An image folder with captions in metadata.jsonl: RGB PNGs, the 28 pixels centred on black."""
+    """Write a folder of RGB PNGs with captions in metadata.jsonl; returns it.
+
+    Args:
+        folder: Is made if it is missing.
+        images: Grey, uint8 (N, 28, 28). They are centred on black.
+        labels: (N,), from 0 to 9.
+        side: Width and height of the PNGs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index, (pixels, label) in enumerate(zip(images, labels)):
@@ -89,6 +100,15 @@ def write_captioned(folder: Path, images: np.ndarray, labels: np.ndarray, side: 
 
 
 def in_turn(names: list[str], order: list[str], count: int) -> np.ndarray:
-    """Indices, `count` times `len(order)`, of images that are named as in `order`, over and over."""
-    places = np.array(names)
-    return np.stack([np.flatnonzero(places == name)[:count] for name in order], axis=1).ravel()
+    """Choose `count` images of each name so that the names follow each other as in `order`, again and again.
+
+    Args:
+        names: The name of each image.
+        order: The names to choose, each once.
+        count: Images of each name.
+
+    Returns:
+        Indices of images, (count * len(order),).
+    """
+    names_array = np.array(names)
+    return np.stack([np.flatnonzero(names_array == name)[:count] for name in order], axis=1).ravel()

@@ -6,20 +6,21 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""A small DiT of Fashion-MNIST pixels, trained and distilled to a quarter of its depth with `train_lift_dit.py`.
+"""A small DiT of Fashion-MNIST pixels, trained from scratch and distilled to a quarter of its depth on two CPU cores.
 
-    python benchmarks/fashion_dit.py --output_dir demo-dit
+    python demos/fashion_dit.py --output_dir demo-dit
 
-Trains a class-conditional teacher of 8 blocks, then students of the 2 blocks of largest influence with --kd_loss none,
-mse and place at equal budget (steps, batches, noise, initial weights). The scripts of eval/ draw samples of all models
-with guidance, class by class and from the same noise, measure them and write the report.
+All models are trained by `train_lift_dit.py`. The teacher is class-conditional and has 8 blocks. The students keep the
+2 blocks of largest influence and are distilled with --kd_loss none, mse and place at equal budget: the same steps,
+batches, noise and initial weights. The scripts of eval/ generate samples with all models, class by class, with
+guidance and from the same noise, measure them, and write the report.
 
-The distances are taken in 32 features of a small classifier trained here on the same articles, to articles of the test
-set. They are no Inception FID and compare with no published figure; other articles of the test set ("real") give their
-floor.
+The distances are taken in 32 features of a small classifier, which is trained here on the same images; the reference
+are images of the test set. They are not Inception FIDs; do not compare them with published figures. The row "real" has
+other images of the test set: no model can be expected to do better.
 
 Open demo-dit/index.html, or read demo-dit/results.md. Each model is a folder that loads with
-`DiTPipeline.from_pretrained("demo-dit/place")`. Stop it whenever you like: the same command goes on from there.
+`DiTPipeline.from_pretrained("demo-dit/place")`. You can stop the demo at any time: the same command continues it.
 """
 
 import argparse
@@ -36,12 +37,12 @@ import small_models
 
 SCRIPT = "train_lift_dit.py"
 METHODS = ("none", "mse", "place")
-IMAGES = 20_000  # of the 60,000 that Fashion-MNIST has to train on
+IMAGES = 20_000  # of the 60,000 training images of Fashion-MNIST
 REFERENCE, REAL = 500, 100  # test images of each class
 SIDE = 28
 DEPTH = 2
 
-# num_embeds_ada_norm stays at 1000, although there are ten classes: DiTPipeline takes class 1000 for the null class.
+# num_embeds_ada_norm stays at its default, 1000, for ten classes: DiTPipeline always uses 1000 as the null class.
 TEACHER = {
     "sample_size": SIDE,
     "patch_size": 4,
@@ -56,15 +57,15 @@ TEACHER = {
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     defaults = {"teacher_steps": 1800, "student_steps": 900, "samples": 500, "inference_steps": 25}
     parser = demo.make_parser(__doc__, "demo-dit", **defaults)
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance")
-    return demo.parse(parser, input_args, most_samples=50_000)
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance; 1 is none")
+    return demo.parse(parser, input_args, max_samples=50_000)
 
 
 def write_articles(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """The images as <folder>/<class>/<number>.png."""
+    """Write images, uint8 (N, 28, 28), as <folder>/<class>/<number>.png, unless the folder exists."""
     if folder.exists():
         return
-    demo.say("the articles as images")
+    demo.say("images by class")
     temporary = folder.with_name(f".{folder.name}")
     for name in fashion.CLASSES:
         (temporary / name).mkdir(parents=True, exist_ok=True)
@@ -74,14 +75,15 @@ def write_articles(folder: Path, images: np.ndarray, labels: np.ndarray) -> None
 
 
 def run(args: argparse.Namespace) -> None:
+    """Make the data, train the teacher and the students, measure them."""
     folder = args.output_dir
     source = fashion.find_fashion_mnist(demo.ROOT / ".data")
     images, labels = (part[:IMAGES] for part in fashion.read_fashion_mnist(source, "train"))
     write_articles(folder / "images", images, labels)
-    demo.say("the classifier in whose features images are compared, unless it is there")
+    demo.say("classifier for the distances")
     classifier = small_models.train_classifier(folder / "classifier.pt", images, labels)
     images, labels = fashion.read_fashion_mnist(source, "t10k")
-    # In the order of the alphabet, as the script numbers the folders.
+    # In alphabetical order, as the training script numbers the folders.
     order = fashion.in_turn([fashion.CLASSES[label] for label in labels], sorted(fashion.CLASSES), REFERENCE + REAL)
     reference, real = np.split(order, [REFERENCE * len(fashion.CLASSES)])
     demo.save_images(folder / "reference", images[reference])
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     demo.write(folder / "teacher.json", json.dumps({"config": TEACHER}, indent=2))
     common = ["--vae", "none", "--no-random_flip", "--learning_rate", 1e-3, "--adam_beta2", 0.99]
     common += ["--guidance_scale", args.guidance_scale]
-    # Of the velocity rather than the noise: articles come out whole after fewer steps.
+    # With velocity prediction garments are recognisable after fewer training steps than with noise prediction.
     scratch = ["--kd_loss", "none", "--student", folder / "teacher.json", "--prediction_type", "v_prediction"]
     runs = {"teacher": demo.train(args, SCRIPT, "teacher", args.teacher_steps, [*scratch, *common])}
     for method in METHODS:
@@ -100,14 +102,20 @@ def run(args: argparse.Namespace) -> None:
     facts = {
         "students": f"{DEPTH} of the teacher's {TEACHER['num_layers']} blocks, by `--student_depth {DEPTH}`; "
         "`--kd_loss none`, `mse` and `place`, one seed",
-        "parameters": "of which the tables of 1,000 labels, ten of them in use, are 97 k in each block",
-        "real": f"{REAL} test images of each class, of which the classifier knows "
-        f"{small_models.accuracy(classifier, images[real], labels[real]):.1%}",
+        "parameters": "97 k in each block belong to its table of 1,000 labels, of which ten are used",
+        "real": f"{REAL} test images of each class; the classifier recognises "
+        f"{small_models.accuracy(classifier, images[real], labels[real]):.1%} of them",
     }
-    drawing = ("--sampler", "ddim", "--guidance_scale", args.guidance_scale)
-    reporting = ("--columns", len(fashion.CLASSES), "--group_size", 16)
-    title = "A DiT of garments, distilled"
-    demo.measure(args, title, runs, [folder / "real"], folder / "reference", facts, drawing, reporting=reporting)
+    demo.measure(
+        args,
+        "A DiT of garments, distilled",
+        runs,
+        [folder / "real"],
+        folder / "reference",
+        facts,
+        sampling_flags=("--sampler", "ddim", "--guidance_scale", args.guidance_scale),
+        report_flags=("--columns", len(fashion.CLASSES), "--group_size", 16),
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,227 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Which flags do the training scripts share, what values may they have, and how does a run end on a wrong one?"""
+
+import argparse
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+
+# Flags that count something: 0 of it is too few.
+COUNTS = (
+    *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "logging_steps"),
+    *("validation_steps", "num_validation_images", "num_inference_steps", "checkpoints_total_limit"),
+    *("max_train_samples", "resolution", "encoding_batch_size"),
+)
+MAY_BE_NEGATIVE = ("logit_mean",)
+
+
+def fail(message: str) -> NoReturn:
+    """End the run with one line that names the flag, its value and the remedy."""
+    raise SystemExit(f"error: {message}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the docstring's lines and adds the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse._ArgumentGroup]:
+    """Add the flags that every training script has; the script adds its own to the returned groups.
+
+    Their defaults are those of plain training. A script sets the published recipe with `parser.set_defaults`.
+
+    Returns:
+        The groups of flags by their key: "models", "data", "distillation", "training", "logging".
+    """
+    switch = argparse.BooleanOptionalAction
+
+    models = parser.add_argument_group("models")
+    models.add_argument("--teacher_revision", help="branch, tag or commit of the teacher on the Hub")
+    models.add_argument("--variant", help="weights variant of the teacher, e.g. fp16")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_name", help="dataset on the Hub")
+    data.add_argument("--dataset_config_name", help="its configuration")
+    data.add_argument("--image_column", default="image", help="column of the images")
+    data.add_argument("--cache_dir", help="where datasets keeps its files, and cached encodings go")
+    data.add_argument("--max_train_samples", type=int, help="train on this many images only, chosen by the seed")
+    data.add_argument(
+        "--max_unreadable", type=float, default=0.01, help="largest share of images that may be skipped as unusable"
+    )
+    data.add_argument("--random_flip", action=switch, default=False, help="flip images horizontally at random")
+    workers = min(4, os.cpu_count() or 1)
+    data.add_argument("--dataloader_num_workers", type=int, default=workers, help="processes that decode images")
+
+    kd = parser.add_argument_group("distillation")
+    kd.add_argument("--kd_loss", default="place", choices=("place", "lift", "mse", "none"), help="output term")
+    kd.add_argument("--group_size", type=int, default=16, help="elements per PLACE group")
+    kd.add_argument("--group_by", default="error", choices=("error", "position"), help="how PLACE groups elements")
+    kd.add_argument("--coarse_norm", default="l1", choices=("l1", "l2"), help="norm of the coarse term")
+    kd.add_argument(
+        "--kd_weighting",
+        default="adaptive",
+        choices=("adaptive", "constant", "linear", "cosine", "coarse_only", "fine_only"),
+        help="weight of the fine term: by distance, 1, rising over the run, 0; or the fine term alone",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--output_dir", help="where the student, checkpoints and metrics go")
+    training.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    training.add_argument("--train_batch_size", type=int, default=4, help="images per device and micro-batch")
+    training.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per step")
+    training.add_argument("--max_train_steps", type=int, default=50_000, help="optimizer steps of the whole run")
+    training.add_argument("--learning_rate", type=float, default=5e-5, help="peak learning rate")
+    training.add_argument(
+        "--lr_scheduler",
+        default="constant",
+        choices=(
+            *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+            "cosine_to_half",
+        ),
+        help="learning rate schedule",
+    )
+    training.add_argument("--lr_warmup_steps", type=int, default=0, help="optimizer steps of warm-up")
+    training.add_argument("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
+    training.add_argument("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
+    training.add_argument("--adam_weight_decay", type=float, default=0.0, help="decoupled weight decay")
+    training.add_argument("--adam_epsilon", type=float, default=1e-8, help="added to Adam's denominator")
+    training.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm")
+    training.add_argument("--use_8bit_adam", action="store_true", help="keep AdamW's moments in 8 bits (bitsandbytes)")
+    training.add_argument("--use_ema", action=switch, default=True, help="save a moving average of the weights")
+    training.add_argument("--ema_decay", type=float, default=0.9999, help="its decay, reached after a warm-up")
+    training.add_argument(
+        "--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what the accelerate config says"
+    )
+    training.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
+    training.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
+    training.add_argument(
+        "--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention, not SDPA"
+    )
+    training.add_argument("--compile", action="store_true", help="torch.compile teacher and student")
+
+    logs = parser.add_argument_group("checkpoints, logs and the Hub")
+    logs.add_argument("--checkpointing_steps", type=int, default=5000, help="optimizer steps between checkpoints")
+    logs.add_argument("--checkpoints_total_limit", type=int, help="keep only this many checkpoints, the newest")
+    logs.add_argument(
+        "--resume_from_checkpoint", help='a checkpoint folder, or "latest" (starts anew if there is none)'
+    )
+    logs.add_argument("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl")
+    logs.add_argument("--report_to", default="tensorboard", help='a tracker of Accelerate, "all" or "none"')
+    logs.add_argument("--validation_steps", type=int, default=5000, help="optimizer steps between sample grids")
+    logs.add_argument("--push_to_hub", action="store_true", help="upload the student (log in first: hf auth login)")
+    logs.add_argument("--hub_model_id", help="repository to push to (default: the output folder's name)")
+    logs.add_argument("--hub_private_repo", action="store_true", help="make that repository private")
+    logs.add_argument("--dry_run", action="store_true", help="print sizes, MACs and a memory estimate, and stop")
+    return {"models": models, "data": data, "distillation": kd, "training": training, "logging": logs}
+
+
+def add_caption_arguments(groups: dict[str, argparse._ArgumentGroup]) -> None:
+    """Add the flags that scripts which train on captions share, to the groups of [`add_shared_arguments`]."""
+    data, kd, training, logs = (groups[name] for name in ("data", "distillation", "training", "logging"))
+    data.add_argument("--train_data_dir", help="folder of images with captions in its metadata.jsonl")
+    data.add_argument("--caption_column", default="text", help="column of the captions")
+    data.add_argument("--resolution", type=int, help="side of the training images (default: the teacher's)")
+    data.add_argument(
+        "--caption_dropout", type=float, default=0.1, help="share of captions replaced by the empty one, for guidance"
+    )
+    data.add_argument("--encoding_batch_size", type=int, default=4, help="images at a time for --cache_latents")
+    kd.add_argument("--lambda_task", type=float, default=1.0, help="weight of the loss on the data")
+    kd.add_argument("--lambda_kd_output", type=float, default=1.0, help="weight of the output term")
+    training.add_argument("--lora_rank", type=int, default=0, help="train LoRA adapters of this rank, not the weights")
+    logs.add_argument(
+        "--validation_prompts", nargs="+", help="rows of the sample grid (default: captions of the first four images)"
+    )
+    logs.add_argument("--num_inference_steps", type=int, default=28, help="steps of the teacher's sampler per sample")
+    logs.add_argument("--guidance_scale", type=float, default=7.0, help="classifier-free guidance of the samples")
+    logs.add_argument("--save_fp16_variant", action="store_true", help="save half-precision weights beside the others")
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse wrong values of the shared flags before anything is loaded."""
+    for name, value in vars(args).items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and value < 0 and name not in MAY_BE_NEGATIVE:
+            fail(f"--{name} {value} is negative; pass a positive number")
+    for name in COUNTS:
+        if getattr(args, name, None) == 0:
+            fail(f"--{name} 0 is too small; pass at least 1")
+    if not args.dry_run:
+        if (args.dataset_name is None) == (args.train_data_dir is None):
+            fail("--dataset_name or --train_data_dir must say where the images are: pass one of them")
+        if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
+            fail(f"--train_data_dir {args.train_data_dir} is no folder; pass a folder of images")
+        if args.train_data_dir is not None and not any(Path(args.train_data_dir).iterdir()):
+            fail(f"--train_data_dir {args.train_data_dir} is empty; put images into it")
+    if args.enable_xformers_memory_efficient_attention:
+        if not torch.cuda.is_available():
+            fail("--enable_xformers_memory_efficient_attention needs a CUDA device; drop it: attention is SDPA then")
+        if importlib.util.find_spec("xformers") is None:
+            fail("--enable_xformers_memory_efficient_attention needs xformers; pip install xformers, or drop it")
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        fail("--use_8bit_adam needs bitsandbytes; pip install bitsandbytes, or drop the flag")
+    if getattr(args, "lora_rank", 0) and importlib.util.find_spec("peft") is None:
+        fail(f"--lora_rank {args.lora_rank} needs peft; pip install peft, or drop the flag")
+    if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
+        fail(f"--report_to {args.report_to} is not installed; pip install {args.report_to}, or pass none")
+
+
+def tracked_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as trackers take them: TensorBoard refuses lists and None."""
+    flags = {key: value for key, value in vars(args).items() if value is not None}
+    return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in flags.items()}
+
+
+def describe_run(args: argparse.Namespace) -> list[str]:
+    """The distillation, the data and the training as lines of a model card."""
+    method = {
+        "place": f"PLACE, group size {args.group_size} by {args.group_by}, {args.coarse_norm} coarse term, "
+        f"{args.kd_weighting} weight",
+        "lift": f"LIFT, {args.coarse_norm} coarse term, {args.kd_weighting} weight",
+        "mse": "mean squared error to the teacher's output",
+        "none": "none: the loss on the data alone",
+    }[args.kd_loss]
+    weights = [f"{name} {value}" for name, value in vars(args).items() if name.startswith("lambda_")]
+    average = f", weights averaged with decay {args.ema_decay}" if args.use_ema else ""
+    return [
+        f"- Distillation: {method}; {', '.join(weights)}.",
+        f"- Data: `{args.dataset_name or Path(args.train_data_dir).name}`.",
+        f"- Training: {args.max_train_steps} steps of {args.train_batch_size * args.gradient_accumulation_steps} "
+        f"images per process, learning rate {args.learning_rate}, seed {args.seed}{average}.",
+    ]
+
+
+def read_recipe(student: str, presets: dict[str, dict], keys: tuple[str, ...]) -> dict[str, Any] | None:
+    """The recipe that `--student` names: a preset's, or a JSON object with some of `keys`; `None` if it is neither."""
+    if student in presets:
+        return presets[student]
+    if not student.endswith(".json"):
+        return None
+    try:
+        recipe = json.loads(Path(student).read_text())
+    except (OSError, ValueError) as error:
+        fail(f"--student {student} cannot be read: {error}; pass a JSON object")
+    unknown = set(recipe) - set(keys) if isinstance(recipe, dict) else {"a list"}
+    if unknown:
+        known = " and ".join(", ".join(f'"{key}"' for key in keys).rsplit(", ", 1))
+        fail(f"--student {student} holds {sorted(unknown)}; use {known}")
+    return recipe

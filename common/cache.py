@@ -1,0 +1,147 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""How are the encoders' outputs computed once, kept on disk, and shared by all runs that agree in what shapes them?"""
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load, save
+from tqdm.auto import tqdm
+
+from common.checkpoints import flush
+from common.training import ignore_sigterm
+
+
+# How many rows a file of cached encodings holds: what a run that is killed while it caches has to do again.
+CACHE_SHARD = 512
+
+
+def cache_encodings(
+    dataset: datasets.Dataset | list,
+    load_encoder: Callable[[], Callable],
+    key: dict[str, Any],
+    cache_dir: str | None,
+    batch_size: int,
+    num_workers: int,
+    accelerator: Accelerator,
+) -> datasets.Dataset:
+    """What encoders make of the data, computed once, as a memory-mapped dataset; the encoders are freed then.
+
+    Each process encodes every n-th shard. A shard is renamed into place when it is whole: an interrupted run goes on
+    where it stopped, and a finished cache is read without loading the encoders.
+
+    Args:
+        dataset: Rows that `torch.utils.data.default_collate` takes.
+        load_encoder: Loads the models and returns a function from a batch to named tensors (B, ...).
+        key: Everything that shapes the result, JSON-serialisable: another key is another cache.
+        cache_dir: Where the cache goes; `None` is the folder of `datasets`.
+        batch_size: Rows at a time.
+        num_workers: Processes that load the rows.
+        accelerator: Of the run.
+
+    Returns:
+        The named tensors without their batch dimension, row for row.
+    """
+    text = json.dumps(key, sort_keys=True, indent=2)
+    root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "lift-encodings"
+    folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
+    shards = {start: folder / f"rows-{start:09d}" for start in range(0, len(dataset), CACHE_SHARD)}
+    mine = list(shards)[accelerator.process_index :: accelerator.num_processes]
+    missing = [start for start in mine if not shards[start].exists()]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "key.json").write_text(text)
+        encode = load_encoder()
+        ends = {start: min(start + CACHE_SHARD, len(dataset)) for start in missing}
+        batches = [
+            range(at, min(at + batch_size, end)) for start, end in ends.items() for at in range(start, end, batch_size)
+        ]
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=ignore_sigterm
+        )
+        rows: list[bytes] = []
+        progress = tqdm(loader, desc="Encoding the data", disable=not accelerator.is_local_main_process)
+        with torch.no_grad():
+            for indices, batch in zip(batches, progress):
+                rows += _to_bytes(encode(batch))
+                if indices.stop in ends.values():
+                    _write_shard(shards[indices.stop - len(rows)], rows)
+                    rows = []
+        del encode
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    accelerator.wait_for_everyone()
+    whole = datasets.concatenate_datasets([datasets.load_from_disk(str(path)) for path in shards.values()])
+    return whole.with_transform(_from_bytes)
+
+
+def _to_bytes(encoded: dict[str, torch.Tensor]) -> list[bytes]:
+    """Each row's tensors in the safetensors format, which keeps their dtypes, bfloat16 among them, and shapes."""
+    encoded = {name: tensor.cpu() for name, tensor in encoded.items()}
+    count = len(next(iter(encoded.values())))
+    return [save({name: tensor[row].contiguous() for name, tensor in encoded.items()}) for row in range(count)]
+
+
+def _from_bytes(batch: dict[str, list[bytes]]) -> dict[str, list[torch.Tensor]]:
+    rows = [load(row) for row in batch["tensors"]]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _write_shard(path: Path, rows: list[bytes]) -> None:
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    large = datasets.Features({"tensors": datasets.Value("large_binary")})  # "binary" holds no more than 2 GiB
+    datasets.Dataset.from_dict({"tensors": rows}, features=large).save_to_disk(str(temporary))
+    if shown:
+        datasets.enable_progress_bars()
+    for file in temporary.iterdir():
+        flush(file)
+    try:
+        temporary.rename(path)
+    except OSError:  # another run has written the same
+        shutil.rmtree(temporary)
+
+
+def identify(source: str, revision: str | None, parts: list[str]) -> dict[str, Any]:
+    """What tells one version of a pipeline's parts from another: the Hub's commit, or the files' sizes and times."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return {
+            "model": source,
+            "commit": Path(hf_hub_download(source, "model_index.json", revision=revision)).parent.name,
+        }
+    files = [path for part in parts for path in sorted((folder / part).rglob("*")) if path.is_file()]
+    described = [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return {"model": str(folder.resolve()), "files": described}
+
+
+class JoinedDataset(torch.utils.data.Dataset):
+    """Datasets of the same rows with other columns each, as one."""
+
+    def __init__(self, parts: list[datasets.Dataset]):
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: value for part in self.parts for name, value in part[index].items()}

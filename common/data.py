@@ -1,0 +1,258 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Where do the images, captions and labels come from, and which of them can be used?"""
+
+import io
+import os
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import torch
+from accelerate.logging import get_logger
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from PIL import Image, ImageOps
+from torchvision.transforms import v2
+
+from common.arguments import fail, first_line
+
+
+logger = get_logger(__name__)
+
+
+def load_images(
+    dataset_name: str | None,
+    dataset_config_name: str | None,
+    train_data_dir: str | None,
+    cache_dir: str | None,
+    columns: dict[str, str],
+    **options: Any,
+) -> tuple[datasets.Dataset, str]:
+    """The training split of a dataset on the Hub or of a folder of images, undecoded, with the named columns only.
+
+    Args:
+        dataset_name: Id on the Hub, or `None` for a folder.
+        dataset_config_name: Its configuration.
+        train_data_dir: The folder, where there is no id.
+        cache_dir: Where `datasets` keeps its files.
+        columns: The value of each flag that names a column, "image_column" among them.
+        options: Further arguments of `datasets.load_dataset` for image folders.
+
+    Returns:
+        The dataset, and the flag it came from with its value, for messages.
+    """
+    try:
+        if dataset_name is not None:
+            source, hint = f"--dataset_name {dataset_name}", ""
+            dataset = datasets.load_dataset(dataset_name, dataset_config_name, split="train", cache_dir=cache_dir)
+        else:
+            source, hint = f"--train_data_dir {train_data_dir}", ", or give it in the folder's metadata.jsonl"
+            dataset = datasets.load_dataset(
+                "imagefolder", data_dir=train_data_dir, split="train", cache_dir=cache_dir, **options
+            )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        fail(f"{source} does not load: {first_line(error)}; pass a folder of images or a Hub dataset")
+    for flag, name in columns.items():
+        if name not in dataset.column_names:
+            fail(f"--{flag} {name} is not in the data; choose one of {', '.join(dataset.column_names)}" + hint)
+        if flag == "caption_column" and dataset.features[name] not in map(datasets.Value, ("string", "large_string")):
+            fail(f"--{flag} {name} holds {dataset.features[name]}; pass a column of strings")
+    return undecode(dataset.select_columns(list(dict.fromkeys(columns.values()))), columns["image_column"]), source
+
+
+def choose_samples(dataset: datasets.Dataset, count: int | None, seed: int) -> datasets.Dataset:
+    """`count` rows of the dataset, chosen by the seed; all of them, in order, if there are no more, or for `None`."""
+    if count is None or count >= len(dataset):
+        return dataset
+    return dataset.shuffle(seed=seed).select(range(count))
+
+
+def drop_uncaptioned(
+    dataset: datasets.Dataset, image_column: str, caption_column: str, source: str, max_unreadable: float
+) -> datasets.Dataset:
+    """The dataset without the images whose caption is missing or empty; see [`drop_rows`]."""
+    empty = [row for row, text in enumerate(dataset[caption_column]) if not (text or "").strip()]
+    return drop_rows(dataset, empty, image_column, "have no caption", source, max_unreadable)
+
+
+def drop_unreadable(
+    dataset: datasets.Dataset, column: str, source: str, max_unreadable: float, num_workers: int
+) -> datasets.Dataset:
+    """The dataset without the images that do not decode; see [`drop_rows`].
+
+    The check decodes each image once. `datasets` keeps its result, so later runs on the same files do not repeat it.
+
+    Args:
+        dataset: With an undecoded image column.
+        column: Its name.
+        source: The flag and value the data came from, for messages.
+        max_unreadable: The largest share of the images that may be dropped.
+        num_workers: Processes that decode, 0 for this one.
+    """
+    checked = dataset.map(
+        _is_readable,
+        input_columns=column,
+        remove_columns=dataset.column_names,
+        num_proc=num_workers or None,
+        desc="Checking images",
+    )
+    unreadable = [index for index, readable in enumerate(checked["readable"]) if not readable]
+    return drop_rows(dataset, unreadable, column, "cannot be read", source, max_unreadable)
+
+
+def number_classes(
+    dataset: datasets.Dataset, column: str, num_classes: int
+) -> tuple[list[int] | None, dict[int, str]]:
+    """How the labels of a dataset number the classes of a model; labels that are none of these end the run.
+
+    Args:
+        dataset: With an undecoded image column.
+        column: The column of the labels: class numbers, or names as the sub-folders of images give them.
+        num_classes: Of the model. Its classes are 0, ..., num_classes - 1.
+
+    Returns:
+        The model's class of each label of the dataset, `None` where the two are the same; and the names of the
+        classes by number, as far as the dataset has names.
+    """
+    kind, numbers, names = dataset.features[column], None, {}
+    if isinstance(kind, datasets.ClassLabel):
+        # Sorted as text, "10" comes before "2".
+        numbers = [int(name) for name in kind.names] if all(name.isdecimal() for name in kind.names) else None
+        names = dict(zip(numbers or range(len(kind.names)), kind.names))
+    elif not (isinstance(kind, datasets.Value) and "int" in kind.dtype):
+        fail(f"--label_column {column} holds {kind}; pass a column of class numbers, or a sub-folder per class")
+    labels = list(dataset[column])
+    if numbers is not None:  # -1 is how `datasets` marks what has no label
+        labels = [label if label in (None, -1) else numbers[label] for label in labels]
+    wrong = [row for row, label in enumerate(labels) if label is None or not 0 <= label < num_classes]
+    if wrong:
+        found = f"{len(wrong)} of {len(labels)} labels are none of the model's 0 to {num_classes - 1}"
+        fail(f"--label_column {column}: {found}, the first {labels[wrong[0]]} in row {wrong[0]}; correct them")
+    if names and numbers is None and len(names) != num_classes:
+        logger.warning(f"the data have {len(names)} classes, the model {num_classes}: class i is the i-th name")
+    return numbers, names
+
+
+def read_classes(chosen: list[str] | None, num_classes: int, names: dict[int, str]) -> dict[int, str]:
+    """The classes that `--validation_classes` chooses, each by number or name; without it the first eight.
+
+    Args:
+        chosen: The flag's value.
+        num_classes: Of the model.
+        names: Of its classes by number, as far as they are known. A name may list several, with commas between.
+
+    Returns:
+        A label for each class, by number.
+    """
+    numbers = {part.strip(): number for number, name in names.items() for part in [name, *name.split(",")]}
+    classes = {}
+    for entry in chosen or [str(number) for number in sorted(names or range(num_classes))[:8]]:
+        number = int(entry) if entry.isdecimal() else numbers.get(entry, -1)
+        if not 0 <= number < num_classes:
+            remedy = f"pass a number below {num_classes}, or a name of its classes"
+            fail(f"--validation_classes {entry} is no class; {remedy}")
+        classes[number] = names.get(number, f"class {number}")
+    return classes
+
+
+def undecode(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The dataset with the files' bytes or paths in its image column, as [`open_image`] takes them."""
+    try:
+        return dataset.cast_column(column, datasets.Image(decode=False))
+    except (ValueError, TypeError, NotImplementedError):
+        fail(f"--image_column {column} holds {dataset.features[column]}; pass the column of the images")
+
+
+def drop_rows(
+    dataset: datasets.Dataset, rows: list[int], column: str, problem: str, source: str, max_unreadable: float
+) -> datasets.Dataset:
+    """The dataset without these rows. Their images are named; too many of them end the run.
+
+    Args:
+        dataset: With an undecoded image column.
+        rows: Indices to drop.
+        column: The image column.
+        problem: What is wrong with these images, e.g. "cannot be read".
+        source: The flag and value the data came from, for messages.
+        max_unreadable: The largest share of the images that may be dropped.
+    """
+    if not rows:
+        return dataset
+    paths = [(dataset[index][column] or {}).get("path") for index in rows[:10]]
+    names = ", ".join(path or f"row {index}" for path, index in zip(paths, rows))
+    _report_dropped(len(rows), len(dataset), names, problem, source, max_unreadable)
+    return dataset.select(sorted(set(range(len(dataset))) - set(rows)))
+
+
+def report_unlisted(dataset: datasets.Dataset, column: str, source: str, max_unreadable: float) -> None:
+    """Name the images that a folder holds and its metadata does not list: `datasets` drops them in silence.
+
+    Args:
+        dataset: The undecoded images of a folder; see [`drop_rows`] for the rest.
+    """
+    listed = {record["path"] for record in dataset[column]}
+    folders = sorted(filter(os.path.isdir, {os.path.dirname(path) for path in listed}))  # not inside archives
+    found = (os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder)))
+    suffixes = tuple(ImageFolder.EXTENSIONS)
+    unlisted = [path for path in found if path.lower().endswith(suffixes) and path not in listed]
+    if unlisted:
+        total, names = len(listed) + len(unlisted), ", ".join(unlisted[:10])
+        _report_dropped(len(unlisted), total, names, "have no caption", source, max_unreadable)
+
+
+def _report_dropped(count: int, total: int, names: str, problem: str, source: str, max_unreadable: float) -> None:
+    if count > max_unreadable * total:
+        found = f"{count} of {total} images {problem}: {names}"
+        fail(f"{source}: {found}; repair or remove them, or raise --max_unreadable {max_unreadable}")
+    print(f"skipping {count} of {total} images, which {problem}: {names}", flush=True)
+
+
+def open_image(record: dict[str, Any], mode: str) -> Image.Image:
+    """A PIL image of the mode, upright, from an undecoded record of `datasets`. 16-bit images keep their range."""
+    image = Image.open(io.BytesIO(record["bytes"]) if record["bytes"] else record["path"])
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # convert() would clip these at 255
+        image = image.convert("F").point(lambda value: value / 257)
+    return image.convert(mode)
+
+
+def _is_readable(record: dict[str, Any]) -> dict[str, bool]:
+    try:
+        open_image(record, "RGB")
+    except Exception:  # decoders raise anything on damaged files
+        return {"readable": False}
+    return {"readable": True}
+
+
+def load_pixels(records: list[dict[str, Any]], mode: str, size: int) -> list[torch.Tensor]:
+    """Decode undecoded records, resize the shorter side and crop the centre: uint8 tensors (channels, size, size)."""
+    transform = v2.Compose([v2.Resize(size, v2.InterpolationMode.LANCZOS), v2.CenterCrop(size), v2.PILToTensor()])
+    return [transform(open_image(record, mode)) for record in records]
+
+
+def count_longer(captions: list[str], tokenizer: Callable, limit: int) -> int:
+    """How many captions have more than `limit` tokens."""
+    batches = (captions[start : start + 10_000] for start in range(0, len(captions), 10_000))
+    return sum(len(ids) > limit for batch in batches for ids in tokenizer(batch, verbose=False)["input_ids"])
+
+
+def flip_views(images: torch.Tensor, both: bool) -> list[torch.Tensor]:
+    """The images (B, C, H, W), and where `both` their horizontal flips: what a cache encodes for `--random_flip`."""
+    return [images, images.flip(-1)] if both else [images]
+
+
+def random_flips(rows: torch.Tensor, enabled: bool) -> torch.Tensor:
+    """Which rows are flipped, bool (B,), on their device. The draw is made either way: later draws do not shift."""
+    flips = torch.rand(len(rows), device=rows.device) < 0.5
+    return flips if enabled else torch.zeros_like(flips)
+
+
+def flip_rows(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W), flipped horizontally where `flips` (B,) says so."""
+    return torch.where(flips[:, None, None, None], images.flip(-1), images)

@@ -1,0 +1,88 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""How is a finished student saved, what does its model card say, and how does it get to the Hub?"""
+
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+
+from common.arguments import fail, first_line
+from common.reporting import plot_curves, read_metrics
+
+
+def save_with_variant(pipeline: DiffusionPipeline, output_dir: Path, fp16_variant: bool) -> None:
+    """Save a pipeline in float32, and where asked for its fp16 variant beside that; its models change in place."""
+    models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    for model in models:
+        model.float()
+    pipeline.save_pretrained(output_dir)
+    if not fp16_variant:
+        return
+    configs = {path: path.read_bytes() for path in output_dir.glob("*/config.json")}
+    for model in models:
+        model.half()
+    pipeline.save_pretrained(output_dir, variant="fp16")
+    # Transformers notes the last dtype, and would load the float32 text encoders in it.
+    for path, content in configs.items():
+        path.write_bytes(content)
+
+
+def write_model_card(
+    output_dir: Path, kind: str, facts: list[str], usage: str, tags: list[str], teacher: str | None
+) -> None:
+    """Write the curves and README.md: what the student is, how it was made, how to use it.
+
+    Args:
+        output_dir: With metrics.jsonl and samples.png.
+        kind: The sentence's beginning, e.g. "An unconditional diffusion model".
+        facts: What is known of teacher, student and training, a line each.
+        usage: Python code.
+        tags: For the Hub, beside those that every student gets.
+        teacher: Its folder or Hub id; `None` where there is none.
+    """
+    rows = read_metrics(output_dir / "metrics.jsonl")
+    keys = [key for key in ("loss", "task", "kd", "coarse", "fine", "weight") if key in rows[-1]]
+    plot_curves({"student": rows}, keys, output_dir / "curves.png")
+    text = "\n".join(
+        [
+            f"# {output_dir.resolve().name}",
+            f"\n{kind}, made with LIFT and PLACE (arXiv 2605.19729).\n",
+            *facts,
+            f"\n![Samples](samples.png)\n\n![Curves](curves.png)\n\n```python\n{usage}\n```",
+            f"\nThe command:\n\n```\n{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}\n```",
+        ]
+    )
+    base_model = teacher if teacher is not None and not Path(teacher).exists() else None
+    tags = ["diffusers", *tags, "knowledge-distillation", "lift-place"]
+    data = ModelCardData(library_name="diffusers", tags=tags, base_model=base_model)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(output_dir / "README.md")
+
+
+def create_hub_repo(repo_id: str, private: bool) -> str:
+    """Create the repository unless it exists, before a run is spent on it; returns its full id."""
+    try:
+        return create_repo(repo_id, private=private, exist_ok=True).repo_id
+    except Exception as error:  # without a connection, an error of whichever HTTP library the client is built on
+        remedy = "log in with `hf auth login`, or check --hub_model_id"
+        fail(f"--push_to_hub cannot create {repo_id}: {first_line(error)}; {remedy}")
+
+
+def push_to_hub(output_dir: Path, repo_id: str) -> None:
+    """Upload the finished pipeline without checkpoints, logs and hidden files. The token is the one of the login."""
+    ignored = ["checkpoint-*", ".*", "logs/*"]
+    text = "End of training"
+    try:
+        upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=text, ignore_patterns=ignored)
+    except Exception as error:
+        remedy = "it is whole: add --resume_from_checkpoint latest"
+        fail(f"--push_to_hub cannot upload {output_dir}: {first_line(error)}; {remedy}")

@@ -1,0 +1,245 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""What does a training loop stand on: accelerator, optimizer, schedule, seeds, batches, and the guard of a step?"""
+
+import hashlib
+import logging
+import math
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.logging import get_logger
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from diffusers import optimization
+from diffusers.training_utils import EMAModel
+
+from common.arguments import fail
+from common.teachers import freeze
+from lift_utils import FeatureModel
+
+
+logger = get_logger(__name__)
+
+
+def make_accelerator(
+    output_dir: str,
+    report_to: str,
+    seed: int,
+    gradient_accumulation_steps: int,
+    mixed_precision: str | None,
+    allow_tf32: bool,
+) -> Accelerator:
+    """An Accelerator with a sampler whose order depends on the seed and the epoch alone, and logging set up.
+
+    Args:
+        output_dir: Trackers write into its folder "logs".
+        report_to: A tracker, "all" or "none".
+        seed: Of the order of the data.
+        gradient_accumulation_steps: Micro-batches per step.
+        mixed_precision: "no", "fp16", "bf16", or `None` for what the accelerate config says.
+        allow_tf32: Whether matrix products may use TF32.
+    """
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        log_with=None if report_to == "none" else report_to,
+        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=f"{output_dir}/logs"),
+        # Groups of micro-batches run on over the end of an epoch, so that every step has the same size.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
+    )
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    logging.basicConfig(format="%(levelname)s %(message)s", level=level)
+    for name in ("httpx", "httpx2"):  # they print every request to the Hub, signed addresses and all
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def working_dtype(accelerator: Accelerator) -> torch.dtype:
+    """What frozen models are kept in: the precision of the run."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def stop_on_sigterm() -> threading.Event:
+    """An event that SIGTERM sets, so that the training loop saves and leaves at the end of its step."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    return stop
+
+
+def leave_on_sigterm(accelerator: Accelerator, step: int) -> NoReturn:
+    """End a run whose last step is saved, with the exit code of SIGTERM."""
+    logger.info(f"SIGTERM: saved step {step}; go on with --resume_from_checkpoint latest")
+    accelerator.end_training()
+    sys.exit(128 + signal.SIGTERM)
+
+
+def ignore_sigterm(worker: int) -> None:
+    """Keep a data worker alive when a whole job gets SIGTERM: the process it serves saves first, then ends it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def make_dataloader(
+    dataset: torch.utils.data.Dataset, batch_size: int, num_workers: int, accelerator: Accelerator
+) -> torch.utils.data.DataLoader:
+    """Shuffled whole batches; the images that do not fill one wait for another epoch's order."""
+    if len(dataset) < batch_size * accelerator.num_processes:
+        fail(f"--train_batch_size {batch_size} is more than the {len(dataset)} images; pass a smaller one")
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=num_workers,
+        worker_init_fn=ignore_sigterm,
+        persistent_workers=num_workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def prepare_models(
+    student: FeatureModel,
+    teacher: FeatureModel | None,
+    accelerator: Accelerator,
+    gradient_checkpointing: bool,
+    xformers: bool,
+    compiled: bool,
+) -> None:
+    """Freeze the teacher, on the device in the run's precision, and set both models up as asked for, in place."""
+    models = [model for model in (student, teacher) if model is not None]
+    if gradient_checkpointing:
+        student.model.enable_gradient_checkpointing()
+    if xformers:
+        for model in models:
+            model.model.enable_xformers_memory_efficient_attention()
+    if teacher is not None:
+        freeze(teacher, accelerator.device, working_dtype(accelerator))
+    if compiled:
+        for model in models:
+            model.compile()
+
+
+def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that learn: all but the frozen ones, such as a student's under LoRA adapters."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make_optimizer(
+    model: torch.nn.Module,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    epsilon: float,
+    use_8bit: bool,
+) -> torch.optim.Optimizer:
+    """AdamW on what the model trains: fused, or bitsandbytes' with 8-bit moments."""
+    parameters = trained_parameters(model)
+    settings = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "eps": epsilon}
+    if use_8bit:
+        import bitsandbytes as bnb
+
+        return bnb.optim.AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+def get_scheduler(
+    name: str, optimizer: torch.optim.Optimizer, num_warmup_steps: int, num_training_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Diffusers' learning rate schedule of this name, or "cosine_to_half", a cosine down to half the peak."""
+    if name != "cosine_to_half":
+        return optimization.get_scheduler(
+            name, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps
+        )
+
+    def factor(step: int) -> float:
+        if step < num_warmup_steps:
+            return step / num_warmup_steps
+        share = (step - num_warmup_steps) / max(1, num_training_steps - num_warmup_steps)
+        return 0.75 + 0.25 * math.cos(math.pi * min(1, share))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@contextmanager
+def averaged_weights(ema: EMAModel, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Put an EMAModel's averaged weights into the parameters for a while."""
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+def seed_step(seed: int, *position: int) -> None:
+    """Seed torch's generators for one place in the run, e.g. `seed_step(args.seed, step, micro_step, rank)`.
+
+    Noise, timesteps, flips and dropout then depend on that place alone: a resumed run repeats them exactly, and there
+    is no random state to save, on any rank.
+    """
+    digest = hashlib.sha256(repr((seed, *position)).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def endless_batches(dataloader: torch.utils.data.DataLoader, batches_done: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of a prepared dataloader, epoch after epoch, from a position on; skipped batches are not decoded."""
+    epoch, skip = divmod(batches_done, len(dataloader))
+    while True:
+        dataloader.set_epoch(epoch)
+        yield from skip_first_batches(dataloader, skip) if skip else dataloader
+        epoch, skip = epoch + 1, 0
+
+
+def mean_of_parts(micro_steps: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Each logged scalar, averaged over the micro-batches of a step; it stays on the device."""
+    return {name: torch.stack([parts[name] for parts in micro_steps]).mean() for name in micro_steps[0]}
+
+
+# A run ends when this many steps in a row had no finite loss and gradient.
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+def guarded_step(optimizer: AcceleratedOptimizer, finite: torch.Tensor, skipped: torch.Tensor) -> None:
+    """Take an optimizer step unless this step's loss or gradient norm is not finite, and count those it skips.
+
+    Fused AdamW skips on the device, so nothing waits. Optimizers that cannot (8-bit) cost one device read per step.
+    Under fp16 the gradient scaler skips by itself.
+
+    Args:
+        optimizer: An optimizer prepared by Accelerate.
+        finite: Boolean scalar, equal on all ranks.
+        skipped: Float tensor of shape (2,): steps skipped in all and in a row, updated in place.
+    """
+    bad = (~finite).to(skipped.dtype)
+    skipped.copy_(torch.stack([skipped[0] + bad, (skipped[1] + 1) * bad]))
+    if optimizer.scaler is None:
+        if optimizer.optimizer.defaults.get("fused"):
+            optimizer.optimizer.found_inf = bad.float()
+        elif bad:
+            return
+    optimizer.step()
+
+
+def check_skipped(skipped_in_a_row: float, step: int) -> None:
+    """End the run where the loss or its gradient was not finite for [`MAX_SKIPPED_IN_A_ROW`] steps in a row."""
+    if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        fail(
+            f"the loss or its gradient was not finite for {skipped_in_a_row:.0f} steps up to {step}; lower "
+            "--learning_rate, or pass --mixed_precision no; checkpoints are as they were"
+        )
