@@ -770,7 +770,7 @@ def main(args: argparse.Namespace) -> None:
     prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, args.compile)
 
     # ---- optimizer, average
-    trained = trained_parameters(unet)
+    trained = trained_parameters(student.model)
     adam = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon, args.use_8bit_adam
     optimizer = make_optimizer(student, args.learning_rate, *adam)
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)

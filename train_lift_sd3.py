@@ -155,6 +155,9 @@ LORA_TARGETS = [
 # How noise levels are sampled and weighted: arguments of Diffusers' compute_density_for_timestep_sampling.
 NOISE_FLAGS = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
 
+# What the samples of a validation depend on: arguments of [`sample_images`].
+SAMPLING_FLAGS = ("resolution", "seed", "num_inference_steps", "guidance_scale")
+
 # Images on which --student_depth measures what each block does.
 INFLUENCE_IMAGES = 64
 
@@ -269,7 +272,7 @@ def check_teacher(
             f"--pretrained_teacher_model {source.path}: its transformer maps {config.in_channels} channels to "
             f"{teacher.out_channels}, which is no velocity on the {latents} channels of its VAE; {source.expected}"
         )
-    check_text_widths(source, text_encoders, TextLayout.of(config, 0))
+    check_text_widths(source, text_encoders, config)
 
 
 def load_scheduler(source: TeacherSource, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
@@ -840,7 +843,7 @@ def main(args: argparse.Namespace) -> None:
     student_shape, recipe = build_student(teacher_shape, vae_shape, args)
     if args.dry_run:
         return print_dry_run(student_shape, teacher_shape, vae_shape, text_encoders, source, args)
-    scheduler = load_scheduler(source, accelerator.device)
+    scheduler, sampler = load_scheduler(source, accelerator.device), load_part(source, sampler, "scheduler")
     tokenizers = {name: load_tokenizer(source, name, args.max_sequence_length) for name in text_encoders}
 
     # ---- output
@@ -883,8 +886,7 @@ def main(args: argparse.Namespace) -> None:
     with torch.device("meta" if args.share_backbone else "cpu"):
         transformer = SD3Transformer2DModel.from_config(student_shape.config)
     fill_student(transformer, teacher, recipe, args.student_init, args.share_backbone)
-    if args.kd_loss == "none":
-        teacher = None
+    teacher = None if args.kd_loss == "none" else teacher
     if args.lora_rank:  # seeded anew, so that the adapters do not depend on how the student was made
         seed_step(args.seed)
         add_adapters(transformer, args.lora_rank, LORA_TARGETS, dtype)
@@ -919,9 +921,8 @@ def main(args: argparse.Namespace) -> None:
     lambdas = args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat
     values = {"scheduler": scheduler, "kd_loss": kd_loss, "lambdas": lambdas, "settings": settings}
     losses_of = partial(compute_losses, student, teacher_model, **values)
-    values = {"resolution": args.resolution, "seed": args.seed, "accelerator": accelerator}
-    values |= {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    sample = partial(sample_images, scheduler=load_part(source, sampler, "scheduler"), text=text, **values)
+    values = {name: getattr(args, name) for name in SAMPLING_FLAGS}
+    sample = partial(sample_images, scheduler=sampler, text=text, accelerator=accelerator, **values)
     load_vae = partial(load_frozen, source, AutoencoderKL, "vae", device, torch.float32)
     shown = [], sample, load_vae, prompts, output_dir, accelerator
     validate = partial(log_validation, teacher, transformer, ema, *shown)

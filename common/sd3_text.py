@@ -53,6 +53,11 @@ class TextLayout(NamedTuple):
     pooled_width: int  # of the pooled embeddings: its config's `pooled_projection_dim`
     t5_tokens: int  # --max_sequence_length
 
+    @classmethod
+    def of(cls, config: dict, t5_tokens: int) -> "TextLayout":
+        """The layout of a transformer's config."""
+        return cls(config["joint_attention_dim"], config["pooled_projection_dim"], t5_tokens)
+
 
 # By their folders in the pipeline. Each of them may be absent.
 CLIPS = ("text_encoder", "text_encoder_2")
@@ -65,16 +70,16 @@ TEXT_ENCODERS = {
 CLIP_TOKENS = 77  # of the zeros that stand for absent CLIP encoders
 
 
-def check_text_widths(source: TeacherSource, names: list[str], width: int, pooled_width: int) -> None:
+def check_text_widths(source: TeacherSource, names: list[str], config: dict) -> None:
     """Refuse a transformer that does not take what its pipeline's text encoders give.
 
     Args:
         names: The text encoders in use.
-        width: Of the embeddings that the transformer takes.
-        pooled_width: Of the pooled embeddings that it takes.
+        config: The transformer's.
     """
+    width, pooled_width = config["joint_attention_dim"], config["pooled_projection_dim"]
     configs = {name: _load_config(source, name) for name in names}
-    clips = [config for name, config in configs.items() if name in CLIPS]
+    clips = [configs[name] for name in names if name in CLIPS]
     clip_width, clip_pooled = sum(clip.hidden_size for clip in clips), sum(clip.projection_dim for clip in clips)
     takes = f"--pretrained_teacher_model {source.path}: its transformer takes embeddings of {width}"
     fits = clip_pooled == pooled_width if len(clips) == len(CLIPS) else clip_pooled <= pooled_width

@@ -89,7 +89,7 @@ def test_cache_benchmark_prints_the_ratio(run, monkeypatch, tmp_path, capsys):
         run(Path(command[1]).stem, *command[2:])
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(cache.subprocess, "run", run_in_process)
+    monkeypatch.setattr(cache, "subprocess", SimpleNamespace(run=run_in_process, PIPE=None, STDOUT=None))
     path = tmp_path / "cache.json"
     flags = ["--steps", "2", "--warmup", "1", "--runs", "1", "--resolution", "64", "--threads", "1"]
     cache.main(cache.parse_args([*flags, "--json", str(path), "--", "--train_batch_size", "2", "--group_size", "8"]))

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def in_process(run, monkeypatch) -> list:
         def wait(self) -> int:
             return self.returncode
 
-    monkeypatch.setattr(demo.subprocess, "Popen", Finished)
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(Popen=Finished))  # other modules keep theirs
     return commands
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import copy_script, launch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -20,9 +20,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
-import lift_utils
+import common.hub
+import common.sd3_text
 import small_models
 import train_lift_sd3
+from common.adapters import add_adapters
+from common.sd3_text import CLIPS, T5, TEXT_ENCODERS, TextEncoders, TextLayout, join_text, load_tokenizer, tokenize
+from common.students import copy_blocks, pair_features, share_blocks
+from common.teachers import TeacherSource
 
 
 SHORT = [
@@ -45,6 +50,7 @@ TINY = {
     "out_channels": 4,
 }
 TEXT_PARTS = [f"{kind}{number}" for number in ("", "_2", "_3") for kind in ("text_encoder", "tokenizer")]
+LAYOUT = TextLayout.of(TINY, 8)
 SD35 = {"dual_attention_layers": [0, 1, 2, 3], "qk_norm": "rms_norm"}
 
 
@@ -111,7 +117,7 @@ def cache(tmp_path_factory) -> Path:
 def distil(run, sd3_teacher, captioned, cache, tmp_path, monkeypatch):
     """`distil(*flags)` runs three steps into a new folder and returns it."""
     # What takes the time of tiny runs: curves, drawn in the test that launches the script, and garbage collection.
-    monkeypatch.setattr(lift_utils, "plot_curves", lambda *rest: None)
+    monkeypatch.setattr(common.hub, "plot_curves", lambda *rest: None)
     gc.freeze()
 
     def distil_into(*flags, output_dir=tmp_path / "student") -> Path:
@@ -195,8 +201,7 @@ def test_from_random_weights_to_student_by_accelerate_launch(run, captioned, cac
     assert digest(sd3_teacher) == before
     before = digest(teacher)
 
-    for name in ("train_lift_sd3.py", "lift_utils.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    copy_script("train_lift_sd3", tmp_path)
     flags = ("--pretrained_teacher_model", "teacher", "--student", "third", "--output_dir", "student")
     prompts = ("--validation_prompts", "a photo of a bag", "a photo of a sneaker")
     finished = launch("train_lift_sd3.py", *data, *flags, *prompts, "--report_to", "tensorboard", cwd=tmp_path)
@@ -298,7 +303,7 @@ def test_the_loss_falls_and_every_weight_moves(distil, sd3_teacher):
 def test_a_whole_student_starts_as_the_teacher(distil, monkeypatch):
     """Both see the same noise, noise level and dropped captions, and tokens are paired with tokens: no distance."""
     drawn = []
-    monkeypatch.setattr(lift_utils, "save_grid", lambda grid, *rest: drawn.append(grid))
+    monkeypatch.setattr(train_lift_sd3, "save_grid", lambda grid, *rest: drawn.append(grid))
     flags = ("--student", "whole", "--learning_rate", 0, "--caption_dropout", 0.5, "--validation_steps", 2)
     folder = distil(*flags, "--kd_loss", "mse", "--validation_prompts", "a bag")
     assert all(row["kd"] == 0 and row["feat"] == 0 and row["task"] > 0.1 for row in metrics(folder))
@@ -324,16 +329,20 @@ def test_compiled_equals_eager(distil, tmp_path):
 # ------------------------------------------------------------------------------------------------------- flow matching
 
 
+def noise_levels(*flags: str) -> dict:
+    args = train_lift_sd3.parse_args(["--dry_run", *flags])
+    return {name: getattr(args, name) for name in train_lift_sd3.NOISE_FLAGS}
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_noise_and_target_are_the_schedulers(shift):
     """Noised as `scale_noise` does; the exact velocity leads an Euler step to sigma 0 back to the clean latents."""
     torch.manual_seed(0)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    args = train_lift_sd3.parse_args(["--dry_run"])
-    sigmas, timesteps = train_lift_sd3.draw_sigmas(scheduler, 16, args, torch.device("cpu"))
+    sigmas, timesteps = train_lift_sd3.sample_sigmas(scheduler, 16, noise_levels(), torch.device("cpu"))
     assert torch.equal(timesteps, sigmas.flatten() * 1000) and len(timesteps.unique()) > 8
     latents, noise = torch.randn(16, 4, 8, 8), torch.randn(16, 4, 8, 8)
-    noisy, velocity = train_lift_sd3.noise_latents(latents, noise, sigmas)
+    noisy, velocity = train_lift_sd3.add_noise(latents, noise, sigmas)
     torch.testing.assert_close(noisy, scheduler.scale_noise(latents, timesteps, noise))
     for row in range(4):
         sampler = FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -348,8 +357,7 @@ def test_noise_levels_follow_the_flags():
 
     def mean(*flags) -> float:
         torch.manual_seed(0)
-        args = train_lift_sd3.parse_args(["--dry_run", *flags])
-        sigmas, _ = train_lift_sd3.draw_sigmas(scheduler, 20_000, args, torch.device("cpu"))
+        sigmas, _ = train_lift_sd3.sample_sigmas(scheduler, 20_000, noise_levels(*flags), torch.device("cpu"))
         assert set(sigmas.flatten().tolist()) <= set(scheduler.sigmas.tolist())
         return sigmas.mean().item()
 
@@ -366,26 +374,28 @@ def test_the_data_term_is_weighted(scheme):
         def forward(self, hidden_states, **rest):
             return hidden_states * 0, []
 
-    args = train_lift_sd3.parse_args(["--dry_run", "--kd_loss", "none", "--weighting_scheme", scheme])
     scheduler, batch = FlowMatchEulerDiscreteScheduler(shift=3.0), {"moments": torch.randn(3, 1, 2, 4, 8, 8)}
     batch |= {"text_encoder": torch.randn(3, 24, 12), "text_encoder.pooled": torch.randn(3, 32)}
-    rest = {"encoders": None, "no_text": (torch.zeros(280, 48), torch.zeros(32)), "scheduler": scheduler}
-    rest |= {"config": TINY, "args": args}
+    no_text, layout = (torch.zeros(280, 48), torch.zeros(32)), TextLayout.of(TINY, 256)
+    levels = noise_levels("--weighting_scheme", scheme)
+    settings = train_lift_sd3.InputSettings(None, no_text, layout, levels, caption_dropout=0.1, random_flip=False)
     torch.manual_seed(5)
-    _, target, sigmas = train_lift_sd3.draw_inputs(batch, **rest)
+    _, target, sigmas = train_lift_sd3.make_inputs(batch, scheduler, settings)
     torch.manual_seed(5)
-    loss, _ = train_lift_sd3.compute_losses(Still(), None, batch, 0.5, **rest)
+    loss, _ = train_lift_sd3.compute_losses(Still(), None, batch, 0.5, scheduler, None, (1.0, 1.0, 0.1), settings)
     factors = {"sigma_sqrt": sigmas**-2, "cosmap": 2 / torch.pi / (1 - 2 * sigmas + 2 * sigmas**2), "none": 1}
     torch.testing.assert_close(loss, (factors[scheme] * target**2).mean())
 
 
 def test_dropped_captions_are_the_empty_one():
-    args = train_lift_sd3.parse_args(["--dry_run", "--max_sequence_length", "8", "--caption_dropout", "0.5"])
     batch = {"moments": torch.randn(64, 1, 2, 4, 8, 8), "text_encoder": torch.ones(64, 24, 12)}
     batch["text_encoder.pooled"] = torch.ones(64, 32)
     no_text = torch.full((32, 48), 7.0), torch.full((32,), 7.0)
+    settings = train_lift_sd3.InputSettings(
+        None, no_text, LAYOUT, noise_levels(), caption_dropout=0.5, random_flip=False
+    )
     torch.manual_seed(0)
-    inputs, *_ = train_lift_sd3.draw_inputs(batch, None, no_text, FlowMatchEulerDiscreteScheduler(), TINY, args)
+    inputs, *_ = train_lift_sd3.make_inputs(batch, FlowMatchEulerDiscreteScheduler(), settings)
     dropped = (inputs["pooled_projections"] == 7).all(1)
     assert 16 < dropped.sum() < 48
     assert torch.equal((inputs["encoder_hidden_states"] == 7).all(2).all(1), dropped)
@@ -395,39 +405,41 @@ def test_dropped_captions_are_the_empty_one():
 # --------------------------------------------------------------------------------------------- what the encoders give
 
 
-def encode(pipeline: Path, texts: list[str], prompts: list[str], *flags) -> tuple[torch.Tensor, torch.Tensor]:
-    command = ["--dry_run", "--pretrained_teacher_model", str(pipeline), "--max_sequence_length", "8", *flags]
-    args = train_lift_sd3.parse_args(command)
-    tokenizers = {name: train_lift_sd3.load_tokenizer(args, name) for name in texts}
-    encoders = train_lift_sd3.Encoders(args, texts, torch.device("cpu"), torch.float32)
-    encoded = encoders.encode_text(train_lift_sd3.tokenize(tokenizers, prompts, args))
-    return train_lift_sd3.join_text(encoded, TINY, args)
+def place(pipeline: Path) -> TeacherSource:
+    return TeacherSource(str(pipeline), None, None, train_lift_sd3.EXPECTED)
 
 
-@pytest.mark.parametrize("texts", [[*train_lift_sd3.CLIPS, train_lift_sd3.T5], [*train_lift_sd3.CLIPS]])
+def encode(pipeline: Path, texts: list[str], prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    source = place(pipeline)
+    tokenizers = {name: load_tokenizer(source, name, LAYOUT.t5_tokens) for name in texts}
+    encoders = TextEncoders(source, texts, torch.device("cpu"), torch.float32)
+    return join_text(encoders(tokenize(tokenizers, prompts)), LAYOUT)
+
+
+@pytest.mark.parametrize("texts", [[*CLIPS, T5], [*CLIPS]])
 def test_text_is_encoded_as_by_the_pipeline(sd3_teacher, texts):
     prompts = ["a photo of a dark bag", "", "sneaker " * 40]
     without = {} if len(texts) == 3 else {"text_encoder_3": None, "tokenizer_3": None}
     pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_teacher, **without)
     with torch.no_grad():
-        wanted = pipeline.encode_prompt(prompts, None, None, max_sequence_length=8)
+        expected = pipeline.encode_prompt(prompts, None, None, max_sequence_length=8)
     text, pooled = encode(sd3_teacher, texts, prompts)
-    assert torch.equal(text, wanted[0]) and torch.equal(pooled, wanted[2])
+    assert torch.equal(text, expected[0]) and torch.equal(pooled, expected[2])
     # The empty caption is the pipeline's negative prompt.
-    assert torch.equal(text[1], wanted[1][0]) and torch.equal(pooled[1], wanted[3][0])
+    assert torch.equal(text[1], expected[1][0]) and torch.equal(pooled[1], expected[3][0])
 
 
 def test_absent_text_encoders_leave_zeros_in_their_place(sd3_teacher):
     prompts = ["a photo of a dark bag", ""]
-    whole, pooled = encode(sd3_teacher, [*train_lift_sd3.TEXT_ENCODERS], prompts)
+    whole, pooled = encode(sd3_teacher, [*TEXT_ENCODERS], prompts)
     assert whole[:, :24, :32].any(1).all() and not whole[:, :24, 32:].any() and whole[:, 24:].any(1).all()
     for absent, columns in ((0, slice(0, 12)), (1, slice(12, 32))):
-        texts = [name for index, name in enumerate(train_lift_sd3.TEXT_ENCODERS) if index != absent]
+        texts = [name for index, name in enumerate(TEXT_ENCODERS) if index != absent]
         expected, expected_pooled = whole.clone(), pooled.clone()
         expected[:, :24, columns], expected_pooled[:, columns] = 0, 0
         text, rest = encode(sd3_teacher, texts, prompts)
         assert torch.equal(text, expected) and torch.equal(rest, expected_pooled)
-    text, rest = encode(sd3_teacher, [train_lift_sd3.T5], prompts)
+    text, rest = encode(sd3_teacher, [T5], prompts)
     assert torch.equal(text[:, 77:], whole[:, 24:]) and not text[:, :77].any() and not rest.any()
 
 
@@ -446,8 +458,7 @@ def test_pipelines_without_some_text_encoders(distil, tmp_path, absent):
 
 def test_latents_are_scaled_and_shifted(sd3_teacher):
     """What the encoders give is what the pipeline's own decoding undoes."""
-    args = train_lift_sd3.parse_args(["--dry_run", "--pretrained_teacher_model", str(sd3_teacher)])
-    encoders = train_lift_sd3.Encoders(args, ["vae"], torch.device("cpu"), torch.bfloat16)
+    encoders = train_lift_sd3.Encoders(place(sd3_teacher), [], torch.device("cpu"), torch.bfloat16)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     vae = AutoencoderKL.from_pretrained(sd3_teacher / "vae")
     with torch.no_grad():
@@ -473,14 +484,21 @@ def test_a_cache_is_read_without_loading_its_encoder(distil, tmp_path, monkeypat
     loaded = []
 
     class Counted(train_lift_sd3.Encoders):
-        def __init__(self, args, parts, *rest):
-            loaded.extend(parts)
-            super().__init__(args, parts, *rest)
+        def __init__(self, *values):
+            loaded.append("vae")
+            super().__init__(*values)
+
+    class CountedTexts(TextEncoders):
+        def __init__(self, source, names, *rest):
+            loaded.extend(names)
+            super().__init__(source, names, *rest)
 
     monkeypatch.setattr(train_lift_sd3, "Encoders", Counted)
+    for module in (train_lift_sd3, common.sd3_text):
+        monkeypatch.setattr(module, "TextEncoders", CountedTexts)
     flags = ("--validation_prompts", "a bag", "--cache_dir", tmp_path / "cache", "--max_train_steps", 1)
     first = distil(*flags, output_dir=tmp_path / "first")
-    texts = [*train_lift_sd3.TEXT_ENCODERS]
+    texts = [*TEXT_ENCODERS]
     assert loaded == ["vae", *[name for text in texts for name in (text, text)]]  # the data, then the prompts
     loaded.clear()
     again = distil(*flags, output_dir=tmp_path / "again")
@@ -562,11 +580,13 @@ def test_shared_weights_are_held_once(sd3_teacher):
     """The student has no memory of its own but the adapters', and they are never on in the teacher."""
     teacher = SD3Transformer2DModel.from_pretrained(sd3_teacher / "transformer")
     wanted = forward(teacher)
-    recipe = train_lift_sd3.depth_recipe(teacher, [1, 4, 5])
-    student = train_lift_sd3.share_weights({**teacher.config, **recipe["config"]}, teacher, recipe)
+    recipe = train_lift_sd3.depth_recipe([1, 4, 5], teacher.config)
+    with torch.device("meta"):
+        student = SD3Transformer2DModel.from_config({**teacher.config, **recipe["config"]})
+    share_blocks(student, teacher.state_dict(), recipe["blocks"])
     places = {tensor.data_ptr() for tensor in teacher.state_dict().values()}
     assert {tensor.data_ptr() for tensor in student.state_dict().values()} < places
-    train_lift_sd3.add_adapters(student, 4, torch.float32)
+    add_adapters(student, 4, train_lift_sd3.LORA_TARGETS, torch.float32)
     own = {name for name, tensor in student.state_dict().items() if tensor.data_ptr() not in places}
     assert own and all("lora_" in name for name in own)
     assert {name for name, weight in student.named_parameters() if weight.requires_grad} == own
@@ -623,7 +643,7 @@ def test_presets_of_the_released_models(layout, teacher_parameters, students):
         with torch.device("meta"):
             student = SD3Transformer2DModel(**{**layout, **recipe["config"]})
         assert student.num_parameters() == parameters
-        assert lift_utils.copy_blocks(student, teacher.state_dict(), recipe["blocks"]) == []
+        assert copy_blocks(student, teacher.state_dict(), recipe["blocks"]) == []
 
 
 @pytest.mark.parametrize(
@@ -694,7 +714,7 @@ def test_features_are_the_image_tokens(sd3_teacher):
         inputs = {"hidden_states": torch.zeros(1, 4, 8, 8), "encoder_hidden_states": torch.zeros(1, 9, 48)}
         inputs |= {"pooled_projections": torch.zeros(1, 32), "timestep": torch.zeros(1)}
     pairs = [["transformer_blocks.1", "transformer_blocks.1"], ["transformer_blocks.5", "transformer_blocks.5"]]
-    student, _ = lift_utils.pair_features(teacher, teacher, pairs, inputs, item=1)
+    student, _ = pair_features(teacher, teacher, pairs, inputs, item=1)
     real = {name: torch.randn(2, *tensor.shape[1:]) for name, tensor in inputs.items()}
     prediction, features = student(**real)
     assert [tuple(feature.shape) for feature in features] == [(2, 16, 16), (2, 16, 16)]  # 16 patches of width 16
@@ -767,7 +787,7 @@ def misfits(tmp_path_factory, sd3_teacher, sd_teacher) -> dict[str, Path]:
         paths[name].write_text(json.dumps(recipe))
     broken = {
         "shifting": ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}),
-        "speechless": ("model_index.json", {name: [None, None] for name in train_lift_sd3.TEXT_ENCODERS}),
+        "speechless": ("model_index.json", {name: [None, None] for name in TEXT_ENCODERS}),
         "narrow": ("text_encoder/config.json", {"projection_dim": 8}),
         "wide": ("text_encoder_3/config.json", {"d_model": 64}),
         "thin": ("transformer/config.json", {"in_channels": 3}),
