@@ -39,25 +39,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import datasets
-import diffusers
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    DiffusionPipeline,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    SchedulerMixin,
-)
-from diffusers.models.embeddings import LabelEmbedding
-from diffusers.training_utils import EMAModel
-from PIL import Image
-
 from common.arguments import (
     HelpFormatter,
     add_shared_arguments,
@@ -110,6 +91,26 @@ from common.training import (
     working_dtype,
 )
 from common.vae import load_vae
+
+import datasets
+import diffusers
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    SchedulerMixin,
+)
+from diffusers.models.embeddings import LabelEmbedding
+from diffusers.training_utils import EMAModel
+from PIL import Image
+
 from lift_utils import FeatureModel, KDLoss, check_group_size, make_kd_loss
 
 

@@ -24,33 +24,15 @@ pixels, and distils it with this script.
 """
 
 import argparse
-import copy
 import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import datasets
-import diffusers
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DiffusionPipeline,
-    SchedulerMixin,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from diffusers.training_utils import EMAModel
-from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
 from common.adapters import add_adapters, save_adapter
 from common.arguments import (
     HelpFormatter,
+    add_caption_arguments,
     add_shared_arguments,
     check_args,
     describe_run,
@@ -74,11 +56,11 @@ from common.data import (
     random_flips,
     report_unlisted,
 )
-from common.hub import create_hub_repo, push_to_hub, write_model_card
+from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
 from common.pruning import prune_width
 from common.reporting import MetricsLog, gather_logs, sample_grid, sample_models, save_grid
 from common.students import fill_from_blocks, is_narrower, match_blocks, narrow_widths, pair_features
-from common.teachers import TeacherSource, load_from, load_frozen, load_part, load_skeleton, vae_factor
+from common.teachers import TeacherSource, check_parts, load_from, load_frozen, load_part, load_skeleton, vae_factor
 from common.training import (
     check_skipped,
     endless_batches,
@@ -95,6 +77,25 @@ from common.training import (
     trained_parameters,
     working_dtype,
 )
+
+import datasets
+import diffusers
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
 from lift_utils import FeatureModel, KDLoss, check_group_size, make_kd_loss
 
 
@@ -167,6 +168,9 @@ RECIPE = {
     "output_dir": "lift-sd21",
     "gradient_accumulation_steps": 32,
     "adam_weight_decay": 1e-2,
+    "encoding_batch_size": 16,
+    "num_inference_steps": 25,
+    "guidance_scale": 7.5,
 }
 
 LORA_TARGETS = [
@@ -182,6 +186,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (or `input_args`); the defaults are the published recipe of SD 2.1-base."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     groups = add_shared_arguments(parser)
+    add_caption_arguments(groups)
 
     group = groups["models"]
     group.add_argument(
@@ -195,34 +200,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="take the teacher's blocks, or for narrower students its channels of largest weights; or start fresh",
     )
 
-    group = groups["data"]
-    group.add_argument("--train_data_dir", help="folder of images with captions in its metadata.jsonl")
-    group.add_argument("--caption_column", default="text", help="column of the captions")
-    group.add_argument("--resolution", type=int, help="side of the training images (default: the teacher's)")
-    group.add_argument(
-        "--caption_dropout", type=float, default=0.1, help="share of captions replaced by the empty one, for guidance"
-    )
-    group.add_argument(
+    groups["data"].add_argument(
         "--cache_latents", action="store_true", help="run the VAE and the text encoder once, before the training"
     )
-    group.add_argument("--encoding_batch_size", type=int, default=16, help="images at a time for --cache_latents")
-
-    group = groups["distillation"]
-    group.add_argument("--lambda_task", type=float, default=1.0, help="weight of the loss on the data")
-    group.add_argument("--lambda_kd_output", type=float, default=1.0, help="weight of the output term")
-    group.add_argument("--lambda_kd_feat", type=float, default=1.0, help="weight of the block features")
-
-    group = groups["training"]
-    group.add_argument("--lora_rank", type=int, default=0, help="train LoRA adapters of this rank, not the weights")
-
-    group = groups["logging"]
-    group.add_argument(
-        "--validation_prompts", nargs="+", help="rows of the sample grid (default: captions of the first four images)"
-    )
-    group.add_argument("--num_inference_steps", type=int, default=25, help="steps of the teacher's sampler per sample")
-    group.add_argument("--guidance_scale", type=float, default=7.5, help="classifier-free guidance of the samples")
-    group.add_argument(
-        "--save_fp16_variant", action="store_true", help="save half-precision weights beside the others"
+    groups["distillation"].add_argument(
+        "--lambda_kd_feat", type=float, default=1.0, help="weight of the block features"
     )
 
     parser.set_defaults(**RECIPE)
@@ -236,24 +218,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------- the models
 
 
-def check_pipeline(source: TeacherSource) -> str:
-    """Refuse pipelines with other parts than those this script distils; returns the name of the sampler's class."""
-    parts = load_from(source, DiffusionPipeline.load_config)
-    if not isinstance(parts, dict):
-        fail(f"--pretrained_teacher_model {source.path} has a model_index.json that lists no parts; {source.expected}")
-    kinds = {name: part[1] for name, part in parts.items() if isinstance(part, list)}
+def check_pipeline(source: TeacherSource) -> type[SchedulerMixin]:
+    """Refuse pipelines that this script does not distil; returns the sampler's class."""
+    kinds = check_parts(source, PARTS)
     if "text_encoder_2" in kinds:
         fail(f"--pretrained_teacher_model {source.path} has two text encoders (SDXL); {source.expected}")
-    for name, kind in PARTS.items():
-        if kinds.get(name) is None or kind not in (None, kinds[name]):
-            fail(
-                f"--pretrained_teacher_model {source.path} is a {parts.get('_class_name')} with "
-                f"{kinds.get(name) or 'no'} {name}; {source.expected}"
-            )
-    scheduler = kinds["scheduler"]
-    if not hasattr(diffusers, scheduler):
-        fail(f"--pretrained_teacher_model {source.path} has an unknown scheduler, {scheduler}; {source.expected}")
-    return scheduler
+    sampler = kinds["scheduler"]
+    if not hasattr(diffusers, sampler):
+        fail(f"--pretrained_teacher_model {source.path} has an unknown scheduler, {sampler}; {source.expected}")
+    return getattr(diffusers, sampler)
 
 
 def check_teacher(teacher: UNet2DConditionModel, vae: AutoencoderKL, source: TeacherSource) -> None:
@@ -652,14 +625,7 @@ def save_pipeline(
         student = save_adapter(student, output_dir / "lora", "unet", StableDiffusionPipeline)
     options = {"unet": student, "variant": args.variant, "use_safetensors": True}
     pipeline = load_from(source, DiffusionPipeline.from_pretrained, **options)
-    models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    if args.save_fp16_variant:  # first: a text encoder's config names the dtype saved last, and it loads in that one
-        for name, model in models.items():
-            setattr(pipeline, name, copy.deepcopy(model).half())
-        pipeline.save_pretrained(output_dir, variant="fp16")
-    for name, model in models.items():
-        setattr(pipeline, name, model.float())
-    pipeline.save_pretrained(output_dir)
+    save_with_variant(pipeline, output_dir, args.save_fp16_variant)
 
     count, total = student.num_parameters(), teacher.num_parameters()
     facts = [
@@ -723,7 +689,7 @@ def main(args: argparse.Namespace) -> None:
     )
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
     source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED)
-    sampler = getattr(diffusers, check_pipeline(source))
+    sampler = check_pipeline(source)
     teacher_shape = load_skeleton(source, UNet2DConditionModel, "unet")
     vae_shape = load_skeleton(source, AutoencoderKL, "vae")
     args.resolution = args.resolution or teacher_shape.config.sample_size * vae_factor(vae_shape)

@@ -33,23 +33,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
-import diffusers
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    SchedulerMixin,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
-from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
-from PIL import Image
-
 from common.adapters import add_adapters, save_adapter
 from common.arguments import (
     HelpFormatter,
@@ -117,6 +100,24 @@ from common.training import (
     trained_parameters,
     working_dtype,
 )
+
+import datasets
+import diffusers
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from PIL import Image
+
 from lift_utils import FeatureModel, KDLoss, check_group_size, make_kd_loss
 
 
@@ -521,7 +522,7 @@ def encode_dataset(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[JoinedDataset, dict[str, torch.Tensor]]:
-    """The dataset as `{"moments": (flips, 2, C, h, w)}` with each text encoder's embeddings, and the prompts' ones.
+    """The dataset as `{"moments": (flips, 2, C, h, w)}` with each text encoder's embeddings, and those of the prompts.
 
     The VAE and the text encoders run one after the other, once; they are freed before this returns.
 
@@ -795,7 +796,7 @@ def print_dry_run(
     count, total = student.num_parameters(), teacher.num_parameters()
     inputs = example_inputs(student, args.max_sequence_length)
 
-    def skeleton() -> SD3Transformer2DModel:
+    def make_student() -> SD3Transformer2DModel:
         with torch.device("meta"):
             model = SD3Transformer2DModel.from_config(student.config)
             if args.lora_rank:
@@ -804,7 +805,7 @@ def print_dry_run(
 
     macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
     print(f"teacher: {total:,} parameters, {macs:,} MACs per image of {args.resolution} pixels and forward pass")
-    macs, *activations = estimate_activations(skeleton, args.gradient_checkpointing, **inputs)
+    macs, *activations = estimate_activations(make_student, args.gradient_checkpointing, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
     if args.student_depth is not None:
         print("the sizes are those of evenly spaced blocks: a run chooses them by their influence on its data")
@@ -813,7 +814,7 @@ def print_dry_run(
     if args.cache_latents:
         largest, width = max(encoders, key=encoders.get), 2 if args.mixed_precision in ("fp16", "bf16") else 4
         print(f"beforehand, one encoder at a time: {width * encoders[largest] / 2**20:,.1f} MiB for the {largest}")
-    trained = sum(parameter.numel() for parameter in trained_parameters(skeleton()))
+    trained = sum(parameter.numel() for parameter in trained_parameters(make_student()))
     held = count + trained if args.lora_rank else count
     held = trained if args.share_backbone else held
     teacher_held = total if args.kd_loss != "none" else 0

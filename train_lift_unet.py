@@ -32,16 +32,6 @@ import re
 from functools import partial
 from pathlib import Path
 
-import datasets
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
-from diffusers.training_utils import EMAModel
-from PIL import Image
-from tqdm.auto import tqdm
-
 from common.arguments import (
     HelpFormatter,
     add_shared_arguments,
@@ -74,6 +64,17 @@ from common.training import (
     stop_on_sigterm,
     trained_parameters,
 )
+
+import datasets
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from tqdm.auto import tqdm
+
 from lift_utils import FeatureModel, KDLoss, check_group_size, make_kd_loss
 
 

@@ -36,10 +36,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train_lift_sd21
 from common.arguments import fail
 from common.costs import profile_forward
 from common.reporting import read_metrics
+
+import train_lift_sd21
 from device import describe_device
 
 

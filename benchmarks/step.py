@@ -45,6 +45,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.arguments import fail
+
 from device import describe_device
 from lift_utils import KDLoss
 

@@ -7,3 +7,10 @@
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
 """What the four training scripts share and is not the method: a question a file. The method is lift_utils.py."""
+
+import logging
+
+
+# On some CPUs bitsandbytes, which Diffusers imports, warns of a kernel that nothing here uses. To be heard in time,
+# our own imports come before those of Diffusers: see pyproject.toml.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -17,15 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.checkpoints import flush
+from common.training import ignore_sigterm
+
 import datasets
 import torch
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load, save
 from tqdm.auto import tqdm
-
-from common.checkpoints import flush
-from common.training import ignore_sigterm
 
 
 # How many rows a file of cached encodings holds: what a run that is killed while it caches has to do again.

@@ -20,12 +20,13 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.arguments import fail
+
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from common.arguments import fail
 from lift_utils import FeatureModel
 
 

@@ -13,14 +13,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from common.arguments import fail, first_line
+
 import datasets
 import torch
 from accelerate.logging import get_logger
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
-
-from common.arguments import fail, first_line
 
 
 logger = get_logger(__name__)

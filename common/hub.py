@@ -12,12 +12,12 @@ import shlex
 import sys
 from pathlib import Path
 
+from common.arguments import fail, first_line
+from common.reporting import plot_curves, read_metrics
+
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
-
-from common.arguments import fail, first_line
-from common.reporting import plot_curves, read_metrics
 
 
 def save_with_variant(pipeline: DiffusionPipeline, output_dir: Path, fp16_variant: bool) -> None:

@@ -12,11 +12,11 @@ import copy
 import math
 from collections.abc import Callable
 
+from common.arguments import fail
+
 import torch
 import torch_pruning as tp
 from diffusers.models.attention_processor import Attention
-
-from common.arguments import fail
 
 
 def prune_width(

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.training import averaged_weights, trained_parameters
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -23,8 +25,6 @@ from accelerate.tracking import GeneralTracker
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
-
-from common.training import averaged_weights, trained_parameters
 
 
 SHOWN = ("loss", "coarse", "fine", "weight")  # beside the progress bar

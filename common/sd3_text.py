@@ -12,6 +12,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from common.arguments import fail
+from common.cache import JoinedDataset, identify
+from common.data import count_longer
+from common.teachers import TeacherSource, load_from, load_frozen, load_part
+
 import datasets
 import torch
 import torch.nn.functional as F
@@ -27,11 +32,6 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
-
-from common.arguments import fail
-from common.cache import JoinedDataset, identify
-from common.data import count_longer
-from common.teachers import TeacherSource, load_from, load_frozen, load_part
 
 
 logger = get_logger(__name__)

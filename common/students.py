@@ -13,10 +13,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from common.arguments import fail
+
 import torch
 from accelerate.logging import get_logger
 
-from common.arguments import fail
 from lift_utils import FeatureModel
 
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.arguments import fail, first_line
+
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
-
-from common.arguments import fail, first_line
 
 
 class TeacherSource(NamedTuple):

@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from common.arguments import fail
+from common.teachers import freeze
+
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.logging import get_logger
@@ -26,8 +29,6 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from diffusers import optimization
 from diffusers.training_utils import EMAModel
 
-from common.arguments import fail
-from common.teachers import freeze
 from lift_utils import FeatureModel
 
 

@@ -10,11 +10,11 @@
 
 import math
 
-import torch
-from diffusers import AutoencoderKL
-
 from common.arguments import fail, first_line
 from common.teachers import TeacherSource, load_part, load_skeleton
+
+import torch
+from diffusers import AutoencoderKL
 
 
 def load_vae(source: TeacherSource | None, vae: str | None, channels: int, skeleton: bool) -> AutoencoderKL:

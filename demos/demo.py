@@ -47,11 +47,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
+from common.arguments import HelpFormatter, fail
+from common.reporting import read_metrics
+
 import evaluate
 import generate
 import report
-from common.arguments import HelpFormatter, fail
-from common.reporting import read_metrics
 from small_models import FEATURES
 
 

@@ -58,6 +58,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.arguments import HelpFormatter, fail, first_line
 from common.checkpoints import hash_file
 from common.data import open_image, undecode
+
 from generate import read_manifest
 from result_tables import as_markdown, is_inception, list_remarks, make_table
 

@@ -47,12 +47,13 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import generate
 from common.arguments import HelpFormatter, fail, first_line
 from common.costs import profile_forward
 from common.data import open_image
 from common.reporting import labelled_grid, plot_curves, read_metrics
 from common.teachers import vae_factor
+
+import generate
 from evaluate import list_images
 from lift_utils import check_group_size
 from result_tables import as_markdown, is_inception, judge, list_remarks, make_tables

@@ -3,8 +3,15 @@
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+
+import common.cache
+import common.hub
+from common.reporting import read_metrics
+from common.teachers import TeacherSource
+from common.training import seed_step
 
 import datasets
 import pytest
@@ -14,11 +21,7 @@ from conftest import launch, save_sd_pipeline
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-import common.cache
-import common.hub
 import train_lift_sd21
-from common.reporting import read_metrics
-from common.training import seed_step
 
 
 SHORT = [
@@ -176,12 +179,18 @@ def encode(captioned, sd_teacher, tmp_path, run):
         fixed = ("--pretrained_teacher_model", teacher, "--train_data_dir", images, "--cache_latents")
         fixed += ("--cache_dir", tmp_path / "cache", "--resolution", 32, "--dataloader_num_workers", 0)
         args = train_lift_sd21.parse_args([str(flag) for flag in (*fixed, *flags)])
-        tokenizer = train_lift_sd21.load_tokenizer(args)
-        accelerator = Accelerator()
+        source = TeacherSource(str(teacher), args.teacher_revision, args.variant, train_lift_sd21.EXPECTED)
+        tokenizer = train_lift_sd21.load_tokenizer(source)
         dataset, contents = train_lift_sd21.make_dataset(args, tokenizer)
-        encoded, text = train_lift_sd21.cache_encodings(
-            dataset, ["", "a bag"], contents, tokenizer, args, accelerator, dtype
+        cache = partial(
+            common.cache.cache_encodings,
+            cache_dir=args.cache_dir,
+            batch_size=args.encoding_batch_size,
+            num_workers=0,
+            accelerator=Accelerator(),
         )
+        inputs = dataset, ["", "a bag"], contents, tokenizer, source, args.resolution, args.random_flip, cache
+        encoded, text = train_lift_sd21.encode_dataset(*inputs, torch.device("cpu"), dtype)
         return encoded, text, {path.name for path in (tmp_path / "cache" / "lift-encodings").iterdir()}
 
     return encode_data
@@ -277,14 +286,14 @@ def distil(run, sd_teacher, captioned, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", [(), ("--random_flip",)], ids=["as they are", "flipped"])
 def test_cached_and_uncached_runs_see_the_same_data(distil, monkeypatch, flags):
     seen: dict[str, list] = {}
-    noise_latents = train_lift_sd21.noise_latents
+    add_noise = train_lift_sd21.add_noise
 
     def record(name):
         def recorded(scheduler, latents, noise, timesteps):
             seen.setdefault(name, []).append(latents)
-            return noise_latents(scheduler, latents, noise, timesteps)
+            return add_noise(scheduler, latents, noise, timesteps)
 
-        monkeypatch.setattr(train_lift_sd21, "noise_latents", recorded)
+        monkeypatch.setattr(train_lift_sd21, "add_noise", recorded)
 
     record("plain")
     plain = distil("plain", *flags)
@@ -304,8 +313,7 @@ def test_cached_and_uncached_runs_see_the_same_data(distil, monkeypatch, flags):
 
 
 def test_each_access_draws_from_the_cached_moments_anew(monkeypatch):
-    monkeypatch.setattr(train_lift_sd21, "noise_latents", lambda scheduler, latents, *others: (latents, latents))
-    args = train_lift_sd21.parse_args(["--dry_run", "--kd_loss", "none", "--random_flip", "--caption_dropout", "0"])
+    monkeypatch.setattr(train_lift_sd21, "add_noise", lambda scheduler, latents, *others: (latents, latents))
     mean = torch.stack([torch.zeros(4, 8, 8), torch.full((4, 8, 8), 100.0)])  # as it is, and flipped
     moments = torch.stack([mean, torch.full_like(mean, 2.0)], dim=1)
     batch = {"moments": torch.stack([moments] * 6), "text": torch.zeros(6, 24, 16)}
@@ -318,7 +326,13 @@ def test_each_access_draws_from_the_cached_moments_anew(monkeypatch):
     scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
     for step in (*range(1, 31), 1):
         seed_step(0, step, 0, 0)
-        train_lift_sd21.compute_losses(student, None, batch, 0.5, None, torch.zeros(24, 16), scheduler, args)
+        train_lift_sd21.compute_losses(
+            *(student, None, batch, 0.5, scheduler, None, (1.0, 1.0, 1.0)),
+            encoders=None,
+            no_text=torch.zeros(24, 16),
+            caption_dropout=0.0,
+            random_flip=True,
+        )
     assert torch.equal(seen[0], seen[-1])
     views = torch.stack(seen[:-1])  # (steps, images, C, h, w)
     flipped = views.mean((2, 3, 4)) > 50

@@ -13,15 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-from accelerate import Accelerator
-from conftest import ROOT
-from safetensors.torch import load_file
-
 import common.data
 import common.hub
-import train_lift_unet
 from common.checkpoints import (
     find_checkpoint,
     flatten_optimizer,
@@ -32,6 +25,14 @@ from common.checkpoints import (
 )
 from common.reporting import read_metrics
 from common.training import guarded_step, make_optimizer, seed_step
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import train_lift_unet
 
 
 SHORT = [

@@ -4,6 +4,9 @@ import io
 import shutil
 from types import SimpleNamespace
 
+from common.data import open_image
+from common.training import seed_step
+
 import datasets
 import numpy as np
 import pytest
@@ -11,8 +14,6 @@ import torch
 from PIL import Image
 
 import train_lift_unet
-from common.data import open_image
-from common.training import seed_step
 
 
 @pytest.fixture

@@ -6,6 +6,12 @@ import math
 import shutil
 from pathlib import Path
 
+import common.hub
+import common.reporting
+from common.students import spaced_blocks
+from common.training import seed_step
+from common.vae import pixel_vae
+
 import numpy as np
 import pytest
 import torch
@@ -15,12 +21,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from PIL import Image
 from safetensors.torch import load_file
 
-import common.hub
-import common.reporting
 import train_lift_dit
-from common.students import spaced_blocks
-from common.training import seed_step
-from common.vae import pixel_vae
 from lift_utils import FeatureModel, make_kd_loss
 from train_lift_dit import STUDENTS
 

@@ -10,11 +10,13 @@ import torch
 from conftest import ROOT, TINY
 from diffusers import (
     AutoencoderKL,
+    DDPMPipeline,
     DDPMScheduler,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from test_dit import FULL as DIT_XL
 from test_sd3 import MEDIUM
@@ -57,7 +59,7 @@ def save_skeleton(folder: Path, pipeline: str, parts: dict[str, tuple[str, objec
 
 
 @pytest.fixture(scope="module")
-def teachers(tmp_path_factory, teacher) -> dict[str, Path]:
+def teachers(tmp_path_factory) -> dict[str, Path]:
     """SD 2.1-base, DiT-XL/2 and SD3-medium without weights; a small DDPM with random ones, which its script reads."""
     folder = tmp_path_factory.mktemp("full-size")
 
@@ -65,6 +67,9 @@ def teachers(tmp_path_factory, teacher) -> dict[str, Path]:
         blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
         return AutoencoderKL(block_out_channels=[128, 256, 512, 512], latent_channels=channels, **blocks)
 
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    ddpm = UNet2DModel(sample_size=32, block_out_channels=[64, 128], **blocks)
+    DDPMPipeline(ddpm, DDPMScheduler()).save_pretrained(folder / "ddpm")
     with torch.device("meta"):
         unet = ("diffusers", UNet2DConditionModel(**SD21))
         dit = ("diffusers", DiTTransformer2DModel(**DIT_XL))
@@ -81,7 +86,7 @@ def teachers(tmp_path_factory, teacher) -> dict[str, Path]:
     sd3 = {"transformer": mmdit, "vae": vae16, **texts, "scheduler": flow}
     dit_parts = {"transformer": dit, "vae": vae4, "scheduler": noise}
     return {
-        "train_lift_unet": teacher,
+        "train_lift_unet": folder / "ddpm",
         "train_lift_sd21": save_skeleton(folder / "sd21", "StableDiffusionPipeline", sd21),
         "train_lift_dit": save_skeleton(folder / "dit", "DiTPipeline", dit_parts),
         "train_lift_sd3": save_skeleton(folder / "sd3", "StableDiffusion3Pipeline", sd3),

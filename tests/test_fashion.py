@@ -52,7 +52,7 @@ def in_process(run, monkeypatch) -> list:
         def wait(self) -> int:
             return self.returncode
 
-    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(Popen=Finished))  # other modules keep theirs
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(Popen=Finished))  # not for other modules
     return commands
 
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_file
 from packaging.requirements import Requirement
 
 
@@ -27,7 +27,7 @@ def test_installed_versions_are_in_the_ranges(requirement):
 
 def test_torch_torchvision_cleanfid_peft_and_xformers_work_in_one_process():
     code = """
-import torch, torchvision, peft, xformers.ops, cleanfid.fid, numpy
+import torch, torchvision, peft, xformers._cpp_lib, xformers.ops, cleanfid.fid, numpy
 layer = torch.nn.Sequential(torch.nn.Linear(4, 4))
 adapted = peft.get_peft_model(layer, peft.LoraConfig(target_modules=["0"], r=2))
 assert any("lora_A" in name for name, _ in adapted.named_parameters())
@@ -36,9 +36,18 @@ assert torchvision.ops.nms(boxes, torch.tensor([0.5, 0.9]), 0.5).tolist() == [1]
 one, zero = numpy.eye(3), numpy.zeros(3)
 assert abs(cleanfid.fid.frechet_distance(zero, one, zero + 2, one) - 12) < 1e-6
 assert callable(xformers.ops.memory_efficient_attention)
+assert xformers._cpp_lib._cpp_library_load_exception is None  # its kernels are those of this torch
 """
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("train_lift_*.py")))
+def test_a_mistyped_flag_is_answered_without_warnings(script):
+    finished = run_file(script, "--traindatadir", "images")
+    assert finished.returncode == 2
+    assert finished.stdout.startswith(f"usage: {script}") and "warning" not in finished.stdout.lower()
+    assert finished.stdout.splitlines()[-1].endswith("error: unrecognized arguments: --traindatadir images")
 
 
 # ------------------------------------------------------------------------------------------------- README.md and docs/

@@ -14,20 +14,22 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import common.hub
+from common.pruning import prune_width
+from common.students import is_narrower, pair_features
+from common.teachers import TeacherSource
+
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import ROOT, copy_script, launch, save_sd_pipeline
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import common.hub
 import train_lift_sd21
-from common.pruning import prune_width
-from common.students import is_narrower, pair_features
-from common.teachers import TeacherSource
 from lift_utils import FeatureModel
 from train_lift_sd21 import STUDENTS
 
@@ -858,6 +860,8 @@ def test_lora_needs_peft(monkeypatch):
 @pytest.fixture
 def prepare(captioned, sd_teacher, tmp_path):
     """`prepare(change, *flags)` makes the dataset of a folder whose metadata rows `change` has edited."""
+
+    PartialState()  # which the logger needs
 
     def make(change, *flags):
         folder = shutil.copytree(captioned, tmp_path / "edited")

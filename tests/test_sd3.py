@@ -6,6 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import common.hub
+import common.sd3_text
+from common.adapters import add_adapters
+from common.sd3_text import CLIPS, T5, TEXT_ENCODERS, TextEncoders, TextLayout, join_text, load_tokenizer, tokenize
+from common.students import copy_blocks, pair_features, share_blocks
+from common.teachers import TeacherSource
+
 import pytest
 import torch
 from conftest import copy_script, launch
@@ -20,14 +27,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
-import common.hub
-import common.sd3_text
 import small_models
 import train_lift_sd3
-from common.adapters import add_adapters
-from common.sd3_text import CLIPS, T5, TEXT_ENCODERS, TextEncoders, TextLayout, join_text, load_tokenizer, tokenize
-from common.students import copy_blocks, pair_features, share_blocks
-from common.teachers import TeacherSource
 
 
 SHORT = [
@@ -462,11 +463,11 @@ def test_latents_are_scaled_and_shifted(sd3_teacher):
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     vae = AutoencoderKL.from_pretrained(sd3_teacher / "vae")
     with torch.no_grad():
-        wanted = vae.encode(images / 127.5 - 1).latent_dist
+        expected = vae.encode(images / 127.5 - 1).latent_dist
     mean, std = encoders.encode_images(images).unbind(1)
     assert mean.dtype == torch.float32  # whatever the run's precision
-    torch.testing.assert_close(mean / 1.5305 + 0.0609, wanted.mean)
-    torch.testing.assert_close(std / 1.5305, wanted.std)
+    torch.testing.assert_close(mean / 1.5305 + 0.0609, expected.mean)
+    torch.testing.assert_close(std / 1.5305, expected.std)
 
 
 # ----------------------------------------------------------------------------------------------------------- the cache
@@ -523,11 +524,11 @@ def test_a_cache_is_read_without_loading_its_encoder(distil, tmp_path, monkeypat
 def test_resumed_equals_uninterrupted(distil, tmp_path, flags):
     flags = (*flags, "--max_train_steps", 4, "--checkpointing_steps", 2)
     whole = distil(*flags, output_dir=tmp_path / "whole")
-    wanted = weights(whole), losses(whole)
+    expected = weights(whole), losses(whole)
     shutil.rmtree(whole / "checkpoint-4")
     shutil.rmtree(whole / "transformer")
     distil(*flags, "--resume_from_checkpoint", "latest", output_dir=whole)
-    assert same(weights(whole), wanted[0]) and losses(whole) == wanted[1] and len(wanted[1]) == 4
+    assert same(weights(whole), expected[0]) and losses(whole) == expected[1] and len(expected[1]) == 4
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
@@ -579,7 +580,7 @@ def test_a_shared_backbone_equals_two_models(distil, tmp_path, transformer):
 def test_shared_weights_are_held_once(sd3_teacher):
     """The student has no memory of its own but the adapters', and they are never on in the teacher."""
     teacher = SD3Transformer2DModel.from_pretrained(sd3_teacher / "transformer")
-    wanted = forward(teacher)
+    expected = forward(teacher)
     recipe = train_lift_sd3.depth_recipe([1, 4, 5], teacher.config)
     with torch.device("meta"):
         student = SD3Transformer2DModel.from_config({**teacher.config, **recipe["config"]})
@@ -593,10 +594,10 @@ def test_shared_weights_are_held_once(sd3_teacher):
     for name, weight in student.named_parameters():
         if "lora_B" in name:
             weight.data.normal_()
-    assert torch.equal(forward(teacher), wanted) and not torch.equal(forward(student), wanted)
+    assert torch.equal(forward(teacher), expected) and not torch.equal(forward(student), expected)
     assert not any("lora_" in name for name in teacher.state_dict())
     student.double()  # as saving does: the teacher keeps its own precision
-    assert torch.equal(forward(teacher), wanted)
+    assert torch.equal(forward(teacher), expected)
 
 
 # -------------------------------------------------------------------------------------------------------- the students
@@ -636,10 +637,9 @@ def test_presets_of_the_released_models(layout, teacher_parameters, students):
         teacher = SD3Transformer2DModel(**layout)
     assert teacher.num_parameters() == teacher_parameters
     for preset, parameters in {"whole": teacher_parameters, **students}.items():
-        args = train_lift_sd3.parse_args(["--dry_run", "--student", preset])
-        kept = train_lift_sd3.kept_blocks(teacher, args, train_lift_sd3.STUDENTS[preset])
+        recipe = train_lift_sd3.read_student(preset, None, None, teacher.config)
+        kept = recipe["kept"]
         assert kept[-1] == layout["num_layers"] - 1 and len(set(kept)) == len(kept)
-        recipe = train_lift_sd3.depth_recipe(teacher, kept)
         with torch.device("meta"):
             student = SD3Transformer2DModel(**{**layout, **recipe["config"]})
         assert student.num_parameters() == parameters
@@ -672,7 +672,7 @@ def test_students_are_the_teachers_blocks(distil, tmp_path, flags, kept):
     assert len(pipeline("a photo of a bag", num_inference_steps=1).images) == 1
 
 
-def test_depth_by_influence_leaves_out_what_does_nothing(distil, tmp_path, capsys):
+def test_depth_by_influence_drops_what_does_nothing(distil, tmp_path, capsys):
     """A block whose gates are shut does not change the image tokens: it must be the first to go."""
     teacher = save_sd3_pipeline(tmp_path / "teacher")
     model = SD3Transformer2DModel.from_pretrained(teacher / "transformer")
@@ -767,9 +767,9 @@ def test_long_captions_are_counted(distil, captioned, tmp_path, caplog):
 
 
 @pytest.fixture(scope="session")
-def misfits(tmp_path_factory, sd3_teacher, sd_teacher) -> dict[str, Path]:
+def mismatches(tmp_path_factory, sd3_teacher, sd_teacher) -> dict[str, Path]:
     """Pipelines, recipes and image folders that must be refused, by name."""
-    root = tmp_path_factory.mktemp("misfits")
+    root = tmp_path_factory.mktemp("mismatches")
     paths = {"sd": sd_teacher, "empty": root / "empty", "file": root / "file", "missing": root / "missing.json"}
     paths["empty"].mkdir()
     paths["file"].touch()
@@ -829,8 +829,8 @@ def misfits(tmp_path_factory, sd3_teacher, sd_teacher) -> dict[str, Path]:
         (["--student_depth", 2, "--keep_blocks", "0,5"], "both say which blocks"),
         (["--keep_blocks", "0,x"], "--keep_blocks 0,x is no list of blocks"),
         (["--keep_blocks", ""], "is no list of blocks"),
-        (["--keep_blocks", "0,6"], "there is no block 6; the teacher has 0 to 5"),
-        (["--keep_blocks", "0,0,5"], "repeats block 0"),
+        (["--keep_blocks", "0,6"], "there is no block 6; pass some of 0 to 5"),
+        (["--keep_blocks", "0,0,5"], "--keep_blocks 0,0,5 repeats a block"),
         (["--keep_blocks", "0,3"], "the student's last block must be the teacher's last, 5"),
         (["--keep_blocks", "3,0,5"], "does not ascend to 5"),
         (["--student_depth", 7], "--student_depth 7 is not possible; pass 1 to the teacher's 6"),
@@ -855,11 +855,11 @@ def misfits(tmp_path_factory, sd3_teacher, sd_teacher) -> dict[str, Path]:
     ],
     ids=str,
 )
-def test_bad_input_ends_with_one_line_before_any_step(distil, misfits, tmp_path, flags, complaint):
+def test_bad_input_ends_with_one_line_before_any_step(distil, mismatches, tmp_path, flags, complaint):
     with pytest.raises(SystemExit) as error:
-        distil(*(str(flag).format(**misfits) for flag in flags))
+        distil(*(str(flag).format(**mismatches) for flag in flags))
     message = str(error.value)
-    assert message.startswith("error: ") and complaint.format(**misfits) in message
+    assert message.startswith("error: ") and complaint.format(**mismatches) in message
     assert "\n" not in message
     assert not list(tmp_path.glob("**/metrics.jsonl")) and not list(tmp_path.glob("**/checkpoint-*"))
 
@@ -873,7 +873,7 @@ def test_images_without_a_caption(distil, captioned, tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"2 of 48 images.* have no caption"):
         distil("--train_data_dir", folder)
     distil("--train_data_dir", folder, "--max_unreadable", 0.1, "--max_train_steps", 1)
-    assert "leaving out 2 of 48 images" in capsys.readouterr().out
+    assert "skipping 2 of 48 images" in capsys.readouterr().out
 
 
 def test_a_gated_teacher_says_what_to_do(run, captioned, tmp_path, monkeypatch):

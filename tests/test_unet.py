@@ -5,6 +5,10 @@ import json
 import shutil
 from pathlib import Path
 
+from common.costs import profile_forward
+from common.pruning import prune_width
+from common.students import copy_blocks, is_narrower
+
 import pytest
 import torch
 from conftest import TINY, copy_script, launch
@@ -14,9 +18,6 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_lift_unet
-from common.costs import profile_forward
-from common.pruning import prune_width
-from common.students import copy_blocks, is_narrower
 from lift_utils import FeatureModel
 
 
