@@ -66,10 +66,12 @@ from common.data import (
 from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
 from common.reporting import MetricsLog, gather_logs, plot_influence, sample_grid, sample_models, save_grid
 from common.students import (
+    check_groups,
     fill_from_blocks,
     match_blocks,
     measure_influence,
     pair_features,
+    public_config,
     read_blocks,
     spaced_blocks,
 )
@@ -111,7 +113,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.training_utils import EMAModel
 from PIL import Image
 
-from lift_utils import FeatureModel, KDLoss, check_group_size, make_kd_loss
+from lift_utils import FeatureModel, KDLoss, make_kd_loss
 
 
 logger = get_logger(__name__)
@@ -284,8 +286,7 @@ def read_student(student: str | None, keep_blocks: str | None, student_depth: in
 
 def student_config(teacher_config: dict, recipe: dict) -> dict:
     """The teacher's config with the recipe's overrides, and with out_channels, which `DiTPipeline` reads."""
-    # "_use_default_values" among the private entries would make from_config ignore overrides.
-    config = {key: value for key, value in teacher_config.items() if not key.startswith("_")}
+    config = public_config(teacher_config)
     overrides = recipe.get("config", {})
     unknown = [key for key in overrides if key not in inspect.signature(DiTTransformer2DModel.__init__).parameters]
     if unknown:
@@ -345,11 +346,7 @@ def check_sizes(student: DiTTransformer2DModel, group_size: int | None) -> None:
             f"the transformer's {channels} channels become {out_channels}; choose a --pretrained_teacher_model or "
             f"--student that makes {channels} of them, or {2 * channels} with a learned variance"
         )
-    if group_size is not None:
-        try:
-            check_group_size(group_size, student.config.sample_size**2)
-        except ValueError as error:
-            fail(f"--group_size {group_size}: {error}")
+    check_groups(group_size, student.config.sample_size**2)
 
 
 @torch.no_grad()
@@ -870,7 +867,7 @@ def print_dry_run(
     parameters = count, total if args.kd_loss != "none" else 0
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
     print_memory_estimate(activations, *parameters, *settings, encoders=encoders)
-    print(json.dumps({key: value for key, value in student.config.items() if not key.startswith("_")}, indent=2))
+    print(json.dumps(public_config(student.config), indent=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

@@ -59,7 +59,15 @@ from common.data import (
 from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
 from common.pruning import prune_width
 from common.reporting import MetricsLog, gather_logs, sample_grid, sample_models, save_grid
-from common.students import fill_from_blocks, is_narrower, match_blocks, narrow_widths, pair_features
+from common.students import (
+    check_groups,
+    fill_from_blocks,
+    is_narrower,
+    match_blocks,
+    narrow_widths,
+    pair_features,
+    public_config,
+)
 from common.teachers import TeacherSource, check_parts, load_from, load_frozen, load_part, load_skeleton, vae_factor
 from common.training import (
     check_skipped,
@@ -96,7 +104,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lift_utils import FeatureModel, KDLoss, check_group_size, make_kd_loss
+from lift_utils import FeatureModel, KDLoss, make_kd_loss
 
 
 logger = get_logger(__name__)
@@ -257,8 +265,7 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
 
     Narrower blocks have the fewest attention heads that are no wider than the teacher's.
     """
-    # "_use_default_values" among the private entries would make from_config ignore overrides.
-    config = {key: value for key, value in teacher_config.items() if not key.startswith("_")}
+    config = public_config(teacher_config)
     widths, heads = list(config["block_out_channels"]), config["attention_head_dim"]  # in fact numbers of heads
     heads = [heads] * len(widths) if isinstance(heads, int) else list(heads)
     if "levels" in recipe:
@@ -321,11 +328,7 @@ def check_sizes(student: UNet2DConditionModel, vae: AutoencoderKL, resolution: i
     factor = vae_factor(vae) * 2 ** (len(student.config.block_out_channels) - 1)
     if resolution % factor:
         fail(f"--resolution {resolution} is not divisible by VAE and U-Net; pass a multiple of {factor}")
-    if group_size is not None:
-        try:
-            check_group_size(group_size, student.config.sample_size**2)
-        except ValueError as error:
-            fail(f"--group_size {group_size}: {error}")
+    check_groups(group_size, student.config.sample_size**2)
 
 
 def fill_student(
@@ -674,7 +677,7 @@ def print_dry_run(
     parameters = count + trained if args.lora_rank else count, total if args.kd_loss != "none" else 0
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
     print_memory_estimate(activations, *parameters, *settings, trained, encoders)
-    print(json.dumps({key: value for key, value in student.config.items() if not key.startswith("_")}, indent=2))
+    print(json.dumps(public_config(student.config), indent=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

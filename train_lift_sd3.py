@@ -75,10 +75,12 @@ from common.sd3_text import (
     tokenize,
 )
 from common.students import (
+    check_groups,
     fill_from_blocks,
     match_blocks,
     measure_influence,
     pair_features,
+    public_config,
     read_blocks,
     share_blocks,
     spaced_blocks,
@@ -118,7 +120,7 @@ from diffusers import (
 from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from PIL import Image
 
-from lift_utils import FeatureModel, KDLoss, check_group_size, make_kd_loss
+from lift_utils import FeatureModel, KDLoss, make_kd_loss
 
 
 logger = get_logger(__name__)
@@ -322,8 +324,7 @@ def read_student(
 
 def student_config(teacher_config: dict, recipe: dict) -> dict:
     """The teacher's config with the recipe's overrides."""
-    # "_use_default_values" among the private entries would make from_config ignore overrides.
-    config = {key: value for key, value in teacher_config.items() if not key.startswith("_")}
+    config = public_config(teacher_config)
     overrides = recipe.get("config", {})
     unknown = [key for key in overrides if key not in config]
     if unknown:
@@ -384,11 +385,7 @@ def check_sizes(student: SD3Transformer2DModel, vae: AutoencoderKL, resolution: 
         fail(f"--resolution {resolution} is not divisible by VAE and patches; pass a multiple of {factor}")
     if resolution > factor * most:
         fail(f"--resolution {resolution} has more patches than the teacher's {most}; pass {factor * most} at most")
-    if group_size is not None:
-        try:
-            check_group_size(group_size, student.config.sample_size**2)
-        except ValueError as error:
-            fail(f"--group_size {group_size}: {error}")
+    check_groups(group_size, student.config.sample_size**2)
 
 
 def choose_blocks(
@@ -542,7 +539,9 @@ def encode_dataset(
 
     key = identify(source.path, source.revision, ["vae"]) | {"part": "vae", "variant": source.variant}
     key |= {"resolution": resolution, "crop": "centre", "both flips": random_flip}
-    moments = cache(dataset, load_vae, key | contents)
+    columns = {"image_column": contents["image"], "caption_column": contents["caption"]}
+    images = dataset.with_transform(partial(load_examples, **columns, size=resolution, tokenizers={}))
+    moments = cache(images, load_vae, key | contents)
     embeddings, text = cache_text(dataset, prompts, contents, tokenizers, source, cache, device, dtype)
     return JoinedDataset([moments, *embeddings]), text
 
@@ -821,7 +820,7 @@ def print_dry_run(
     encoders_held = 0 if args.cache_latents else sum(encoders.values())
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
     print_memory_estimate(activations, held, teacher_held, *settings, trained, encoders_held)
-    print(json.dumps({key: value for key, value in student.config.items() if not key.startswith("_")}, indent=2))
+    print(json.dumps(public_config(student.config), indent=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

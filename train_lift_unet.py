@@ -47,7 +47,15 @@ from common.data import choose_samples, drop_unreadable, load_images, load_pixel
 from common.hub import create_hub_repo, push_to_hub, write_model_card
 from common.pruning import prune_width
 from common.reporting import MetricsLog, gather_logs, labelled_grid, sample_models, save_grid
-from common.students import fill_from_blocks, is_narrower, match_blocks, narrow_widths, pair_features
+from common.students import (
+    check_groups,
+    fill_from_blocks,
+    is_narrower,
+    match_blocks,
+    narrow_widths,
+    pair_features,
+    public_config,
+)
 from common.teachers import TeacherSource, load_from
 from common.training import (
     check_skipped,
@@ -75,7 +83,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm.auto import tqdm
 
-from lift_utils import FeatureModel, KDLoss, check_group_size, make_kd_loss
+from lift_utils import FeatureModel, KDLoss, make_kd_loss
 
 
 logger = get_logger(__name__)
@@ -201,8 +209,7 @@ def read_student(student: str) -> dict:
 
 def student_config(teacher_config: dict, recipe: dict) -> dict:
     """The teacher's config with the recipe's width and overrides."""
-    # "_use_default_values" among the private entries would make from_config ignore overrides.
-    config = {key: value for key, value in teacher_config.items() if not key.startswith("_")}
+    config = public_config(teacher_config)
     config |= recipe.get("config", {})
     if "width" not in recipe:
         return config
@@ -269,11 +276,7 @@ def check_sizes(student: UNet2DModel, group_size: int | None) -> None:
         )
     if config.class_embed_type is not None or config.num_class_embeds is not None:
         fail("--pretrained_teacher_model is class-conditional; this script distils unconditional models only")
-    if group_size is not None:
-        try:
-            check_group_size(group_size, math.prod(image_size(student)))
-        except ValueError as error:
-            fail(f"--group_size {group_size}: {error}")
+    check_groups(group_size, math.prod(image_size(student)))
 
 
 def fill_student(

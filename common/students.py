@@ -18,10 +18,24 @@ from common.arguments import fail
 import torch
 from accelerate.logging import get_logger
 
-from lift_utils import FeatureModel
+from lift_utils import FeatureModel, check_group_size
 
 
 logger = get_logger(__name__)
+
+
+def public_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A Diffusers config without its private entries: "_use_default_values" makes `from_config` ignore overrides."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def check_groups(group_size: int | None, elements: int) -> None:
+    """End the run where groups of `--group_size` do not divide a channel; `None` is for losses without groups."""
+    if group_size is not None:
+        try:
+            check_group_size(group_size, elements)
+        except ValueError as error:
+            fail(f"--group_size {group_size}: {error}")
 
 
 def match_blocks(

@@ -29,6 +29,7 @@ FILES = {  # that the commands name; the pages say what they hold
     "student.json": {"config": {"layers_per_block": 1}},
     "teacher.json": {"config": TINY},
 }
+T5_XXL = {"d_model": 4096, "num_layers": 24, "num_heads": 64, "d_ff": 10240, "feed_forward_proj": "gated-gelu"}
 NEEDS_CUDA = {"--enable_xformers_memory_efficient_attention"}
 
 
@@ -80,7 +81,7 @@ def teachers(tmp_path_factory) -> dict[str, Path]:
     texts = {
         "text_encoder": ("transformers", CLIPTextConfig(hidden_size=768, projection_dim=768)),
         "text_encoder_2": ("transformers", CLIPTextConfig(hidden_size=1280, projection_dim=1280)),
-        "text_encoder_3": ("transformers", T5Config(d_model=4096, num_layers=24, num_heads=64, d_ff=10240)),
+        "text_encoder_3": ("transformers", T5Config(**T5_XXL)),
     }
     sd21 = {"unet": unet, "vae": vae4, "text_encoder": text, "scheduler": noise}
     sd3 = {"transformer": mmdit, "vae": vae16, **texts, "scheduler": flow}

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import inspect
 import itertools
 import json
 import re
@@ -1010,18 +1009,3 @@ def test_models_that_are_gone_or_gated_get_one_line(tmp_path):
     assert "huggingface.co/gated/model" in gated and "hf auth login" in gated
     assert broken.startswith("error: --pretrained_teacher_model broken/model does not load: ")
     assert "Traceback" not in finished.stderr
-
-
-# --------------------------------------------------------------------------------------------------- the four scripts
-
-
-def test_the_training_loop_is_the_same_text_in_every_script():
-    scripts = sorted(ROOT.glob("train_lift_*.py"))
-    assert len(scripts) >= 2
-    for start, end in (("# ---- optimizer, average", "# ---- what a step"), ("# ---- loop", "# ---- result")):
-        texts = {}
-        for path in scripts:
-            main = path.read_text().split("\ndef main(")[1]
-            assert main.count(start) == main.count(end) == 1, path.name
-            texts[path.name] = inspect.cleandoc(main.split(start)[1].split(end)[0])
-        assert len(set(texts.values())) == 1, texts.keys()
