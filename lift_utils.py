@@ -222,6 +222,7 @@ def make_kd_loss(
             group_by=group_by,
         )
         logs = {"coarse": parts.coarse, "fine": parts.fine, "weight": parts.weight}
+        logs["teacher_finite"] = torch.isfinite(teacher_prediction).all().float()
         for name, value in (("slope", parts.slope), ("intercept", parts.intercept)):
             logs |= {f"{name}_mean": value.mean(), f"{name}_std": value.std(correction=0)}
         return parts.fine if weighting == "fine_only" else parts.loss, logs
@@ -232,7 +233,8 @@ def make_kd_loss(
 def _output_mse(
     student_prediction: torch.Tensor, teacher_prediction: torch.Tensor, progress: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return F.mse_loss(student_prediction.float(), teacher_prediction.float()), {}
+    loss = F.mse_loss(student_prediction.float(), teacher_prediction.float())
+    return loss, {"teacher_finite": torch.isfinite(teacher_prediction).all().float()}
 
 
 def fine_weighting(weighting: str, progress: float) -> str | float:

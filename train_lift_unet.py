@@ -37,16 +37,18 @@ from common.arguments import (
     add_shared_arguments,
     check_args,
     describe_run,
+    end_in_one_line,
     fail,
-    read_recipe,
     tracked_flags,
 )
-from common.checkpoints import TrainState, load_train_state, prepare_output, save_train_state
+from common.checkpoints import prepare_output
 from common.costs import estimate_activations, print_memory_estimate, profile_forward
 from common.data import choose_samples, drop_unreadable, load_images, load_pixels
+from common.ending import Stopped, StopSignals
 from common.hub import create_hub_repo, push_to_hub, write_model_card
 from common.pruning import prune_width
-from common.reporting import MetricsLog, gather_logs, labelled_grid, sample_models, save_grid
+from common.recipes import check_forward, model_errors_end, override_config, read_recipe
+from common.reporting import MetricsLog, grid_path, labelled_grid, sample_models, save_grid
 from common.students import (
     check_groups,
     fill_from_blocks,
@@ -56,20 +58,19 @@ from common.students import (
     pair_features,
     public_config,
 )
-from common.teachers import TeacherSource, load_from
+from common.teachers import TeacherSource, check_weights, load_weights, make_noise_schedule
+from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
 from common.training import (
     check_skipped,
     endless_batches,
     get_scheduler,
     guarded_step,
-    leave_on_sigterm,
     make_accelerator,
     make_dataloader,
     make_optimizer,
     mean_of_parts,
     prepare_models,
     seed_step,
-    stop_on_sigterm,
     trained_parameters,
 )
 
@@ -88,7 +89,7 @@ from lift_utils import FeatureModel, KDLoss, make_kd_loss
 
 logger = get_logger(__name__)
 
-EXPECTED = "pass a DDPM/DDIM pipeline or a UNet2DModel with safetensors weights: a folder or a Hub id"
+EXPECTED = "pass a DDPM/DDIM pipeline or a UNet2DModel: a folder or a Hub id"
 
 # A preset says what a JSON file says: {"width": fraction, "config": {overrides}, "blocks": {...}, "features": [...]}.
 # Of the CelebA-64 DDPM (78.7M parameters, blocks of 128, 256, 256, 256, 512) these keep 44.3M, 19.7M, 9.7M and 1.2M;
@@ -174,18 +175,18 @@ def load_teacher(source: TeacherSource, prediction_type: str) -> tuple[UNet2DMod
     Args:
         prediction_type: What a U-Net without a scheduler is taken to predict.
     """
-    options = {"variant": source.variant, "use_safetensors": True}
     if Path(source.path).is_dir() and not (Path(source.path) / "model_index.json").exists():
-        unet, scheduler = load_from(source, UNet2DModel.from_pretrained, **options), None
+        unet, scheduler = load_weights(source, UNet2DModel), None
     else:
-        pipeline = load_from(source, DiffusionPipeline.from_pretrained, **options)
+        pipeline = load_weights(source, DiffusionPipeline)
         unet, scheduler = getattr(pipeline, "unet", None), pipeline.scheduler
     if not isinstance(unet, UNet2DModel):
         fail(f"--pretrained_teacher_model {source.path} holds no UNet2DModel; pass a pixel DDPM or DDIM pipeline")
+    check_weights(unet.float(), f"--pretrained_teacher_model {source.path}: its unet")
     if scheduler is None:
         logger.warning(f"{source.path} has no scheduler: assuming 1000 linear steps that predict {prediction_type}")
         return unet, make_scheduler(prediction_type)
-    return unet, DDPMScheduler.from_config(scheduler.config)
+    return unet, make_noise_schedule(source, type(scheduler), scheduler.config)
 
 
 def make_scheduler(prediction_type: str) -> DDPMScheduler:
@@ -209,8 +210,7 @@ def read_student(student: str) -> dict:
 
 def student_config(teacher_config: dict, recipe: dict) -> dict:
     """The teacher's config with the recipe's width and overrides."""
-    config = public_config(teacher_config)
-    config |= recipe.get("config", {})
+    config = override_config(UNet2DModel, public_config(teacher_config), recipe)
     if "width" not in recipe:
         return config
     narrow, groups = narrow_widths(
@@ -228,22 +228,20 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
 def build_student(teacher: UNet2DModel | None, args: argparse.Namespace) -> tuple[UNet2DModel, dict]:
     """The student, not yet filled, and its recipe with the pairs of the feature term."""
     recipe = read_student(args.student)
-    config = student_config(dict(teacher.config) if teacher is not None else {}, recipe)
-    if args.resolution is not None:
-        config["sample_size"] = args.resolution
-    try:
-        student = UNet2DModel.from_config(config)
-    except (ValueError, TypeError, ZeroDivisionError, KeyError) as error:
-        fail(f"--student {args.student} gives no valid UNet2DModel: {error}; check its config")
+    with model_errors_end(f"--student {args.student} gives no UNet2DModel", "correct its config"):
+        config = student_config(dict(teacher.config) if teacher is not None else {}, recipe)
+        if args.resolution is not None:
+            config["sample_size"] = args.resolution
+        with torch.device("meta"):
+            student = UNet2DModel.from_config(config)
     if teacher is not None and args.student_init != "random":
-        try:
+        with model_errors_end(f"--student {args.student}", 'correct its "blocks", or pass --student_init random'):
             match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
-        except ValueError as error:
-            fail(f'--student {args.student}: {error}; correct its "blocks"')
     for key in ("in_channels", "out_channels"):
         if teacher is not None and student.config[key] != teacher.config[key]:
             fail(f"--student {args.student} has {key} {student.config[key]}; keep the teacher's {teacher.config[key]}")
     check_sizes(student, args.group_size if args.kd_loss == "place" else None)
+    check_forward(student, example_inputs(student), f"--student {args.student}")
 
     if teacher is None or args.kd_loss == "none" or args.lambda_kd_feat == 0:
         recipe = {**recipe, "features": []}
@@ -251,7 +249,11 @@ def build_student(teacher: UNet2DModel | None, args: argparse.Namespace) -> tupl
         names = [name for name, _ in student.named_modules()]
         blocks = [name for name in names if re.fullmatch(r"(down|up)_blocks\.\d+|mid_block", name)]
         recipe = {**recipe, "features": [[name, name] for name in blocks]}
-    return student, recipe
+    if recipe["features"]:  # wrong pairs end the run here
+        with torch.device("meta"):
+            skeleton = UNet2DModel.from_config(teacher.config)
+        pair_features(student, skeleton, recipe["features"], example_inputs(student), always_project=True)
+    return UNet2DModel.from_config(student.config), recipe
 
 
 def check_sizes(student: UNet2DModel, group_size: int | None) -> None:
@@ -295,7 +297,8 @@ def fill_student(
     if student_init == "diffusion":
         batch = torch.stack([item["images"] for item in dataset.select(range(min(len(dataset), 16)))])
         accumulate = partial(accumulate_gradients, scheduler=scheduler, images=batch.to(device) / 127.5 - 1)
-    sample = torch.zeros(1, teacher.config.in_channels, *image_size(teacher))
+    side = 2 ** len(teacher.config.block_out_channels)
+    sample = torch.zeros(1, teacher.config.in_channels, side, side)
     prune_width(student, teacher, (sample, torch.zeros(1, dtype=torch.long)), accumulate)
 
 
@@ -517,13 +520,13 @@ def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, args: argpa
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
+@end_in_one_line
 def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
     # ---- models
-    precision = args.mixed_precision, args.allow_tf32
-    accelerator = make_accelerator(
-        args.output_dir, args.report_to, args.seed, args.gradient_accumulation_steps, *precision
-    )
+    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32
+    accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
+    stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
     teacher, scheduler = None, make_scheduler(args.prediction_type)
     if args.pretrained_teacher_model is not None:
@@ -538,10 +541,8 @@ def main(args: argparse.Namespace) -> None:
 
     # ---- output
     output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)
-    stop = stop_on_sigterm()
     if args.push_to_hub and accelerator.is_main_process:
-        repo_id = args.hub_model_id or output_dir.resolve().name
-        args.hub_model_id = create_hub_repo(repo_id, args.hub_private_repo)
+        args.hub_model_id = create_hub_repo(args.hub_model_id, output_dir, args.hub_private_repo)
 
     # ---- data
     with accelerator.main_process_first():
@@ -567,16 +568,15 @@ def main(args: argparse.Namespace) -> None:
     skipped = torch.zeros(2, device=accelerator.device)
 
     # ---- resume
-    unwrapped = accelerator.unwrap_model(student)
-    train_state = TrainState(unwrapped, optimizer, lr_scheduler, ema, accelerator.scaler, skipped)
+    train_state = TrainState(
+        accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
+    )
     first_step = load_train_state(output_dir, args.resume_from_checkpoint, train_state)
     logger.info(
         f"{len(dataset)} images, {len(dataloader)} batches an epoch, step {first_step} of {args.max_train_steps}"
     )
-    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    metrics = MetricsLog(
-        output_dir, accelerator, tracked_flags(args), args.max_train_steps, first_step, images_per_step
-    )
+    images = args.train_batch_size * args.gradient_accumulation_steps
+    metrics = MetricsLog(output_dir, accelerator, tracked_flags(args), args.max_train_steps, first_step, images)
 
     # ---- what a step and a validation do
     losses_of = partial(
@@ -591,7 +591,7 @@ def main(args: argparse.Namespace) -> None:
         antithetic_timesteps=args.antithetic_timesteps,
     )
     sample = partial(
-        sample_images,
+        stop.interruptible(sample_images),
         scheduler=scheduler,
         seed=args.seed,
         count=args.num_validation_images,
@@ -600,53 +600,57 @@ def main(args: argparse.Namespace) -> None:
     validate = partial(log_validation, teacher, unet, ema, [], sample, output_dir, accelerator)
 
     # ---- loop
-    batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps)
-    for step in range(first_step + 1, args.max_train_steps + 1):
-        micro_steps = []
-        for micro_step in range(args.gradient_accumulation_steps):
-            batch = next(batches)
-            # After the batch: a dataloader draws a random number whenever it starts an epoch or resumes in one.
-            seed_step(args.seed, step, micro_step, accelerator.process_index)
-            with accelerator.accumulate(student):
-                loss, logs = losses_of(batch, step / args.max_train_steps)
-                accelerator.backward(loss)
-            micro_steps.append({name: value.detach() for name, value in logs.items()})
-        losses = mean_of_parts(micro_steps)
-        grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-        finite = torch.isfinite(accelerator.reduce(losses["loss"], "mean")) & torch.isfinite(grad_norm)
-        guarded_step(optimizer, finite, skipped)
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        if ema is not None:
-            ema.step(trained)
-        metrics.progress_bar.update()
+    batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps, stop)
+    stop.let_steps_finish()
+    try:
+        for step in range(first_step + 1, args.max_train_steps + 1):
+            micro_steps = []
+            for micro_step in range(args.gradient_accumulation_steps):
+                batch = next(batches)
+                # After the batch: a dataloader draws a random number whenever it starts an epoch or resumes in one.
+                seed_step(args.seed, step, micro_step, accelerator.process_index)
+                with accelerator.accumulate(student):
+                    loss, logs = losses_of(batch, step / args.max_train_steps)
+                    accelerator.backward(loss)
+                micro_steps.append({name: value.detach() for name, value in logs.items()})
+            losses = mean_of_parts(micro_steps)
+            grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+            finite = torch.isfinite(accelerator.reduce(losses["loss"], "mean")) & torch.isfinite(grad_norm)
+            guarded_step(optimizer, finite, skipped)
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            if ema is not None:
+                ema.step(trained)
+            metrics.progress_bar.update()
 
-        last, stopping = step == args.max_train_steps, stop.is_set() and accelerator.num_processes == 1
-        if step % args.logging_steps == 0 or last:
-            tensors = {**losses, "grad_norm": grad_norm, "skipped": skipped[0], "skipped_in_a_row": skipped[1]}
-            row = gather_logs(accelerator, tensors | {"stop": torch.full_like(skipped[0], stop.is_set())})
-            # Processes must agree on when to stop, so several of them do at a logging step.
-            stopping = row.pop("stop") > 0
-            metrics.write(step, row | {"lr": lr_scheduler.get_last_lr()[0]})
-            check_skipped(row["skipped_in_a_row"], step)
-        if (step % args.validation_steps == 0 or last) and accelerator.is_main_process:
-            validate(step=step)
-        # A bad step's weights may be ruined: they are not to take the place of the last good ones.
-        if (step % args.checkpointing_steps == 0 and not skipped[1]) or last or stopping:
-            if accelerator.is_main_process:
-                save_train_state(output_dir, step, train_state, args.checkpoints_total_limit)
-            accelerator.wait_for_everyone()
-        if stopping and not last:
-            leave_on_sigterm(accelerator, step)
+            last = step == args.max_train_steps
+            if step % args.logging_steps == 0 or last:
+                tensors = {**losses, "grad_norm": grad_norm, "skipped": skipped[0], "skipped_in_a_row": skipped[1]}
+                tensors["stop"] = torch.full_like(skipped[0], stop.received is not None)
+                row = metrics.write(step, tensors, lr_scheduler.get_last_lr()[0])
+                check_skipped(row, step, last)
+                stop.agree(row["stop"])
+            # A bad step's weights may be ruined: they are not to take the place of the last good ones.
+            if (step % args.checkpointing_steps == 0 and not skipped[1]) or last:
+                if accelerator.is_main_process:
+                    save_train_state(output_dir, train_state, args.checkpoints_total_limit)
+                accelerator.wait_for_everyone()
+            if step % args.validation_steps == 0 and not last and accelerator.is_main_process:
+                stop.attempt(validate, step=step)
+        if accelerator.is_main_process and not grid_path(output_dir, args.max_train_steps).exists():
+            stop.attempt(validate, step=args.max_train_steps)
+    except Stopped as stopped:
+        save_and_leave(output_dir, train_state, args.checkpoints_total_limit, accelerator, stopped)
     metrics.progress_bar.close()
 
     # ---- result
     if accelerator.is_main_process:
         if ema is not None:
             ema.copy_to(trained)
+        check_finite(dict(unet.named_parameters()), "student", args.max_train_steps)
         save_pipeline(unet, teacher, scheduler, args)
         if args.push_to_hub:
-            push_to_hub(output_dir, args.hub_model_id)
+            stop.interruptible(push_to_hub)(output_dir, args.hub_model_id)
     accelerator.end_training()
 
 

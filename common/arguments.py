@@ -9,22 +9,66 @@
 """Which flags do the training scripts share, what values may they have, and how does a run end on a wrong one?"""
 
 import argparse
+import errno
+import functools
 import importlib.util
-import json
+import math
 import os
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from safetensors import SafetensorError
 
 
-# Flags that count something: 0 of it is too few.
-COUNTS = (
-    *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "logging_steps"),
-    *("validation_steps", "num_validation_images", "num_inference_steps", "checkpoints_total_limit"),
-    *("max_train_samples", "resolution", "encoding_batch_size"),
-)
-MAY_BE_NEGATIVE = ("logit_mean",)
+class Range(NamedTuple):
+    """What the number of a flag may be; infinity and NaN are in no range."""
+
+    low: float
+    high: float = math.inf
+    without_low: bool = False
+    without_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.without_low else value >= self.low
+        below = value < self.high if self.without_high else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        if self.low == -math.inf:
+            return "a finite number"
+        low = f"more than {self.low}" if self.without_low else f"at least {self.low}"
+        high = f" and less than {self.high}" if self.without_high else f" and at most {self.high}"
+        return low + (high if math.isfinite(self.high) else "")
+
+
+ANY, COUNT, NOT_NEGATIVE, POSITIVE = Range(-math.inf), Range(1), Range(0), Range(0, without_low=True)
+SHARE, DECAY = Range(0, 1), Range(0, 1, without_high=True)
+SIDE, STEPS = Range(1, 8192), Range(1, 1000)  # of an image, in pixels; of a sampler
+SEED, PROCESSES = Range(0, 2**32 - 1), Range(0, 256)
+
+# Every flag of the scripts and of eval/ that takes a number.
+RANGES = {
+    **dict.fromkeys(("max_train_steps", "max_train_samples", "train_batch_size", "batch_size"), COUNT),
+    **dict.fromkeys(("checkpointing_steps", "validation_steps", "logging_steps", "checkpoints_total_limit"), COUNT),
+    **dict.fromkeys(("gradient_accumulation_steps", "num_validation_images", "encoding_batch_size"), COUNT),
+    **dict.fromkeys(("student_depth", "num_images", "columns", "latency_images"), COUNT),
+    **dict.fromkeys(("resolution", "resize", "reference_resolution", "features_size"), SIDE),
+    **dict.fromkeys(("num_inference_steps", "timesteps"), STEPS),
+    **dict.fromkeys(("max_unreadable", "caption_dropout", "label_dropout", "kd_alpha"), SHARE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "ema_decay"), DECAY),
+    **dict.fromkeys(("max_grad_norm", "adam_epsilon", "logit_std"), POSITIVE),
+    **dict.fromkeys(("learning_rate", "adam_weight_decay", "lr_warmup_steps", "lora_rank"), NOT_NEGATIVE),
+    **dict.fromkeys(("lambda_task", "lambda_kd_output", "lambda_kd_feat", "guidance_scale"), NOT_NEGATIVE),
+    **dict.fromkeys(("dataloader_num_workers", "num_workers"), PROCESSES),
+    **dict.fromkeys(("logit_mean", "mode_scale"), ANY),
+    "seed": SEED,
+    "group_size": Range(2),
+    "max_sequence_length": Range(1, 512),  # what StableDiffusion3Pipeline takes
+}
 
 
 def fail(message: str) -> NoReturn:
@@ -35,6 +79,31 @@ def fail(message: str) -> NoReturn:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def end_in_one_line(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """A script's `main`, which ends with one line where a disk or the GPU's memory is full.
+
+    A full disk is what `OSError` or, from within safetensors, its text says: no space, no quota, or too large a file.
+    """
+
+    @functools.wraps(main)
+    def run(args: argparse.Namespace) -> None:
+        try:
+            main(args)
+        except torch.OutOfMemoryError as error:
+            remedy = "lower it, or see --dry_run and what saves memory in docs/training.md"
+            fail(f"--train_batch_size {args.train_batch_size} does not fit the GPU: {first_line(error)} {remedy}")
+        except (OSError, SafetensorError) as error:
+            full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+            if getattr(error, "errno", None) not in full and not re.search(r"os error (28|122|27)\b", str(error)):
+                raise
+            where = f"--output_dir {args.output_dir} or --cache_dir {args.cache_dir}"
+            free = f"{shutil.disk_usage(args.output_dir).free:,} bytes are free in the first"
+            remedy = "make room, then add --resume_from_checkpoint latest; checkpoints are whole"
+            fail(f"{where}: {first_line(error)} ({free}); {remedy}")
+
+    return run
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -156,15 +225,20 @@ def add_caption_arguments(groups: dict[str, argparse._ArgumentGroup]) -> None:
     logs.add_argument("--save_fp16_variant", action="store_true", help="save half-precision weights beside the others")
 
 
+def check_values(args: argparse.Namespace) -> None:
+    """Refuse numbers out of their [`RANGES`], and empty strings."""
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value not in RANGES[name]:
+            fail(f"--{name} {value} is out of range; pass {RANGES[name]}")
+        if value == "":
+            fail(f'--{name} "" is empty; pass a value, or drop the flag')
+
+
 def check_args(args: argparse.Namespace) -> None:
     """Refuse wrong values of the shared flags before anything is loaded."""
-    for name, value in vars(args).items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and value < 0 and name not in MAY_BE_NEGATIVE:
-            fail(f"--{name} {value} is negative; pass a positive number")
-    for name in COUNTS:
-        if getattr(args, name, None) == 0:
-            fail(f"--{name} 0 is too small; pass at least 1")
+    check_values(args)
+    if args.kd_loss == "none" and getattr(args, "lambda_task", 1) == 0:
+        fail("--lambda_task 0 with --kd_loss none leaves nothing to learn from; raise it, or pass another --kd_loss")
     if not args.dry_run:
         if (args.dataset_name is None) == (args.train_data_dir is None):
             fail("--dataset_name or --train_data_dir must say where the images are: pass one of them")
@@ -208,20 +282,3 @@ def describe_run(args: argparse.Namespace) -> list[str]:
         f"- Training: {args.max_train_steps} steps of {args.train_batch_size * args.gradient_accumulation_steps} "
         f"images per process, learning rate {args.learning_rate}, seed {args.seed}{average}.",
     ]
-
-
-def read_recipe(student: str, presets: dict[str, dict], keys: tuple[str, ...]) -> dict[str, Any] | None:
-    """The recipe that `--student` names: a preset's, or a JSON object with some of `keys`; `None` if it is neither."""
-    if student in presets:
-        return presets[student]
-    if not student.endswith(".json"):
-        return None
-    try:
-        recipe = json.loads(Path(student).read_text())
-    except (OSError, ValueError) as error:
-        fail(f"--student {student} cannot be read: {error}; pass a JSON object")
-    unknown = set(recipe) - set(keys) if isinstance(recipe, dict) else {"a list"}
-    if unknown:
-        known = " and ".join(", ".join(f'"{key}"' for key in keys).rsplit(", ", 1))
-        fail(f"--student {student} holds {sorted(unknown)}; use {known}")
-    return recipe

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoints import flush
-from common.training import ignore_sigterm
+from common.ending import outlive_signals
 
 import datasets
 import torch
@@ -73,7 +73,7 @@ def cache_encodings(
             range(at, min(at + batch_size, end)) for start, end in ends.items() for at in range(start, end, batch_size)
         ]
         loader = torch.utils.data.DataLoader(
-            dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=ignore_sigterm
+            dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=outlive_signals
         )
         rows: list[bytes] = []
         progress = tqdm(loader, desc="Encoding the data", disable=not accelerator.is_local_main_process)

@@ -12,26 +12,31 @@ A checkpoint is written into `.tmp-<step>`, completed by a manifest of sizes and
 then renamed to `checkpoint-<step>`. A kill at any instant leaves whole checkpoints and rubbish under dot names.
 """
 
+import atexit
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TextIO
 
-from common.arguments import fail
+from common.arguments import fail, first_line
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
-from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lift_utils import FeatureModel
+
+# What a whole checkpoint has at least.
+FILES = {"state.json", "student.safetensors", "optimizer.safetensors"}
 
 
 def prepare_output(path: str, resume_from: str | None, is_main_process: bool) -> Path:
-    """The output folder, which can be written to and holds no other run; rubbish of killed saves is removed.
+    """The output folder, which can be written to and no other run holds; rubbish of killed saves is removed.
 
     Args:
         path: `--output_dir`.
@@ -39,12 +44,8 @@ def prepare_output(path: str, resume_from: str | None, is_main_process: bool) ->
         is_main_process: The one that may remove.
     """
     output_dir = Path(path)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / ".writable").touch()
-        (output_dir / ".writable").unlink(missing_ok=True)
-    except OSError as error:
-        fail(f"--output_dir {output_dir} cannot be written to: {error.strerror}; pass another folder")
+    if is_main_process:
+        lock_output(output_dir)
     if resume_from is None and list_checkpoints(output_dir):
         fail(f"--output_dir {output_dir} holds another run; add --resume_from_checkpoint latest, or pass a new folder")
     if is_main_process:
@@ -52,96 +53,37 @@ def prepare_output(path: str, resume_from: str | None, is_main_process: bool) ->
     return output_dir
 
 
-class TrainState(NamedTuple):
-    """All that a run needs to continue exactly. Random states are not in it: see [`common.training.seed_step`]."""
+def lock_output(output_dir: Path) -> None:
+    """Make the folder, and keep other runs out of it for as long as this process lives.
 
-    student: FeatureModel  # unwrapped
-    optimizer: AcceleratedOptimizer  # as returned by Accelerator.prepare
-    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
-    ema: EMAModel | None
-    scaler: torch.amp.GradScaler | None
-    skipped: torch.Tensor  # (2,): steps skipped in all and in a row, see `common.training.guarded_step`
-
-
-def save_train_state(output_dir: Path, step: int, train_state: TrainState, limit: int | None) -> None:
-    """Write everything into `checkpoint-<step>`. The main process calls this, the others wait.
-
-    Args:
-        limit: How many checkpoints to keep; `None` keeps all.
+    A record lock ends with the process, whatever ends it, and processes forked from it do not hold it.
     """
-    moments, optimizer = flatten_optimizer(train_state.optimizer)
-    tensors = {"student": train_state.student.state_dict(), "optimizer": moments}
-    state = {
-        "step": step,
-        "config": dict(train_state.student.model.config),
-        "optimizer": optimizer,
-        "lr_scheduler": train_state.lr_scheduler.state_dict(),
-        "scaler": train_state.scaler and train_state.scaler.state_dict(),
-        "skipped": train_state.skipped.tolist(),
-    }
-    if train_state.ema is not None:
-        tensors["ema"] = {str(index): tensor for index, tensor in enumerate(train_state.ema.shadow_params)}
-        state["ema_step"] = train_state.ema.optimization_step
-    save_checkpoint(output_dir, step, tensors, state, limit)
+    path, new = output_dir / ".lock", not output_dir.exists()
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a+")
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())  # else its owner removed it
+    except BlockingIOError:
+        mine = False
+    except OSError as error:
+        fail(f"--output_dir {output_dir} cannot be written to: {error.strerror}; pass another folder")
+    if not mine:
+        holder = path.read_text().strip() if path.exists() else ""
+        remedy = "wait until that ends, or pass another folder"
+        fail(f"--output_dir {output_dir} is in use by {holder or 'another run'}; {remedy}")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    atexit.register(_unlock, lock, output_dir if new else None)
 
 
-def load_train_state(output_dir: Path, resume_from: str | None, train_state: TrainState) -> int:
-    """Continue from the checkpoint that `--resume_from_checkpoint` asks for; returns the number of steps done."""
-    found = find_checkpoint(output_dir, resume_from) if resume_from else None
-    if found is None:
-        return 0
-    tensors, state = found
-    config = json.loads(json.dumps(dict(train_state.student.model.config)))
-    different = [key for key in config if not key.startswith("_") and config[key] != state["config"].get(key)]
-    saved, expected = (
-        {key: tensor.shape for key, tensor in weights.items()}
-        for weights in (tensors["student"], train_state.student.state_dict())
-    )
-    if different or saved != expected or ("ema" in tensors) != (train_state.ema is not None):
-        what = ", ".join(different) or "the features, adapters or averaged weights"
-        fail(f"--resume_from_checkpoint {resume_from} is of another student ({what} differ); pass the run's own flags")
-    kind = state["optimizer"]["kind"]
-    if kind != flatten_optimizer(train_state.optimizer)[1]["kind"]:
-        fail(f"--resume_from_checkpoint {resume_from} is of {kind}; pass --use_8bit_adam as the run did, or leave it")
-    train_state.student.load_state_dict(tensors["student"])
-    restore_optimizer(train_state.optimizer, tensors["optimizer"], state["optimizer"])
-    # The place in the schedule is the checkpoint's, the learning rate is this run's: it may have been lowered.
-    scheduler = train_state.lr_scheduler
-    scheduler.load_state_dict({**state["lr_scheduler"], "base_lrs": scheduler.base_lrs})
-    for group, peak, factor in zip(train_state.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
-        group["lr"] = peak * factor(scheduler.last_epoch)
-    if train_state.scaler is not None and state["scaler"]:
-        train_state.scaler.load_state_dict(state["scaler"])
-    train_state.skipped.copy_(torch.tensor(state["skipped"]))
-    if train_state.ema is not None:
-        for index, parameter in enumerate(train_state.ema.shadow_params):
-            parameter.copy_(tensors["ema"][str(index)])
-        train_state.ema.optimization_step = state["ema_step"]
-    return state["step"]
-
-
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors for safetensors and a JSON-serialisable rest."""
-    state = optimizer.state_dict()
-    entries = {}
-    for index, values in state["state"].items():
-        # bitsandbytes puts its 8-bit tensors into an inner dict, and takes them back without it.
-        for part in (values, *(value for value in values.values() if isinstance(value, dict))):
-            entries |= {f"{index}.{key}": value for key, value in part.items() if not isinstance(value, dict)}
-    tensors = {key: value for key, value in entries.items() if isinstance(value, torch.Tensor)}
-    scalars = {key: value for key, value in entries.items() if key not in tensors}
-    return tensors, {"kind": type(getattr(optimizer, "optimizer", optimizer)).__name__, "scalars": scalars}
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], rest: dict[str, Any]
-) -> None:
-    """Load what [`flatten_optimizer`] returned. Settings such as the betas stay as they are."""
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **rest["scalars"]}.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def _unlock(lock: TextIO, new_folder: Path | None) -> None:
+    """Remove the lock, and a folder that the run has made and put nothing into."""
+    Path(lock.name).unlink(missing_ok=True)
+    with suppress(OSError):
+        if new_folder is not None:
+            new_folder.rmdir()
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -170,16 +112,25 @@ def save_checkpoint(
     """
     folder, temporary = output_dir / f"checkpoint-{step}", output_dir / f".tmp-{step}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, group in tensors.items():
-        # Optimizers may share one tensor between entries, which safetensors refuses: copy each.
-        copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in group.items()}
-        save_file(copies, temporary / f"{name}.safetensors")
-    (temporary / "state.json").write_text(json.dumps(state))
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in temporary.iterdir()}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    for path in [*temporary.iterdir(), temporary]:
-        flush(path)
+    try:
+        temporary.mkdir(parents=True)
+        for name, group in tensors.items():
+            # Optimizers may share one tensor between entries, which safetensors refuses: copy each.
+            copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in group.items()}
+            save_file(copies, temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state))
+        files = list(temporary.iterdir())
+        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in files}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        for path in [*temporary.iterdir(), temporary]:
+            flush(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+        fail(
+            f"--output_dir {output_dir} cannot take {folder.name}: {first_line(error)}; make room for {needed:,} "
+            f"bytes ({shutil.disk_usage(output_dir).free:,} are free); earlier checkpoints are whole"
+        )
     if folder.exists():
         folder.rename(output_dir / f".del-{step}")
     temporary.rename(folder)
@@ -196,7 +147,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], d
     """Read what [`save_checkpoint`] wrote.
 
     Raises:
-        ValueError: A file is missing, or its size or SHA-256 sum is not the manifest's.
+        ValueError: A file is missing, its size or SHA-256 sum is not the manifest's, or it is no safetensors file.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -206,7 +157,12 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], d
                 raise ValueError(f"{path} is damaged")
     except (OSError, KeyError, TypeError, AttributeError) as error:  # the manifest may be what is damaged
         raise ValueError(f"{folder} is incomplete: {error}") from error
-    tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+    if not manifest.keys() >= FILES:
+        raise ValueError(f"{folder} is incomplete: its manifest lacks {', '.join(sorted(FILES - manifest.keys()))}")
+    try:
+        tensors = {Path(name).stem: load_file(folder / name) for name in manifest if name.endswith(".safetensors")}
+    except SafetensorError as error:  # something else was put there, with a manifest that fits
+        raise ValueError(f"{folder} holds files that are no safetensors: {error}") from error
     return tensors, json.loads((folder / "state.json").read_text())
 
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from common.arguments import fail, first_line
+from common.ending import Stopped
 from common.reporting import plot_curves, read_metrics
 
 import torch
@@ -68,8 +69,13 @@ def write_model_card(
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(output_dir / "README.md")
 
 
-def create_hub_repo(repo_id: str, private: bool) -> str:
-    """Create the repository unless it exists, before a run is spent on it; returns its full id."""
+def create_hub_repo(repo_id: str | None, output_dir: Path, private: bool) -> str:
+    """Create the repository unless it exists, before a run is spent on it; returns its full id.
+
+    Args:
+        repo_id: `--hub_model_id`; `None` for the output folder's name.
+    """
+    repo_id = repo_id or output_dir.resolve().name
     try:
         return create_repo(repo_id, private=private, exist_ok=True).repo_id
     except Exception as error:  # without a connection, an error of whichever HTTP library the client is built on
@@ -83,6 +89,9 @@ def push_to_hub(output_dir: Path, repo_id: str) -> None:
     text = "End of training"
     try:
         upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=text, ignore_patterns=ignored)
+    except Stopped as stopped:
+        print(f"{stopped.received.name}: the student is saved, but not uploaded; --resume_from_checkpoint latest does")
+        raise
     except Exception as error:
         remedy = "it is whole: add --resume_from_checkpoint latest"
         fail(f"--push_to_hub cannot upload {output_dir}: {first_line(error)}; {remedy}")

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.arguments import fail, first_line
 from common.training import averaged_weights, trained_parameters
 
 import numpy as np
@@ -28,6 +29,12 @@ from tqdm.auto import tqdm
 
 
 SHOWN = ("loss", "coarse", "fine", "weight")  # beside the progress bar
+UNLOGGED = ("stop", "teacher_finite")
+
+
+def grid_path(output_dir: Path, step: int) -> Path:
+    """Where the sample grid of a step is kept."""
+    return output_dir / "samples" / f"step-{step:06d}.png"
 
 
 def gather_logs(accelerator: Accelerator, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -40,12 +47,12 @@ class MetricsLog:
     """Where the steps of a run are logged: metrics.jsonl, the trackers and the progress bar.
 
     Args:
-        output_dir: Of the metrics.jsonl. A resumed run continues it after `first_step`.
+        output_dir: Of the metrics.jsonl. A resumed run continues it after `first_step`; later sample grids go too.
         accelerator: Its trackers are initialised here.
         flags: What the trackers show as the settings of the run.
         steps: Of the whole run.
         first_step: Steps done before.
-        images_per_step: On all processes.
+        images: That a process takes in a step.
     """
 
     def __init__(
@@ -55,18 +62,28 @@ class MetricsLog:
         flags: dict[str, Any],
         steps: int,
         first_step: int,
-        images_per_step: int,
+        images: int,
     ):
-        self.path, self.accelerator, self.images_per_step = output_dir / "metrics.jsonl", accelerator, images_per_step
+        self.path, self.accelerator = output_dir / "metrics.jsonl", accelerator
+        self.images_per_step = images * accelerator.num_processes
         if accelerator.is_main_process:
             rewind_metrics(self.path, first_step)
+            for path in (output_dir / "samples").glob("step-*.png"):
+                if path > grid_path(output_dir, first_step):
+                    path.unlink()
             accelerator.init_trackers("lift", flags)
         hidden = not accelerator.is_local_main_process
         self.progress_bar = tqdm(total=steps, initial=first_step, desc="Steps", disable=hidden)
         self.since = time.perf_counter(), first_step
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Log the values of a step, with the images per second since the last one."""
+    def write(self, step: int, tensors: dict[str, torch.Tensor], learning_rate: float) -> dict[str, float]:
+        """Log a step's values, with the images per second since the last one; returns the values of [`gather_logs`].
+
+        Args:
+            tensors: Scalars of this process. Those in [`UNLOGGED`] are for the run itself.
+        """
+        gathered = gather_logs(self.accelerator, tensors)
+        values = {name: value for name, value in gathered.items() if name not in UNLOGGED} | {"lr": learning_rate}
         then, last_step = self.since
         self.since = time.perf_counter(), step
         values["images_per_second"] = (step - last_step) * self.images_per_step / (self.since[0] - then)
@@ -74,6 +91,7 @@ class MetricsLog:
         if self.accelerator.is_main_process:
             append_metrics(self.path, {"step": step, **values})
             self.accelerator.log(values, step=step)
+        return gathered
 
 
 def append_metrics(path: Path, row: dict[str, float]) -> None:
@@ -83,19 +101,30 @@ def append_metrics(path: Path, row: dict[str, float]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl, without a last line that a kill cut short."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The rows of a metrics.jsonl, without a last line that a kill cut short.
+
+    Raises:
+        ValueError: Another line is no row, or the file no text.
+    """
+    rows, lines = [], path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            break
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif row is not None or number < len(lines):
+            raise ValueError(f"line {number} of {path.name} is no row of a run")
     return rows
 
 
 def rewind_metrics(path: Path, step: int) -> None:
     """Drop the rows after `step`, so that a resumed run continues the file without duplicate steps."""
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    try:
+        rows = [row for row in read_metrics(path) if row["step"] <= step]
+    except ValueError as error:
+        fail(f"--output_dir {path.parent}: {first_line(error)}; move that file away, or pass a new folder")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     temporary.replace(path)
@@ -190,10 +219,12 @@ def labelled_grid(
 
 def save_grid(grid: Image.Image, output_dir: Path, step: int, trackers: list[GeneralTracker]) -> None:
     """Keep a grid of samples as samples/step-<step>.png and as samples.png, and show it in the trackers."""
-    folder = output_dir / "samples"
-    folder.mkdir(exist_ok=True)
-    for path in (folder / f"step-{step:06d}.png", output_dir / "samples.png"):
-        grid.save(path)
+    path = grid_path(output_dir, step)
+    path.parent.mkdir(exist_ok=True)
+    for each in (path, output_dir / "samples.png"):
+        temporary = each.with_suffix(".tmp")
+        grid.save(temporary, format="png")
+        temporary.replace(each)
     for tracker in trackers:
         if tracker.name in ("tensorboard", "wandb"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

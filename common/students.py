@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from common.arguments import fail
+from common.recipes import model_errors_end
 
 import torch
 from accelerate.logging import get_logger
@@ -43,6 +44,8 @@ def match_blocks(
 ) -> dict[str, str]:
     """Which of the teacher's tensors each of the student's is to be copied from, by name.
 
+    A student that is wider than its teacher is an error: what is wider could not be copied.
+
     Args:
         student: The model to fill. It may be on the meta device.
         teacher_state: The teacher's state dict.
@@ -50,10 +53,15 @@ def match_blocks(
             there. `None` matches each tensor whose name and shape both models share.
 
     Raises:
-        ValueError: A prefix names nothing, or a tensor lacks a counterpart of its shape.
+        ValueError: A prefix names nothing, a tensor lacks a counterpart of its shape, or one is larger than the
+            teacher's of its name.
     """
     state = student.state_dict()
     if blocks is None:
+        for key in state.keys() & teacher_state.keys():
+            ours, theirs = tuple(state[key].shape), tuple(teacher_state[key].shape)
+            if any(side > other for side, other in zip(ours, theirs)):
+                raise ValueError(f'"{key}" of shape {ours} is wider than the teacher\'s of shape {theirs}')
         return {key: key for key in state if key in teacher_state and teacher_state[key].shape == state[key].shape}
     source = {}
     for prefix, teacher_prefix in blocks.items():
@@ -126,7 +134,11 @@ def pair_features(
         for pair in pairs:
             if pair[side] not in dict(model.named_modules()):
                 fail(f'--student pairs features of "{pair[side]}", which does not exist; correct its "features"')
-        with torch.device("meta"), torch.no_grad():
+        with (
+            model_errors_end(f"--student pairs features {pairs}, which cannot be taken", 'correct its "features"'),
+            torch.device("meta"),
+            torch.no_grad(),
+        ):
             replica = FeatureModel(type(model).from_config(model.config), [pair[side] for pair in pairs], item=item)
             shapes.append([feature.shape for feature in replica(**inputs)[1]])
     projections: list[torch.nn.Module] = []
@@ -200,16 +212,16 @@ def narrow_widths(widths: list[int], fraction: float, groups: int, fixed: bool =
 
 
 def read_blocks(keep_blocks: str, teacher_depth: int) -> list[int]:
-    """The blocks that `--keep_blocks` lists, ascending, of a teacher that has blocks 0 to `teacher_depth` - 1."""
+    """The blocks that `--keep_blocks` lists in ascending order; the teacher has blocks 0 to `teacher_depth` - 1."""
     try:
-        kept = sorted(int(number) for number in keep_blocks.split(","))
+        kept = [int(number) for number in keep_blocks.split(",")]
     except ValueError:
         fail(f"--keep_blocks {keep_blocks} is no list of blocks; pass numbers such as 0,2,4")
     missing = [block for block in kept if not 0 <= block < teacher_depth]
     if missing:
         fail(f"--keep_blocks {keep_blocks}: there is no block {missing[0]}; pass some of 0 to {teacher_depth - 1}")
-    if len(set(kept)) < len(kept):
-        fail(f"--keep_blocks {keep_blocks} repeats a block; pass each once")
+    if kept != sorted(set(kept)):
+        fail(f"--keep_blocks {keep_blocks} does not ascend; pass each block once, in the teacher's order")
     return kept
 
 

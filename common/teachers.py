@@ -8,16 +8,33 @@
 # specific language governing permissions and limitations under the License.
 """How are the parts of the teacher's pipeline loaded, and what does a run say where that fails?"""
 
-from collections.abc import Callable
+import functools
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.arguments import fail, first_line
+from common.finite import first_non_finite
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
+
+
+logger = logging.getLogger(__name__)  # not Accelerate's, which says nothing before a run is set up: eval/ loads too
+
+# What an OSError comes from where a file of weights is damaged or refused, and not just missing.
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError)
+
+# Schedulers of the noise that DDPM adds. EDM's is called compatible too, but has no betas.
+DDPM_NOISE = {kind.__name__ for kind in DDPMScheduler().compatibles} - {"EDMEulerScheduler"}
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 class TeacherSource(NamedTuple):
@@ -36,17 +53,109 @@ def load_from(source: TeacherSource, load: Callable, **options: Any) -> Any:
         fail(f"--pretrained_teacher_model {path} is no folder; {source.expected}")
     try:
         return load(path, revision=source.revision, **options)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
-        causes, cause = [error], error.__cause__ or error.__context__
-        while cause is not None:
-            causes.append(cause)
-            cause = cause.__cause__ or cause.__context__
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        causes = causes_of(error)
         if any(isinstance(cause, GatedRepoError) for cause in causes):
             remedy = f"accept its terms at https://huggingface.co/{path}, then log in with `hf auth login`"
             fail(f"--pretrained_teacher_model {path} is gated; {remedy}")
         if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
             fail(f"--pretrained_teacher_model {path} is not on the Hub, or private; {source.expected}")
         fail(f"--pretrained_teacher_model {path} does not load: {first_line(error)} Remedy: {source.expected}")
+
+
+def causes_of(error: BaseException) -> list[BaseException]:
+    """The error, and those that led to it."""
+    causes, cause = [error], error.__cause__ or error.__context__
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return causes
+
+
+def read_weights(load: Callable, path: str, **options: Any) -> Any:
+    """`load(path, **options)`, a `from_pretrained`, by safetensors files, or where there are none by `.bin` files.
+
+    Those are said in one line. Diffusers and Transformers read them by `torch.load(weights_only=True)`, which runs
+    none of their code.
+
+    Args:
+        load: Of a Diffusers or Transformers model, or of a pipeline.
+
+    Raises:
+        OSError: `load` fails, for whatever reason.
+    """
+    name = f"{path}/{options['subfolder']}" if "subfolder" in options else path
+    # By itself Transformers asks a service to convert such a repository, and waits for it.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    missing = []
+    with _no_complaints():
+        # Diffusers takes None for a pipeline of both kinds, and its own `.bin` files in shards for False alone.
+        for use_safetensors in (True, None, False):
+            try:
+                loaded = load(path, use_safetensors=use_safetensors, **options)
+            except Exception as error:  # reading a damaged pickle may fail in any way
+                causes = [cause for cause in causes_of(error) if not isinstance(cause, OSError)]
+                if not isinstance(error, OSError) or any(isinstance(cause, UNREADABLE) for cause in causes):
+                    raise OSError(_why_unreadable(name, error)) from error
+                missing.append(error)
+            else:
+                if not use_safetensors:
+                    _say_bin(name)
+                return loaded
+    raise missing[0]
+
+
+@contextmanager
+def _no_complaints() -> Iterator[None]:
+    """Without what Diffusers logs of a model that has no safetensors files, as an error."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(("An error occurred while trying to fetch", "Defaulting to unsafe"))
+
+    theirs = logging.getLogger("diffusers.models.modeling_utils")
+    theirs.addFilter(is_other)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(is_other)
+
+
+@functools.cache  # a model may be loaded for every validation
+def _say_bin(name: str) -> None:
+    logger.warning(f"{name} has no safetensors weights: reading .bin files by torch.load(weights_only=True)")
+
+
+def _why_unreadable(name: str, error: Exception) -> str:
+    for cause in causes_of(error):
+        if isinstance(cause, pickle.UnpicklingError):
+            # Its first paragraph advises to load them all the same; the reason follows.
+            paragraphs = [text.strip() for text in str(cause).split("\n\n") if text.strip()]
+            reason = f": {paragraphs[1].splitlines()[0]}" if len(paragraphs) > 1 else ""
+            what = f"the .bin files of {name} hold more than weights"
+            return f"{what}, so torch.load(weights_only=True) refuses them{reason}"
+    known = isinstance(error, (OSError, ValueError))  # whose message says what is wrong
+    return first_line(error) if known else f"{name} cannot be read: {type(error).__name__}: {first_line(error)}"
+
+
+def load_weights(source: TeacherSource, kind: type, **options: Any) -> Any:
+    """The teacher's pipeline, or a model, of this class. See [`load_from`] and [`read_weights`]."""
+    return load_from(source, partial(read_weights, kind.from_pretrained), variant=source.variant, **options)
+
+
+def check_weights(model: torch.nn.Module, subject: str) -> None:
+    """End the run where a model has weights that are infinite or NaN.
+
+    Args:
+        subject: The line's beginning: the flag, its value, and which model it is.
+    """
+    weights = model.state_dict()
+    name = first_non_finite(weights)
+    if name is None:
+        return
+    remedy = "pass a model whose weights are whole"
+    if weights[name].dtype == torch.float16:
+        remedy = f"pass --mixed_precision bf16 or no, which hold larger numbers; if that does not help, {remedy}"
+    fail(f"{subject} has weights that are not finite ({name} …); {remedy}")
 
 
 def check_parts(
@@ -79,8 +188,9 @@ def load_part(source: TeacherSource, kind: type, name: str) -> Any:
     """
     if not issubclass(kind, torch.nn.Module):
         return load_from(source, kind.from_pretrained, subfolder=name)
-    options = {"subfolder": name, "variant": source.variant, "use_safetensors": True}
-    return load_from(source, kind.from_pretrained, **options).float()
+    model = load_weights(source, kind, subfolder=name).float()
+    check_weights(model, f"--pretrained_teacher_model {source.path}: its {name}")
+    return model
 
 
 def load_skeleton(source: TeacherSource, kind: type, name: str) -> torch.nn.Module:
@@ -97,9 +207,38 @@ def load_frozen(
 
     It is read in that dtype: in float32, the T5 of Stable Diffusion 3 would first take 19 GB of the CPU's memory.
     """
-    options = {"subfolder": name, "variant": source.variant, "use_safetensors": True}
-    options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
-    return freeze(load_from(source, kind.from_pretrained, **options), device, dtype)
+    options = {"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype}
+    model = freeze(load_weights(source, kind, subfolder=name, **options), device, dtype)
+    check_weights(model, f"--pretrained_teacher_model {source.path}: its {name}")
+    return model
+
+
+def make_noise_schedule(source: TeacherSource, sampler: type, config: dict[str, Any]) -> DDPMScheduler:
+    """The noise schedule that the teacher was trained with. One that adds noise otherwise than DDPM ends the run.
+
+    Args:
+        sampler: The class of the teacher's scheduler.
+        config: Its settings, which may name another class.
+    """
+    kinds = sampler.__name__, config.get("_class_name", sampler.__name__)
+    kind = next((kind for kind in kinds if kind not in DDPM_NOISE), kinds[0])
+    predicts = config.get("prediction_type", "epsilon")
+    flow = " with flow sigmas" if config.get("use_flow_sigmas") else ""
+    other = f" that predicts {predicts}" if predicts not in PREDICTIONS else ""
+    if kind not in DDPM_NOISE or flow or other:
+        fail(
+            f"--pretrained_teacher_model {source.path} has a {kind}{flow}{other}, which is not DDPM's noise; "
+            f"{source.expected}, with a scheduler of {', '.join(PREDICTIONS[:-1])} or {PREDICTIONS[-1]} such as DDPM's"
+        )
+    try:
+        return DDPMScheduler.from_config(config)
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        fail(f"--pretrained_teacher_model {source.path}: its {kind}: {first_line(error)}; {source.expected}")
+
+
+def load_noise_schedule(source: TeacherSource, sampler: type) -> DDPMScheduler:
+    """[`make_noise_schedule`] by the pipeline's folder "scheduler"."""
+    return make_noise_schedule(source, sampler, load_from(source, sampler.load_config, subfolder="scheduler"))
 
 
 def freeze(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:

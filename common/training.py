@@ -11,14 +11,11 @@
 import hashlib
 import logging
 import math
-import signal
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
-from common.arguments import fail
+from common.arguments import fail, first_line
+from common.ending import StopSignals, outlive_signals
 from common.teachers import freeze
 
 import torch
@@ -53,16 +50,22 @@ def make_accelerator(
         mixed_precision: "no", "fp16", "bf16", or `None` for what the accelerate config says.
         allow_tf32: Whether matrix products may use TF32.
     """
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        log_with=None if report_to == "none" else report_to,
-        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=f"{output_dir}/logs"),
-        # Groups of micro-batches run on over the end of an epoch, so that every step has the same size.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            log_with=None if report_to == "none" else report_to,
+            project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=f"{output_dir}/logs"),
+            # Groups of micro-batches run on over the end of an epoch, so that every step has the same size.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
+        )
+    except ValueError as error:
+        remedy = "pass --mixed_precision bf16 or no, or another --report_to"
+        fail(f"--mixed_precision {mixed_precision} with --report_to {report_to}: {first_line(error)}; {remedy}")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        fail("--mixed_precision fp16 needs a GPU, and there is none; pass --mixed_precision bf16 or no")
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(levelname)s %(message)s", level=level)
     for name in ("httpx", "httpx2"):  # they print every request to the Hub, signed addresses and all
@@ -77,25 +80,6 @@ def working_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
-def stop_on_sigterm() -> threading.Event:
-    """An event that SIGTERM sets, so that the training loop saves and leaves at the end of its step."""
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    return stop
-
-
-def leave_on_sigterm(accelerator: Accelerator, step: int) -> NoReturn:
-    """End a run whose last step is saved, with the exit code of SIGTERM."""
-    logger.info(f"SIGTERM: saved step {step}; go on with --resume_from_checkpoint latest")
-    accelerator.end_training()
-    sys.exit(128 + signal.SIGTERM)
-
-
-def ignore_sigterm(worker: int) -> None:
-    """Keep a data worker alive when a whole job gets SIGTERM: the process it serves saves first, then ends it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def make_dataloader(
     dataset: torch.utils.data.Dataset, batch_size: int, num_workers: int, accelerator: Accelerator
 ) -> torch.utils.data.DataLoader:
@@ -108,7 +92,7 @@ def make_dataloader(
         shuffle=True,
         drop_last=True,
         num_workers=num_workers,
-        worker_init_fn=ignore_sigterm,
+        worker_init_fn=outlive_signals,
         persistent_workers=num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -181,8 +165,8 @@ def get_scheduler(
 def averaged_weights(ema: EMAModel, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
     """Put an EMAModel's averaged weights into the parameters for a while."""
     ema.store(parameters)
-    ema.copy_to(parameters)
     try:
+        ema.copy_to(parameters)
         yield
     finally:
         ema.restore(parameters)
@@ -198,12 +182,20 @@ def seed_step(seed: int, *position: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def endless_batches(dataloader: torch.utils.data.DataLoader, batches_done: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of a prepared dataloader, epoch after epoch, from a position on; skipped batches are not decoded."""
+def endless_batches(
+    dataloader: torch.utils.data.DataLoader, batches_done: int, stop: StopSignals
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of a prepared dataloader, epoch after epoch, from a position on; skipped batches are not decoded.
+
+    Raises:
+        Stopped: In place of a batch, after a signal.
+    """
     epoch, skip = divmod(batches_done, len(dataloader))
     while True:
         dataloader.set_epoch(epoch)
-        yield from skip_first_batches(dataloader, skip) if skip else dataloader
+        for batch in skip_first_batches(dataloader, skip) if skip else dataloader:
+            stop.check()
+            yield batch
         epoch, skip = epoch + 1, 0
 
 
@@ -237,10 +229,23 @@ def guarded_step(optimizer: AcceleratedOptimizer, finite: torch.Tensor, skipped:
     optimizer.step()
 
 
-def check_skipped(skipped_in_a_row: float, step: int) -> None:
-    """End the run where the loss or its gradient was not finite for [`MAX_SKIPPED_IN_A_ROW`] steps in a row."""
-    if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        fail(
-            f"the loss or its gradient was not finite for {skipped_in_a_row:.0f} steps up to {step}; lower "
-            "--learning_rate, or pass --mixed_precision no; checkpoints are as they were"
-        )
+def check_skipped(row: dict[str, float], step: int, last: bool) -> None:
+    """End the run where the loss or its gradient was not finite for [`MAX_SKIPPED_IN_A_ROW`] steps in a row.
+
+    At the run's end two of them are too many, or half of all its steps: the weights are those that made them so.
+
+    Args:
+        row: Of this step: "skipped_in_a_row", and with a teacher "teacher_finite", the share of its finite outputs.
+        step: This one.
+        last: Whether the run ends with it.
+    """
+    in_a_row = row["skipped_in_a_row"]
+    if in_a_row < MAX_SKIPPED_IN_A_ROW and not (last and (in_a_row >= 2 or 2 * in_a_row >= step)):
+        return
+    steps = f"for {in_a_row:.0f} steps up to {step}"
+    if row.get("teacher_finite", 1) == 1:
+        what, remedy = "the loss or its gradient", "lower --learning_rate, or pass --mixed_precision no"
+    else:
+        what = "the output of --pretrained_teacher_model"
+        remedy = "pass --mixed_precision bf16 or no if it overflows in fp16, or another teacher"
+    fail(f"{what} was not finite {steps}; {remedy}; nothing was saved, and checkpoints are as they were")

@@ -11,7 +11,7 @@
 import math
 
 from common.arguments import fail, first_line
-from common.teachers import TeacherSource, load_part, load_skeleton
+from common.teachers import TeacherSource, check_weights, load_part, load_skeleton, read_weights
 
 import torch
 from diffusers import AutoencoderKL
@@ -32,9 +32,10 @@ def load_vae(source: TeacherSource | None, vae: str | None, channels: int, skele
         model = (load_skeleton if skeleton else load_part)(source, AutoencoderKL, "vae").requires_grad_(False).eval()
     else:
         try:
-            model = AutoencoderKL.from_pretrained(vae, local_files_only=True, use_safetensors=True).eval()
+            model = read_weights(AutoencoderKL.from_pretrained, vae, local_files_only=True).float().eval()
         except (OSError, ValueError) as error:
             fail(f'--vae {vae} does not load: {first_line(error)}; pass "none", or an AutoencoderKL\'s folder')
+        check_weights(model, f"--vae {vae}")
     if model.config.latent_channels != channels or model.config.in_channels not in (1, 3):
         fail(
             f"--vae {vae} makes {model.config.latent_channels} channels of images with {model.config.in_channels}, "

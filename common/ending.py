@@ -1,0 +1,120 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""How does a run end by a signal, and how do its data workers end, whatever ends it?"""
+
+import atexit
+import multiprocessing.util
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+SECOND_SIGNAL = 1.0  # seconds: launchers pass on a signal that the whole group has got, which is no second one
+
+
+class Stopped(SystemExit):
+    """A signal has ended what was going on. Where nothing catches it, it ends the process with the signal's code."""
+
+    def __init__(self, received: signal.Signals):
+        super().__init__(128 + received)
+        self.received = received
+
+
+class StopSignals:
+    """SIGTERM and Ctrl+C, which end a run where that loses nothing.
+
+    Before the steps a signal ends the process at once, and later what is [`interruptible`]. Else it is noted, and
+    [`check`] raises [`Stopped`] where the state can be saved. A second Ctrl+C ends the process at once, unsaved.
+
+    Args:
+        num_processes: Several processes must leave together: they [`agree`] on it.
+    """
+
+    def __init__(self, num_processes: int):
+        self.alone, self.process = num_processes == 1, os.getpid()
+        self.received: signal.Signals | None = None
+        self.since, self.at_once, self.started = 0.0, True, False
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        second = self.received is not None and time.monotonic() > self.since + SECOND_SIGNAL
+        forked = os.getpid() != self.process  # by `datasets`, say
+        if forked or (second and number == signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif self.received is None:
+            self.received, self.since = signal.Signals(number), time.monotonic()
+            if not self.started:  # by os.write: what the signal came into may have been a print
+                os.write(2, f"\n{self.received.name}: no step was done; the same command starts again\n".encode())
+            if self.at_once:
+                raise Stopped(self.received)
+
+    def let_steps_finish(self) -> None:
+        """From here on a signal waits for [`check`]."""
+        self.at_once, self.started = False, True
+
+    def check(self) -> None:
+        """Leave if a signal has come. Several processes do not: see [`agree`]."""
+        if self.received is not None and self.alone:
+            raise Stopped(self.received)
+
+    def agree(self, asked: float) -> None:
+        """Leave if any process has got a signal.
+
+        Args:
+            asked: The share of the processes that have, equal on all of them.
+        """
+        if asked > 0:
+            raise Stopped(self.received or signal.SIGTERM)
+
+    def interruptible(self, work: Callable) -> Callable:
+        """`work` as a function that a signal ends at once by [`Stopped`]. It must leave nothing half done."""
+
+        def interrupted(*arguments: Any, **options: Any) -> Any:
+            if self.received is not None:
+                raise Stopped(self.received)
+            self.at_once = True
+            try:
+                return work(*arguments, **options)
+            finally:
+                self.at_once = False
+
+        return interrupted
+
+    def attempt(self, work: Callable, **options: Any) -> None:
+        """Do `work`, part of which is [`interruptible`]. Where there are several processes, the run then goes on."""
+        try:
+            work(**options)
+        except Stopped:
+            if self.alone:
+                raise
+
+
+def outlive_signals(worker: int) -> None:
+    """Keep a data worker alive when a whole job gets a signal: the process it serves saves first, then ends it."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers() -> None:
+    """End the data workers that are still there, whatever has ended the run.
+
+    Later handlers run first: this one runs before that of multiprocessing, imported above, which would ask the workers
+    to end by the very signal that they ignore, and wait for ever.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's end for an error
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()

@@ -1,0 +1,95 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""What does --student ask for, and does a model come of it?"""
+
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common.arguments import fail, first_line
+
+import torch
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+
+# What a JSON file may say of a student, by JSON Schema. Each script takes some of the keys.
+KEYS = {
+    "config": {"type": "object"},
+    "blocks": {"type": "object", "minProperties": 1, "additionalProperties": {"type": "string"}},
+    "features": {
+        "type": "array",
+        "items": {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 2},
+    },
+    "width": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    "levels": {"type": "integer", "minimum": 1},
+}
+
+
+def read_recipe(student: str, presets: dict[str, dict], keys: tuple[str, ...]) -> dict[str, Any] | None:
+    """The recipe that `--student` names: a preset's, or that of a JSON file; `None` if it is neither.
+
+    Args:
+        keys: Those of [`KEYS`] that the JSON file may have.
+    """
+    if student in presets:
+        return presets[student]
+    if not student.endswith(".json"):
+        return None
+    try:
+        recipe = json.loads(Path(student).read_text(), parse_constant=_refuse_constant)
+    except (OSError, ValueError) as error:
+        fail(f"--student {student} cannot be read: {first_line(error)}; pass a JSON object")
+    schema = {"type": "object", "properties": {key: KEYS[key] for key in keys}, "additionalProperties": False}
+    error = best_match(Draft202012Validator(schema).iter_errors(recipe))
+    if error is not None:
+        where = "".join(f"[{part!r}]" for part in error.absolute_path).replace("'", '"') or "the file"
+        known = " and ".join(", ".join(f'"{key}"' for key in keys).rsplit(", ", 1))
+        fail(f"--student {student} is no recipe: {where}: {first_line(error)}; use {known} as the docs say")
+    return recipe
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def override_config(kind: type, config: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model class with the recipe's overrides.
+
+    Raises:
+        ValueError: An override is none of the class's settings. Diffusers would drop it.
+    """
+    overrides = recipe.get("config", {})
+    unknown = [key for key in overrides if key not in inspect.signature(kind.__init__).parameters]
+    if unknown:
+        raise ValueError(f"the config of a {kind.__name__} has no {', '.join(unknown)}")
+    return config | overrides
+
+
+@contextmanager
+def model_errors_end(subject: str, remedy: str) -> Iterator[None]:
+    """End the run with one line where a model cannot be built or run: wrong settings fail anywhere in its code.
+
+    Args:
+        subject: The line's beginning: the flag and its value, and what they do not fit.
+        remedy: Its end.
+    """
+    try:
+        yield
+    except Exception as error:
+        fail(f"{subject}: {first_line(error)}; {remedy}")
+
+
+def check_forward(model: torch.nn.Module, inputs: dict[str, torch.Tensor], subject: str) -> None:
+    """End the run where the model, on the meta device, does not take its inputs. See [`model_errors_end`]."""
+    with model_errors_end(f"{subject}: the model does not run", "correct its config"), torch.no_grad():
+        model(**inputs)

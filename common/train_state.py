@@ -1,0 +1,170 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""What does a run need to go on exactly, and how is it put into a checkpoint and taken out of it?"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common.arguments import fail
+from common.checkpoints import find_checkpoint, save_checkpoint
+from common.ending import Stopped
+from common.finite import first_non_finite
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.optimizer import AcceleratedOptimizer
+from diffusers.training_utils import EMAModel
+
+from lift_utils import FeatureModel
+
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class TrainState:
+    """All that a run needs to continue exactly. Random states are not in it: see [`common.training.seed_step`]."""
+
+    student: FeatureModel  # unwrapped
+    optimizer: AcceleratedOptimizer  # as returned by Accelerator.prepare
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
+    ema: EMAModel | None
+    scaler: torch.amp.GradScaler | None
+    skipped: torch.Tensor  # (2,): steps skipped in all and in a row, see `common.training.guarded_step`
+    saved: int = 0  # the step of the newest checkpoint
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.lr_scheduler.last_epoch
+
+
+def save_train_state(output_dir: Path, train_state: TrainState, limit: int | None) -> None:
+    """Write everything into `checkpoint-<step>`. The main process calls this, the others wait.
+
+    Weights that are not finite end the run, and the checkpoints stay.
+
+    Args:
+        limit: How many checkpoints to keep; `None` keeps all.
+    """
+    step = train_state.step
+    moments, optimizer = flatten_optimizer(train_state.optimizer)
+    tensors = {"student": train_state.student.state_dict(), "optimizer": moments}
+    state = {
+        "step": step,
+        "config": dict(train_state.student.model.config),
+        "optimizer": optimizer,
+        "lr_scheduler": train_state.lr_scheduler.state_dict(),
+        "scaler": train_state.scaler and train_state.scaler.state_dict(),
+        "skipped": train_state.skipped.tolist(),
+    }
+    if train_state.ema is not None:
+        tensors["ema"] = {str(index): tensor for index, tensor in enumerate(train_state.ema.shadow_params)}
+        state["ema_step"] = train_state.ema.optimization_step
+    for name in tensors.keys() & {"student", "ema"}:
+        check_finite(tensors[name], name, step)
+    # A bad step's weights may be ruined: they are not to drive out the last good ones.
+    save_checkpoint(output_dir, step, tensors, state, None if train_state.skipped[1] else limit)
+    train_state.saved = step
+
+
+def check_finite(weights: dict[str, torch.Tensor], name: str, step: int) -> None:
+    """End the run where weights are not finite.
+
+    Args:
+        name: Whose they are, "student" or "ema".
+    """
+    wrong = first_non_finite(weights)
+    if wrong is not None:
+        whose = {"student": "the student's weights", "ema": "the averaged weights"}[name]
+        fail(
+            f"{whose} are not finite after step {step} ({wrong}): the run has diverged; lower --learning_rate, or "
+            "pass --mixed_precision no; nothing was saved, and checkpoints are as they were"
+        )
+
+
+def save_and_leave(
+    output_dir: Path, train_state: TrainState, limit: int | None, accelerator: Accelerator, stopped: Stopped
+) -> NoReturn:
+    """Save the steps done, unless they are, and end the run with the signal's exit code.
+
+    Args:
+        limit: How many checkpoints to keep; `None` keeps all.
+        stopped: The signal.
+    """
+    if accelerator.is_main_process and train_state.step > train_state.saved:
+        save_train_state(output_dir, train_state, limit)
+    accelerator.wait_for_everyone()
+    logger.info(f"{stopped.received.name}: saved step {train_state.step}; go on with --resume_from_checkpoint latest")
+    accelerator.end_training()
+    sys.exit(stopped.code)
+
+
+def load_train_state(output_dir: Path, resume_from: str | None, train_state: TrainState) -> int:
+    """Continue from the checkpoint that `--resume_from_checkpoint` asks for; returns the number of steps done."""
+    found = find_checkpoint(output_dir, resume_from) if resume_from else None
+    if found is None:
+        return 0
+    tensors, state = found
+    config = json.loads(json.dumps(dict(train_state.student.model.config)))
+    different = [key for key in config if not key.startswith("_") and config[key] != state["config"].get(key)]
+    saved, expected = (
+        {key: tensor.shape for key, tensor in weights.items()}
+        for weights in (tensors["student"], train_state.student.state_dict())
+    )
+    if different or saved != expected or ("ema" in tensors) != (train_state.ema is not None):
+        what = ", ".join(different) or "the features, adapters or averaged weights"
+        fail(f"--resume_from_checkpoint {resume_from} is of another student ({what} differ); pass the run's own flags")
+    kind = state["optimizer"]["kind"]
+    if kind != flatten_optimizer(train_state.optimizer)[1]["kind"]:
+        fail(f"--resume_from_checkpoint {resume_from} is of {kind}; pass --use_8bit_adam as the run did, or leave it")
+    train_state.student.load_state_dict(tensors["student"])
+    restore_optimizer(train_state.optimizer, tensors["optimizer"], state["optimizer"])
+    # The place in the schedule is the checkpoint's, the learning rate is this run's: it may have been lowered.
+    scheduler = train_state.lr_scheduler
+    scheduler.load_state_dict({**state["lr_scheduler"], "base_lrs": scheduler.base_lrs})
+    for group, peak, factor in zip(train_state.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+        group["lr"] = peak * factor(scheduler.last_epoch)
+    if train_state.scaler is not None and state["scaler"]:
+        train_state.scaler.load_state_dict(state["scaler"])
+    train_state.skipped.copy_(torch.tensor(state["skipped"]))
+    if train_state.ema is not None:
+        for index, parameter in enumerate(train_state.ema.shadow_params):
+            parameter.copy_(tensors["ema"][str(index)])
+        train_state.ema.optimization_step = state["ema_step"]
+    train_state.saved = state["step"]
+    return state["step"]
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state as named tensors for safetensors and a JSON-serialisable rest."""
+    state = optimizer.state_dict()
+    entries = {}
+    for index, values in state["state"].items():
+        # bitsandbytes puts its 8-bit tensors into an inner dict, and takes them back without it.
+        for part in (values, *(value for value in values.values() if isinstance(value, dict))):
+            entries |= {f"{index}.{key}": value for key, value in part.items() if not isinstance(value, dict)}
+    tensors = {key: value for key, value in entries.items() if isinstance(value, torch.Tensor)}
+    scalars = {key: value for key, value in entries.items() if key not in tensors}
+    return tensors, {"kind": type(getattr(optimizer, "optimizer", optimizer)).__name__, "scalars": scalars}
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], rest: dict[str, Any]
+) -> None:
+    """Load what [`flatten_optimizer`] returned. Settings such as the betas stay as they are."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **rest["scalars"]}.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
