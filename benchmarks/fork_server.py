@@ -64,7 +64,6 @@ def start_run(
 
 def _run(script: str, arguments: list[str], output: Path, cwd: Path, environment: dict[str, str]) -> None:
     """What the interpreter does with a script, its end included: a process of multiprocessing ends in another way."""
-    multiprocessing.set_start_method("fork", force=True)  # of the data workers: Linux' default, not this process's own
     os.setsid()
     multiprocessing.set_start_method(None, force=True)  # the default again: data workers are not to be this server's
     os.environ.update(environment)

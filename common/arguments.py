@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 
 class Range(NamedTuple):
@@ -102,6 +103,9 @@ def end_in_one_line(main: Callable[[argparse.Namespace], None]) -> Callable[[arg
             free = f"{shutil.disk_usage(args.output_dir).free:,} bytes are free in the first"
             remedy = "make room, then add --resume_from_checkpoint latest; checkpoints are whole"
             fail(f"{where}: {first_line(error)} ({free}); {remedy}")
+        finally:
+            for bar in list(tqdm._instances):  # else they would be drawn once more after the last line
+                bar.close()
 
     return run
 

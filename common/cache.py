@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def cache_encodings(
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "key.json").write_text(text)
+        _sweep(folder)
         encode = load_encoder()
         ends = {start: min(start + CACHE_SHARD, len(dataset)) for start in missing}
         batches = [
@@ -106,19 +108,28 @@ def _from_bytes(batch: dict[str, list[bytes]]) -> dict[str, list[torch.Tensor]]:
 
 def _write_shard(path: Path, rows: list[bytes]) -> None:
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     large = datasets.Features({"tensors": datasets.Value("large_binary")})  # "binary" holds no more than 2 GiB
-    datasets.Dataset.from_dict({"tensors": rows}, features=large).save_to_disk(str(temporary))
-    if shown:
-        datasets.enable_progress_bars()
-    for file in temporary.iterdir():
-        flush(file)
     try:
+        datasets.Dataset.from_dict({"tensors": rows}, features=large).save_to_disk(str(temporary))
+        for file in temporary.iterdir():
+            flush(file)
         temporary.rename(path)
-    except OSError:  # another run has written the same
-        shutil.rmtree(temporary)
+    except OSError:
+        if not path.exists():  # else another run has written the same
+            raise
+    finally:  # also where a signal, or a full disk, ends the writing
+        shutil.rmtree(temporary, ignore_errors=True)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed runs have left of shards. What is young may be another run's that is being written."""
+    for path in folder.glob(".rows-*"):
+        if path.stat().st_mtime < time.time() - 3600:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def identify(source: str, revision: str | None, parts: list[str]) -> dict[str, Any]:

@@ -34,6 +34,9 @@ from safetensors.torch import load_file, save_file
 # What a whole checkpoint has at least.
 FILES = {"state.json", "student.safetensors", "optimizer.safetensors"}
 
+# The lock that this process holds, open for as long as it does, and the output folder if it was not there before.
+LOCKS: list[tuple[TextIO, Path | None]] = []
+
 
 def prepare_output(path: str, resume_from: str | None, is_main_process: bool) -> Path:
     """The output folder, which can be written to and no other run holds; rubbish of killed saves is removed.
@@ -75,15 +78,19 @@ def lock_output(output_dir: Path) -> None:
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
-    atexit.register(_unlock, lock, output_dir if new else None)
+    LOCKS.append((lock, output_dir if new else None))
 
 
-def _unlock(lock: TextIO, new_folder: Path | None) -> None:
-    """Remove the lock, and a folder that the run has made and put nothing into."""
-    Path(lock.name).unlink(missing_ok=True)
-    with suppress(OSError):
-        if new_folder is not None:
-            new_folder.rmdir()
+@atexit.register
+def unlock_output() -> None:
+    """Remove this process's lock, and a folder that its run has made and put nothing into."""
+    while LOCKS:
+        lock, new_folder = LOCKS.pop()
+        Path(lock.name).unlink(missing_ok=True)
+        lock.close()
+        with suppress(OSError):
+            if new_folder is not None:
+                new_folder.rmdir()
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -1,0 +1,353 @@
+"""Nothing hangs, no NaN is silent, nothing is lost: how a run ends by an error, by a signal, and by a full disk."""
+
+import argparse
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common.arguments import RANGES, Range, end_in_one_line
+from common.checkpoints import list_checkpoints, load_checkpoint
+from common.reporting import read_metrics
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train_lift_unet
+
+
+SCRIPTS = ("train_lift_unet", "train_lift_sd21", "train_lift_dit", "train_lift_sd3")
+SHORT = [
+    *("--train_batch_size", 40, "--logging_steps", 1, "--checkpointing_steps", 2, "--dataloader_num_workers", 0),
+    *("--num_validation_images", 1, "--num_inference_steps", 1, "--report_to", "none", "--max_train_steps", 6),
+]
+LATEST = ("--resume_from_checkpoint", "latest")
+
+
+@pytest.fixture
+def command(teacher, images):
+    """`command(output_dir, *flags)` is the command line of a short run of the pixel script."""
+
+    def command_for(output_dir: Path, *flags) -> list[str]:
+        source = ("--pretrained_teacher_model", teacher, "--student", 0.5, "--train_data_dir", images)
+        return [str(part) for part in (*source, "--output_dir", output_dir, *SHORT, *flags)]
+
+    return command_for
+
+
+@pytest.fixture
+def refused(run, command, tmp_path):
+    """`refused(*flags)` runs into `tmp_path / "student"`, must fail, and returns the one line."""
+
+    def refuse(*flags) -> str:
+        with pytest.raises(SystemExit) as error:
+            run("train_lift_unet", *command(tmp_path / "student", *flags))
+        assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
+        assert not [
+            name for name in ("unet", "model_index.json", "README.md") if (tmp_path / "student" / name).exists()
+        ]
+        return str(error.value)
+
+    return refuse
+
+
+@pytest.fixture
+def start(command):
+    """`start(output_dir, *flags)` starts the pixel script in a process group of its own; in the end it is killed."""
+    processes = []
+
+    def start_process(output_dir: Path, *flags, program: tuple = (ROOT / "train_lift_unet.py",), **options):
+        process = subprocess.Popen(
+            [sys.executable, *program, *command(output_dir, *flags)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            text=True,
+            start_new_session=True,
+            **options,
+        )
+        processes.append(process)
+        return process
+
+    yield start_process
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def wait_until(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def in_step(path: Path, step: int, statement: str) -> tuple[Path]:
+    """A program, written to the path, that is the pixel script but for a statement at the beginning of a step."""
+    path.write_text(
+        "import time, train_lift_unet as script\n"
+        "losses, calls = script.compute_losses, []\n"
+        "def compute_losses(*arguments, **options):\n"
+        "    calls.append(1)\n"
+        f"    if len(calls) == {step}: {statement}\n"
+        "    return losses(*arguments, **options)\n"
+        "script.compute_losses = compute_losses\n"
+        "script.main(script.parse_args())\n"
+    )
+    return (path,)
+
+
+def end(process: subprocess.Popen, number: signal.Signals) -> tuple[str, float]:
+    """Send a signal to the whole group, as job managers do; what was printed, and the seconds it took."""
+    then = time.monotonic()
+    os.killpg(process.pid, number)
+    output = process.communicate(timeout=60)[0]
+    assert "Traceback" not in output, output
+    return output, time.monotonic() - then
+
+
+# ----------------------------------------------------------------------------------------------- a NaN is never silent
+
+
+@pytest.mark.parametrize("steps", [2, 3, 6])
+def test_a_short_run_that_diverges_ends_as_an_error(refused, tmp_path, steps):
+    message = refused("--learning_rate", 1e6, "--max_train_steps", steps, "--checkpointing_steps", 100)
+    assert "the loss or its gradient was not finite" in message and "lower --learning_rate" in message
+    assert read_metrics(tmp_path / "student" / "metrics.jsonl")[-1]["skipped_in_a_row"] == steps - 1
+    assert not list_checkpoints(tmp_path / "student")
+
+
+def test_one_bad_step_at_the_end_of_a_long_run_is_no_error(run, command, tmp_path, monkeypatch):
+    compute_losses, calls = train_lift_unet.compute_losses, []
+
+    def last_is_nan(*arguments, **options):
+        loss, logs = compute_losses(*arguments, **options)
+        calls.append(float("nan") if len(calls) == 5 else 1.0)
+        return loss * calls[-1], {**logs, "loss": logs["loss"] * calls[-1]}
+
+    monkeypatch.setattr(train_lift_unet, "compute_losses", last_is_nan)
+    run("train_lift_unet", *command(tmp_path / "student"))
+    assert (tmp_path / "student" / "model_index.json").exists()
+
+
+def test_a_teacher_that_stops_being_finite_is_named(refused, monkeypatch):
+    """Its weights are finite, its output is not, as when float16 overflows."""
+    forward = train_lift_unet.UNet2DModel.forward
+
+    def overflowing(self, *arguments, **options):
+        output = forward(self, *arguments, **options)
+        wide = self.config.block_out_channels[0] == 16  # the student's are half of that
+        return (output[0] * float("inf"),) if wide and self.conv_in.weight.device.type == "cpu" else output
+
+    monkeypatch.setattr(train_lift_unet.UNet2DModel, "forward", overflowing)
+    message = refused()
+    assert "the output of --pretrained_teacher_model was not finite for 6 steps" in message and "fp16" in message
+
+
+@pytest.mark.parametrize("whose", ["student", "ema"])
+def test_weights_that_are_not_finite_are_not_saved(refused, tmp_path, monkeypatch, whose):
+    """The loss stays finite: the weights are spoilt after the last step that looks at them."""
+    save = train_lift_unet.save_train_state
+
+    def spoil(output_dir, train_state, limit):
+        if train_state.step == 4:
+            model = train_state.student.model
+            weights = train_state.ema.shadow_params if whose == "ema" else list(model.parameters())
+            weights[0].data[0] = float("nan")
+        save(output_dir, train_state, limit)
+
+    monkeypatch.setattr(train_lift_unet, "save_train_state", spoil)
+    message = refused("--checkpoints_total_limit", 1)
+    assert "weights are not finite after step 4" in message and "lower --learning_rate" in message
+    (checkpoint,) = list_checkpoints(tmp_path / "student")
+    assert checkpoint.name == "checkpoint-2" and load_checkpoint(checkpoint)[1]["step"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "generate", "evaluate", "report"])
+def test_every_number_has_a_range(script, monkeypatch):
+    parsers = []
+
+    def keep(parser, arguments=None):
+        parsers.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", keep)
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_args([])
+    numbers = [action for action in parsers[0]._actions if action.type in (int, float)]
+    assert len(numbers) >= 5
+    for action in numbers:
+        assert action.default is None or action.default in RANGES[action.dest], action.dest
+
+
+@pytest.mark.parametrize(
+    ("which", "inside", "outside", "text"),
+    [
+        (Range(0, 1, without_high=True), (0, 0.999), (1, -0.1, float("nan")), "at least 0 and less than 1"),
+        (Range(0, without_low=True), (1e-30, 1e30), (0, -1, float("inf"), float("nan")), "more than 0"),
+        (Range(-float("inf")), (-1e30, 0), (float("inf"), -float("inf"), float("nan")), "a finite number"),
+        (Range(1, 3), (1, 3), (0, 4), "at least 1 and at most 3"),
+    ],
+)
+def test_ranges(which, inside, outside, text):
+    assert all(value in which for value in inside) and not any(value in which for value in outside)
+    assert str(which) == text
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_in_the_steps_saves_what_is_done(start, tmp_path, number):
+    """Between two micro-batches, too: the step that is begun is given up, and the one before is saved."""
+    folder = tmp_path / "student"
+    flags = ("--dataloader_num_workers", 2, "--max_train_steps", 1000, "--gradient_accumulation_steps", 50)
+    process = start(folder, *flags, "--checkpointing_steps", 1000)
+    wait_until(lambda: read_metrics(folder / "metrics.jsonl"), process)
+    output, seconds = end(process, number)
+    assert process.returncode == 128 + number and f"{number.name}: saved step" in output and seconds < 15
+    done = read_metrics(folder / "metrics.jsonl")[-1]["step"]
+    assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{done}"]
+
+
+def test_a_signal_before_the_steps_ends_at_once_and_leaves_nothing(start, tmp_path):
+    folder = tmp_path / "student"
+    process = start(folder, "--student_init", "diffusion")
+    wait_until(lambda: (folder / ".lock").exists(), process)
+    output, _ = end(process, signal.SIGTERM)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM: no step was done; the same command starts again" in output
+    assert not folder.exists()
+
+
+def test_a_signal_stops_the_sampling_and_saves(start, run, command, tmp_path):
+    folder = tmp_path / "student"
+    slow = ("--num_inference_steps", 1000, "--num_validation_images", 64, "--validation_steps", 2)
+    process = start(folder, *slow, "--checkpointing_steps", 4, "--max_train_steps", 4)
+    wait_until(lambda: len(read_metrics(folder / "metrics.jsonl")) == 2, process)
+    time.sleep(1)
+    assert len(read_metrics(folder / "metrics.jsonl")) == 2  # it is sampling
+    _, seconds = end(process, signal.SIGTERM)
+    assert process.returncode == 128 + signal.SIGTERM and seconds < 15
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2"]
+    assert not list(folder.glob("samples*"))
+
+    # Again in the last validation: the result is not there yet, and the next run makes up for its samples.
+    quick = ("--max_train_steps", 4, "--checkpointing_steps", 4)
+    process = start(folder, *slow[:4], "--validation_steps", 100, *quick, *LATEST)
+    wait_until(lambda: len(list_checkpoints(folder)) == 2, process)
+    time.sleep(1)
+    end(process, signal.SIGINT)
+    assert process.returncode == 128 + signal.SIGINT and not (folder / "model_index.json").exists()
+    run("train_lift_unet", *command(folder, *quick, *LATEST))
+    assert (folder / "samples" / "step-000004.png").exists() and (folder / "model_index.json").exists()
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_second_interrupt_leaves_at_once(start, tmp_path):
+    """The first one waits for the end of a step, which is made to hang."""
+    folder = tmp_path / "student"
+    process = start(folder, program=in_step(tmp_path / "slow.py", 2, "time.sleep(600)"))
+    wait_until(lambda: read_metrics(folder / "metrics.jsonl"), process)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(2)
+    assert process.poll() is None
+    _, seconds = end(process, signal.SIGINT)
+    assert process.returncode == -signal.SIGINT and seconds < 5
+
+
+def test_two_processes_leave_together(start, tmp_path):
+    folder = tmp_path / "student"
+    flags = ("--train_batch_size", 8, "--max_train_steps", 1000, "--checkpointing_steps", 1000)
+    program = ("-m", "torch.distributed.run", "--nproc_per_node", "2", ROOT / "train_lift_unet.py")
+    process = start(folder, *flags, program=program)
+    wait_until(lambda: read_metrics(folder / "metrics.jsonl"), process)
+    then = time.monotonic()
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and time.monotonic() - then < 30, output
+    assert "SIGTERM: saved step" in output
+    done = read_metrics(folder / "metrics.jsonl")[-1]["step"]
+    assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{done}"]
+
+
+# -------------------------------------------------------------------------------------- folders, disks, and exceptions
+
+
+def test_a_folder_has_one_run_at_a_time(start, refused, run, command, tmp_path):
+    folder = tmp_path / "student"
+    process = start(folder, "--max_train_steps", 1000, "--checkpointing_steps", 1000)
+    wait_until(lambda: read_metrics(folder / "metrics.jsonl"), process)
+    message = refused(*LATEST)
+    assert f"--output_dir {folder} is in use by process {process.pid} on " in message
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert (folder / ".lock").exists()  # a dead process does not hold it
+    run("train_lift_unet", *command(folder, "--max_train_steps", 1, *LATEST))
+    assert len(read_metrics(folder / "metrics.jsonl")) == 1
+
+
+def test_a_full_disk_ends_with_one_line_and_keeps_the_last_checkpoint(run, start, command, tmp_path):
+    """A limit on the size of a file fails a write as a full disk does: in the midst of it."""
+    folder = tmp_path / "student"
+    run("train_lift_unet", *command(folder, "--max_train_steps", 2))
+    limit = 100_000  # the weights are 54 kB, the moments twice that
+
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = start(folder, "--max_train_steps", 4, *LATEST, preexec_fn=limit_files)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1 and "Traceback" not in output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith(f"error: --output_dir {folder} cannot take checkpoint-4: ") and "are whole" in last
+    assert "too large" in last.lower() and " bytes (" in last
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2"]
+    assert load_checkpoint(folder / "checkpoint-2")[1]["step"] == 2 and not list(folder.glob(".tmp*"))
+    run("train_lift_unet", *command(folder, "--max_train_steps", 4, *LATEST))  # where there is room again
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device"), r"--output_dir /tmp or --cache_dir None: .*No space.*make room"),
+        (torch.OutOfMemoryError("CUDA out of memory."), r"--train_batch_size 4 does not fit the GPU: CUDA out of mem"),
+    ],
+    ids=["disk", "memory"],
+)
+def test_what_is_full_is_said_in_one_line(error, line):
+    @end_in_one_line
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit, match=f"^error: {line}"):
+        main(argparse.Namespace(output_dir="/tmp", cache_dir=None, train_batch_size=4))
+
+
+def test_other_errors_stay_what_they_are():
+    @end_in_one_line
+    def main(args):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    with pytest.raises(FileNotFoundError):
+        main(argparse.Namespace())
+
+
+def test_an_exception_in_a_step_ends_the_process_whatever_its_workers_do(start, tmp_path):
+    program = in_step(tmp_path / "failing.py", 3, "raise RuntimeError('in step three')")
+    process = start(tmp_path / "student", "--dataloader_num_workers", 2, program=program)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "RuntimeError: in step three" in output
+    assert [path.name for path in list_checkpoints(tmp_path / "student")] == ["checkpoint-2"]
+    assert json.loads((tmp_path / "student" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
