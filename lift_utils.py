@@ -277,14 +277,18 @@ class FeatureModel(torch.nn.Module):
         self.item = item
         self.projections = torch.nn.ModuleList(projections or [torch.nn.Identity() for _ in names])
         self._captured: dict[str, torch.Tensor] = {}
+        self._capturing = False  # outside of this forward, as when samples are drawn, the model is only itself
         for name in names:
             model.get_submodule(name).register_forward_hook(partial(self._capture, name))
 
     def _capture(self, name: str, module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        self._captured[name] = output[self.item] if isinstance(output, tuple) else output
+        if self._capturing:
+            self._captured[name] = output[self.item] if isinstance(output, tuple) else output
 
     def forward(self, *args, **kwargs) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        self._capturing = True
         prediction = self.model(*args, return_dict=False, **kwargs)[0]
+        self._capturing = False
         features = [project(self._captured[name]) for name, project in zip(self.names, self.projections)]
         self._captured.clear()
         return prediction, features

@@ -986,8 +986,7 @@ def main(args: argparse.Namespace) -> None:
                 micro_steps.append({name: value.detach() for name, value in logs.items()})
             losses = mean_of_parts(micro_steps)
             grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-            finite = torch.isfinite(accelerator.reduce(losses["loss"], "mean")) & torch.isfinite(grad_norm)
-            guarded_step(optimizer, finite, skipped)
+            guarded_step(optimizer, accelerator.reduce(losses["loss"], "mean"), grad_norm, skipped)
             lr_scheduler.step()
             optimizer.zero_grad()
             if ema is not None:
@@ -997,10 +996,8 @@ def main(args: argparse.Namespace) -> None:
             last = step == args.max_train_steps
             if step % args.logging_steps == 0 or last:
                 tensors = {**losses, "grad_norm": grad_norm, "skipped": skipped[0], "skipped_in_a_row": skipped[1]}
-                tensors["stop"] = torch.full_like(skipped[0], stop.received is not None)
                 row = metrics.write(step, tensors, lr_scheduler.get_last_lr()[0])
                 check_skipped(row, step, last)
-                stop.agree(row["stop"])
             # A bad step's weights may be ruined: they are not to take the place of the last good ones.
             if (step % args.checkpointing_steps == 0 and not skipped[1]) or last:
                 if accelerator.is_main_process:

@@ -121,12 +121,12 @@ class Probe:
 
         return kd_loss
 
-    def keep_optimizer(self, optimizer: AcceleratedOptimizer, finite: torch.Tensor, skipped: torch.Tensor) -> None:
+    def keep_optimizer(self, optimizer: AcceleratedOptimizer, *step: torch.Tensor) -> None:
         """Stands in for `guarded_step`, and keeps the optimizer with the step's gradients."""
         self.optimizer = optimizer
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.gradients = [parameter.grad for parameter in self.parameters]
-        self.guarded_step(optimizer, finite, skipped)
+        self.guarded_step(optimizer, *step)
 
     def step(
         self, student: torch.nn.Module, teacher: torch.nn.Module, *args: Any, **kwargs: Any

@@ -14,8 +14,14 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
+import torch
+
+
+# How long processes wait for each other: while one of them reads the data, draws samples, or writes a checkpoint.
+TIMEOUT = timedelta(hours=3)
 
 SECOND_SIGNAL = 1.0  # seconds: launchers pass on a signal that the whole group has got, which is no second one
 
@@ -35,11 +41,12 @@ class StopSignals:
     [`check`] raises [`Stopped`] where the state can be saved. A second Ctrl+C ends the process at once, unsaved.
 
     Args:
-        num_processes: Several processes must leave together: they [`agree`] on it.
+        num_processes: Several of them leave together.
     """
 
     def __init__(self, num_processes: int):
-        self.alone, self.process = num_processes == 1, os.getpid()
+        several, self.process = num_processes > 1, os.getpid()
+        self.group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT) if several else None
         self.received: signal.Signals | None = None
         self.since, self.at_once, self.started = 0.0, True, False
         for each in (signal.SIGTERM, signal.SIGINT):
@@ -63,18 +70,15 @@ class StopSignals:
         self.at_once, self.started = False, True
 
     def check(self) -> None:
-        """Leave if a signal has come. Several processes do not: see [`agree`]."""
-        if self.received is not None and self.alone:
-            raise Stopped(self.received)
-
-    def agree(self, asked: float) -> None:
-        """Leave if any process has got a signal.
-
-        Args:
-            asked: The share of the processes that have, equal on all of them.
-        """
-        if asked > 0:
-            raise Stopped(self.received or signal.SIGTERM)
+        """Leave if a signal has come. Several processes must call this together: they leave if one of them has one."""
+        if self.group is None:
+            number = self.received
+        else:  # on the CPU, so that nothing waits for a device
+            flag = torch.tensor(self.received or 0)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.group)
+            number = flag.item()
+        if number:
+            raise Stopped(signal.Signals(number))
 
     def interruptible(self, work: Callable) -> Callable:
         """`work` as a function that a signal ends at once by [`Stopped`]. It must leave nothing half done."""
@@ -95,7 +99,7 @@ class StopSignals:
         try:
             work(**options)
         except Stopped:
-            if self.alone:
+            if self.group is None:
                 raise
 
 

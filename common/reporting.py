@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 
 SHOWN = ("loss", "coarse", "fine", "weight")  # beside the progress bar
-UNLOGGED = ("stop", "teacher_finite")
+UNLOGGED = ("teacher_finite",)
 
 
 def grid_path(output_dir: Path, step: int) -> Path:

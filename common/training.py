@@ -15,14 +15,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from common.arguments import fail, first_line
-from common.ending import StopSignals, outlive_signals
+from common.ending import TIMEOUT, StopSignals, outlive_signals
 from common.teachers import freeze
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 from diffusers import optimization
 from diffusers.training_utils import EMAModel
 
@@ -39,6 +45,7 @@ def make_accelerator(
     gradient_accumulation_steps: int,
     mixed_precision: str | None,
     allow_tf32: bool,
+    loss_scale: float = 2.0**16,
 ) -> Accelerator:
     """An Accelerator with a sampler whose order depends on the seed and the epoch alone, and logging set up.
 
@@ -48,7 +55,8 @@ def make_accelerator(
         seed: Of the order of the data.
         gradient_accumulation_steps: Micro-batches per step.
         mixed_precision: "no", "fp16", "bf16", or `None` for what the accelerate config says.
-        allow_tf32: Whether matrix products may use TF32.
+        allow_tf32: Whether matrix products and convolutions may use TF32.
+        loss_scale: What the gradient scaler of fp16 starts with.
     """
     try:
         accelerator = Accelerator(
@@ -59,7 +67,13 @@ def make_accelerator(
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=gradient_accumulation_steps, sync_with_dataloader=False
             ),
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, non_blocking=True),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=TIMEOUT),
+                # No buffer of these models changes: SD3's table of positions alone is 226 MB and more.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                GradScalerKwargs(init_scale=loss_scale),
+            ],
         )
     except ValueError as error:
         remedy = "pass --mixed_precision bf16 or no, or another --report_to"
@@ -70,8 +84,7 @@ def make_accelerator(
     logging.basicConfig(format="%(levelname)s %(message)s", level=level)
     for name in ("httpx", "httpx2"):  # they print every request to the Hub, signed addresses and all
         logging.getLogger(name).setLevel(logging.WARNING)
-    if allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32  # cudnn's own default is True
     return accelerator
 
 
@@ -208,20 +221,31 @@ def mean_of_parts(micro_steps: list[dict[str, torch.Tensor]]) -> dict[str, torch
 MAX_SKIPPED_IN_A_ROW = 20
 
 
-def guarded_step(optimizer: AcceleratedOptimizer, finite: torch.Tensor, skipped: torch.Tensor) -> None:
+# Below this scale float16 could not hold the gradients of any loss: what is not finite then is not the scale's fault.
+SMALLEST_SCALE = 2.0**-24
+
+
+def guarded_step(
+    optimizer: AcceleratedOptimizer, loss: torch.Tensor, grad_norm: torch.Tensor, skipped: torch.Tensor
+) -> None:
     """Take an optimizer step unless this step's loss or gradient norm is not finite, and count those it skips.
 
-    Fused AdamW skips on the device, so nothing waits. Optimizers that cannot (8-bit) cost one device read per step.
-    Under fp16 the gradient scaler skips by itself.
+    Fused AdamW skips on the device, so nothing waits. 8-bit AdamW waits for the device by itself, for each tensor.
+    Under fp16 the gradient scaler skips by itself, with one read from the device; while it looks for its scale, a
+    gradient that is not finite is no fault and does not count.
 
     Args:
         optimizer: An optimizer prepared by Accelerate.
-        finite: Boolean scalar, equal on all ranks.
+        loss: Scalar, equal on all ranks.
+        grad_norm: Scalar, equal on all ranks.
         skipped: Float tensor of shape (2,): steps skipped in all and in a row, updated in place.
     """
+    finite, scaler = torch.isfinite(loss), optimizer.scaler
+    if scaler is None or scaler.get_scale() < SMALLEST_SCALE:
+        finite = finite & torch.isfinite(grad_norm)
     bad = (~finite).to(skipped.dtype)
     skipped.copy_(torch.stack([skipped[0] + bad, (skipped[1] + 1) * bad]))
-    if optimizer.scaler is None:
+    if scaler is None:
         if optimizer.optimizer.defaults.get("fused"):
             optimizer.optimizer.found_inf = bad.float()
         elif bad:

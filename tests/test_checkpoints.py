@@ -29,6 +29,7 @@ from common.training import guarded_step, make_optimizer, seed_step
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from conftest import ROOT
 from safetensors.torch import load_file
 
@@ -467,8 +468,8 @@ def take(parameters, optimizer, step: int, value: float, skipped: torch.Tensor) 
     generator = torch.Generator().manual_seed(step)
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=generator) * value
-    finite = torch.stack([torch.isfinite(parameter.grad).all() for parameter in parameters]).all()
-    guarded_step(optimizer, finite, skipped)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    guarded_step(optimizer, torch.tensor(1.0), norm, skipped)
     optimizer.zero_grad()
 
 
@@ -497,6 +498,23 @@ def test_a_step_that_is_not_finite_leaves_no_trace(kind):
     assert all(torch.equal(tensors[key], other_tensors[key]) for key in tensors)
     steps = [value for key, value in {**tensors, **rest["scalars"]}.items() if key.endswith(".step")]
     assert [float(step) for step in steps] == [values.count(1)] * 2
+
+
+def test_a_scaler_that_looks_for_its_scale_is_no_fault():
+    """Under fp16 it halves its scale and skips the step; the count begins where no scale would help."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    optimizer = AcceleratedOptimizer(torch.optim.SGD([weight], lr=0.1), device_placement=False, scaler=scaler)
+    skipped, counts = torch.zeros(2), []
+    for step in range(62):
+        weight.grad = torch.full((3,), float("inf"))
+        scaler.scale(torch.tensor(1.0))
+        optimizer.scaler.unscale_(optimizer.optimizer)
+        loss = torch.tensor(float("nan") if step == 3 else 1.0)
+        guarded_step(optimizer, loss, weight.grad.norm(), skipped)
+        counts.append(skipped[1].item())
+    assert counts[:5] == [0, 0, 0, 1, 0] and counts[40] == 0  # a loss that is not finite counts at any scale
+    assert counts[-1] == 21 and torch.equal(weight, torch.ones(3))
 
 
 def test_a_skipped_step_is_counted_and_the_run_goes_on(distil, tmp_path, monkeypatch):

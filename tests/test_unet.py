@@ -11,7 +11,7 @@ from common.students import copy_blocks, is_narrower
 
 import pytest
 import torch
-from conftest import TINY, copy_script, launch
+from conftest import copy_script, launch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_lift_unet
 from lift_utils import FeatureModel
+from tiny_models import TINY_UNET
 
 
 SHORT = [
@@ -68,7 +69,7 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
 def test_from_scratch_to_student_by_accelerate_launch(images, tmp_path):
     """The docstring's two commands, run in a folder that holds nothing but the script, lift_utils.py and common/."""
     copy_script("train_lift_unet", tmp_path)
-    (tmp_path / "teacher.json").write_text(json.dumps({"config": TINY}))
+    (tmp_path / "teacher.json").write_text(json.dumps({"config": TINY_UNET}))
     data = ("--train_data_dir", images, *SHORT)
     scratch = ("--kd_loss", "none", "--student", "teacher.json", "--output_dir", "teacher")
     finished = launch("train_lift_unet.py", *data, *scratch, cwd=tmp_path)
@@ -93,7 +94,7 @@ def test_from_scratch_to_student_by_accelerate_launch(images, tmp_path):
         assert pipeline.unet.config.block_out_channels == [8, 16]
         image = pipeline(num_inference_steps=2, output_type="np").images
         assert image.shape == (1, 16, 16, 1) and 0 <= image.min() <= image.max() <= 1
-    assert set(weights(student)) == set(UNet2DModel(**{**TINY, "block_out_channels": [8, 16]}).state_dict())
+    assert set(weights(student)) == set(UNet2DModel(**{**TINY_UNET, "block_out_channels": [8, 16]}).state_dict())
 
     card = (student / "README.md").read_text()
     for fact in ("library_name: diffusers", "`teacher`", "PLACE, group size 16", "samples.png", "--student 0.5"):
@@ -147,7 +148,7 @@ def test_two_processes_share_the_batch(teacher, images, tmp_path):
     ids=lambda flags: " ".join(map(str, flags)),
 )
 def test_flags_train_a_student_that_loads(distil, flags):
-    before = UNet2DModel.from_config({**TINY, "block_out_channels": [8, 16]}).state_dict()
+    before = UNet2DModel.from_config({**TINY_UNET, "block_out_channels": [8, 16]}).state_dict()
     folder = distil(*flags)
     after = weights(folder)
     assert {key: value.shape for key, value in after.items()} == {key: value.shape for key, value in before.items()}
@@ -179,7 +180,7 @@ def test_the_loss_falls_and_every_weight_moves(distil, teacher):
     assert mean("loss", last) < 0.6 * mean("loss", first)
     assert mean("coarse", last) < mean("coarse", first) and mean("weight", last) > mean("weight", first)
 
-    student = UNet2DModel.from_config({**TINY, "block_out_channels": [8, 16]})
+    student = UNet2DModel.from_config({**TINY_UNET, "block_out_channels": [8, 16]})
     prune_width(student, UNet2DModel.from_pretrained(teacher / "unet"), EXAMPLE)
     trained = load_file(folder / "checkpoint-60" / "student.safetensors")
     still = [key for key, value in student.state_dict().items() if torch.equal(value, trained[f"model.{key}"])]
@@ -205,7 +206,7 @@ def test_compiled_equals_eager(distil, tmp_path):
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_prediction_types_by_the_schedulers_config(distil, run, images, tmp_path, prediction_type):
     recipe = tmp_path / "scratch.json"
-    recipe.write_text(json.dumps({"config": TINY}))
+    recipe.write_text(json.dumps({"config": TINY_UNET}))
     scratch = ("--train_data_dir", images, "--kd_loss", "none", "--student", recipe, *SHORT)
     run("train_lift_unet", *scratch, "--prediction_type", prediction_type, "--output_dir", tmp_path / "teacher")
     folder = distil("--pretrained_teacher_model", tmp_path / "teacher")
@@ -277,7 +278,7 @@ def widened(small: UNet2DModel) -> UNet2DModel:
 def test_pruning_finds_the_channels_that_matter(init):
     """Residual, skip, attention and time-embedding channels stay consistent: the function survives."""
     torch.manual_seed(1)
-    config = {**TINY, "attention_head_dim": None, "layers_per_block": 2}
+    config = {**TINY_UNET, "attention_head_dim": None, "layers_per_block": 2}
     small = UNet2DModel(**config)
     for weight in small.parameters():
         if weight.ndim > 1:  # equal magnitudes, so that a channel's rank is whether something reads it
@@ -304,7 +305,7 @@ def test_pruning_finds_the_channels_that_matter(init):
 @pytest.mark.parametrize("head_dim", [8, None])
 def test_pruned_weights_are_the_teachers(fraction, head_dim):
     torch.manual_seed(0)
-    teacher = UNet2DModel(**{**TINY, "block_out_channels": [32, 64], "attention_head_dim": head_dim})
+    teacher = UNet2DModel(**{**TINY_UNET, "block_out_channels": [32, 64], "attention_head_dim": head_dim})
     student = UNet2DModel.from_config(train_lift_unet.student_config(dict(teacher.config), {"width": fraction}))
     assert student.config.block_out_channels == [32 * fraction, 64 * fraction]
     prune_width(student, teacher, EXAMPLE)
@@ -339,10 +340,13 @@ def test_json_student_with_blocks_and_features(distil, teacher, tmp_path):
 def test_features_under_compile_and_checkpointing():
     """What FeatureModel returns does not depend on how the model is run."""
     torch.manual_seed(0)
-    model = UNet2DModel(**TINY).train()
+    model = UNet2DModel(**TINY_UNET).train()
     names = ["down_blocks.0", "mid_block", "up_blocks.1"]
     inputs = torch.randn(2, 1, 16, 16), torch.tensor([1, 2])
-    prediction, features = FeatureModel(model, names)(*inputs)
+    features_of = FeatureModel(model, names)
+    model(*inputs)  # as when samples are drawn: nothing stays behind
+    assert not features_of._captured
+    prediction, features = features_of(*inputs)
     assert [tuple(feature.shape[1:]) for feature in features] == [(16, 8, 8), (32, 8, 8), (16, 16, 16)]
     sum(feature.square().mean() for feature in features).backward()
     gradient = model.conv_in.weight.grad.clone()
@@ -362,7 +366,7 @@ def test_features_under_compile_and_checkpointing():
 
 
 def test_copy_blocks_refuses_what_does_not_match():
-    student, teacher = UNet2DModel(**TINY), UNet2DModel(**{**TINY, "block_out_channels": [16, 64]})
+    student, teacher = UNet2DModel(**TINY_UNET), UNet2DModel(**{**TINY_UNET, "block_out_channels": [16, 64]})
     state = teacher.state_dict()
     fresh = copy_blocks(student, state)
     assert "down_blocks.0.resnets.0.conv1.weight" not in fresh and "mid_block.resnets.0.conv1.weight" in fresh
@@ -383,8 +387,8 @@ def test_dry_run_tells_sizes_and_stops(run, teacher, tmp_path, capsys):
     flags = ("--pretrained_teacher_model", teacher, "--student", 0.5, "--output_dir", tmp_path / "none", "--dry_run")
     run("train_lift_unet", *flags)
     text = capsys.readouterr().out
-    ours = UNet2DModel(**{**TINY, "block_out_channels": [8, 16]}).num_parameters()
-    theirs = UNet2DModel(**TINY).num_parameters()
+    ours = UNet2DModel(**{**TINY_UNET, "block_out_channels": [8, 16]}).num_parameters()
+    theirs = UNet2DModel(**TINY_UNET).num_parameters()
     for fact in (f"student: {ours:,} parameters", f"teacher: {theirs:,}", f"{ours / theirs:.2%}", "MACs", "MiB"):
         assert fact in text
     assert '"block_out_channels": [\n    8,\n    16\n  ]' in text
@@ -416,7 +420,7 @@ def test_grid_rows_start_from_the_same_noise(distil, teacher):
 def config_folder(tmp_path: Path, **changes) -> Path:
     folder = tmp_path / "model"
     torch.manual_seed(0)
-    UNet2DModel(**{**TINY, **changes}).save_pretrained(folder)
+    UNet2DModel(**{**TINY_UNET, **changes}).save_pretrained(folder)
     return folder
 
 
