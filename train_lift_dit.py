@@ -134,6 +134,10 @@ EXPECTED = f"pass a DiTPipeline: a folder, or a Hub id such as {TEACHER}"
 # labels in every block, where the original, of 675M, has one.
 STUDENTS = {f"d{depth}": {"depth": depth} for depth in (19, 14, 7, 4)}
 
+# Which of their blocks are compared with which of a teacher's 28, where these are not those that they start from: the
+# lists of the method's authors.
+PAIRS = {"d19": dict(zip((2, 5, 7, 10, 12, 15, 18), range(3, 28, 4))), "d4": dict(enumerate((1, 8, 15, 22)))}
+
 # The published recipe of DiT-XL/2: the defaults of shared flags.
 RECIPE = {
     "random_flip": True,
@@ -285,7 +289,10 @@ def read_student(student: str | None, keep_blocks: str | None, student_depth: in
     if not 1 <= recipe["depth"] <= teacher_depth:
         flag = f"--student {student}" if student is not None else f"--student_depth {student_depth}"
         fail(f"{flag}: the teacher has {teacher_depth} blocks; keep 1 to {teacher_depth}")
-    return depth_recipe(spaced_blocks(recipe["depth"], teacher_depth))
+    recipe = depth_recipe(spaced_blocks(recipe["depth"], teacher_depth))
+    if student in PAIRS and teacher_depth == 28:
+        recipe["features"] = [[f"transformer_blocks.{block}" for block in pair] for pair in PAIRS[student].items()]
+    return recipe
 
 
 def student_config(teacher_config: dict, recipe: dict) -> dict:
@@ -653,17 +660,17 @@ def variance_kd(
 
 
 def masked_mse(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of tokens (B, N, C) over the elements that are no outlier in either of them.
+    """Mean squared difference of tokens (B, N, C), each tensor's own outliers set to 0 (TinyFusion, CVPR 2025).
 
     An element is an outlier if it is more than two standard deviations from the mean, both over all elements of its
     sample in its own tensor. A transformer's few massive activations would make up most of the difference.
     """
-    student_tokens, teacher_tokens = student_tokens.float(), teacher_tokens.float()
-    usual = torch.ones_like(student_tokens, dtype=torch.bool)
-    for tokens in (student_tokens.detach(), teacher_tokens):
-        deviation = (tokens - tokens.mean((1, 2), keepdim=True)).abs()
-        usual &= deviation <= 2 * deviation.square().mean((1, 2), keepdim=True).sqrt()
-    return ((student_tokens - teacher_tokens).square() * usual).sum() / usual.sum().clamp(min=1)
+
+    def without_outliers(tokens: torch.Tensor) -> torch.Tensor:
+        deviation = (tokens.detach() - tokens.detach().mean((1, 2), keepdim=True)).abs()
+        return tokens * (deviation <= 2 * deviation.square().mean((1, 2), keepdim=True).sqrt())
+
+    return F.mse_loss(without_outliers(student_tokens.float()), without_outliers(teacher_tokens.float()))
 
 
 def compute_losses(
@@ -722,7 +729,7 @@ def compute_losses(
             kd = kd + logs["kd_vb"]
         loss = (1 - kd_alpha) * loss + kd_alpha * kd
         if features:
-            feat = sum(masked_mse(ours, theirs) for ours, theirs in zip(features, teacher_features))
+            feat = torch.stack([masked_mse(*pair) for pair in zip(features, teacher_features)]).mean()
             loss = loss + lambda_kd_feat * (1 - progress) * feat
             logs["feat"] = feat
 

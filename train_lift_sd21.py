@@ -163,7 +163,6 @@ def bk_student(levels: int, mid: bool) -> dict:
     config = {"layers_per_block": 1}
     if mid:
         blocks["mid_block"] = "mid_block"
-        features.append(["mid_block", "mid_block"])
     else:
         config["mid_block_type"] = None
     return {"levels": levels, "config": config, "blocks": blocks, "features": features}

@@ -115,7 +115,6 @@ from common.training import (
 import datasets
 import diffusers
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import (
@@ -210,8 +209,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--weighting_scheme",
         default="logit_normal",
-        choices=("sigma_sqrt", "logit_normal", "mode", "cosmap", "none"),
-        help="how noise levels are sampled (logit_normal, mode) or the loss on the data is weighted (the others)",
+        choices=("logit_normal", "mode", "cosmap", "none"),
+        help="how noise levels are sampled (logit_normal, mode) or the loss on the data is weighted (cosmap)",
     )
     group.add_argument("--logit_mean", type=float, default=0.0, help="mean of logit_normal")
     group.add_argument("--logit_std", type=float, default=1.0, help="standard deviation of logit_normal")
@@ -613,6 +612,15 @@ def cast_inputs(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str
     return {name: tensor if name == "timestep" else tensor.to(dtype) for name, tensor in inputs.items()}
 
 
+def relative_mse(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of tokens (B, N, C), in each sample relative to the teacher's mean square.
+
+    Tokens grow by orders of magnitude over the depth, and differ in size from sample to sample.
+    """
+    difference, size = (each.square().mean((1, 2)) for each in (student_tokens - teacher_tokens, teacher_tokens))
+    return (difference / size).mean()
+
+
 def compute_losses(
     student: FeatureModel,
     teacher: FeatureModel | None,
@@ -651,8 +659,7 @@ def compute_losses(
         logs |= {"kd": kd, **parts}
         if features:
             pairs = [(ours.float(), theirs.float()) for ours, theirs in zip(features, teacher_features)]
-            # Tokens grow by orders of magnitude over the depth: each pair's error is relative to its teacher's tokens.
-            feat = sum(F.mse_loss(ours, theirs) / theirs.square().mean() for ours, theirs in pairs) / len(pairs)
+            feat = torch.stack([relative_mse(*pair) for pair in pairs]).mean()
             loss = loss + lambda_kd_feat * feat
             logs["feat"] = feat
 
@@ -771,7 +778,9 @@ def save_pipeline(
     given = "".join(f", {name}=None" for name in absent)
     usage = "from diffusers import StableDiffusion3Pipeline\n\n"
     name = args.hub_model_id or output_dir.name
-    usage += f'image = StableDiffusion3Pipeline.from_pretrained("{name}"{given})("a prompt").images[0]'
+    usage += f'pipeline = StableDiffusion3Pipeline.from_pretrained("{name}"{given})\n'
+    length = f", max_sequence_length={args.max_sequence_length}" if args.max_sequence_length != 256 else ""
+    usage += f'image = pipeline("a prompt"{length}).images[0]'
     kind, tags = "A text-to-image model", ["text-to-image"]
     write_model_card(output_dir, kind, facts + describe_run(args), usage, tags, args.pretrained_teacher_model)
 

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from common.checkpoints import unlock_output
+
 import pytest
 import torch
 
 import fashion
-import small_models
+import tiny_models
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,17 +23,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What `accelerate launch --cpu` sets for the runs it starts, for the runs inside this process.
 os.environ["ACCELERATE_USE_CPU"] = "true"
 torch.set_num_threads(1)  # for models this small a second thread costs more than it does
-
-TINY = {
-    "sample_size": 16,
-    "in_channels": 1,
-    "out_channels": 1,
-    "layers_per_block": 1,
-    "block_out_channels": [16, 32],
-    "norm_num_groups": 4,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-}
 
 
 @pytest.fixture(scope="session")
@@ -51,12 +42,7 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory) -> Path:
     """A DDPM pipeline folder with a tiny random U-Net of two levels, attention in the lower one."""
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(0)
-    DDPMPipeline(UNet2DModel(**TINY), DDPMScheduler(num_train_timesteps=1000)).save_pretrained(folder)
-    return folder
+    return tiny_models.save_pixel_pipeline(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="session")
@@ -85,56 +71,7 @@ def articles(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def sd_teacher(tmp_path_factory) -> Path:
     """A Stable Diffusion pipeline folder in full layout, random and tiny: 32 pixels, latents of 8 x 8, four levels."""
-    return save_sd_pipeline(tmp_path_factory.mktemp("sd"))
-
-
-def save_sd_pipeline(folder: Path, prediction_type: str = "epsilon", **unet) -> Path:
-    """A tiny random Stable Diffusion pipeline; `unet` overrides its U-Net's config."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)
-    tokenizer = small_models.make_tokenizer(["a", "photo", "of", "dark", "bright", "bag", "sneaker"], length=24)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=24,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=[8, 8, 16],
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        norm_num_groups=4,
-        layers_per_block=1,
-    )
-    config = {
-        "sample_size": 8,
-        "block_out_channels": [8, 16, 32, 32],
-        "attention_head_dim": [1, 2, 4, 4],
-        "norm_num_groups": 4,
-        "cross_attention_dim": 16,
-        "use_linear_projection": True,
-    }
-    scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
-    model = UNet2DConditionModel(**{**config, **unet})
-    pipeline = StableDiffusionPipeline(
-        vae, CLIPTextModel(text), tokenizer, model, scheduler, None, None, requires_safety_checker=False
-    )
-    pipeline.save_pretrained(folder)
-    return folder
+    return tiny_models.save_sd_pipeline(tmp_path_factory.mktemp("sd"))
 
 
 @pytest.fixture
@@ -149,7 +86,10 @@ def run(monkeypatch) -> Callable:
         module = importlib.import_module(script)
         command = [str(argument) for argument in arguments]
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *command])
-        module.main(module.parse_args(command))
+        try:
+            module.main(module.parse_args(command))
+        finally:
+            unlock_output()  # as the end of its process would
 
     return run_in_process
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, launch
-from test_dit import save_dit_pipeline
-from test_sd3 import save_sd3_pipeline
+
+from tiny_models import save_dit_pipeline, save_sd3_pipeline
 
 
 TOKEN = "hf_notARealTokenButItMustNotLeak"
+LOGIN = "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"
 FLAGS = [
     *("--train_batch_size", 8, "--max_train_steps", 2, "--checkpointing_steps", 1, "--logging_steps", 1),
     *("--dataloader_num_workers", 0, "--num_inference_steps", 1, "--push_to_hub", "--report_to", "tensorboard"),
@@ -95,11 +96,16 @@ def start_hub():
         server.server_close()
 
 
-def environment(url: str, home: Path) -> dict[str, str]:
-    """The variables that send a process to this server, with a login of its own."""
+def environment(url: str, home: Path, login: bool = False) -> dict[str, str]:
+    """The variables that send a process to this server, with a token of its own: a variable, or a `login` file."""
+    if login:
+        home.mkdir(parents=True)
+        (home / "token").write_text(LOGIN)
     return {
         "HF_ENDPOINT": url,
-        "HF_TOKEN": TOKEN,
+        "HF_TOKEN": "" if login else TOKEN,
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HUGGING_FACE_HUB_TOKEN": "",
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
@@ -153,7 +159,7 @@ def test_the_repository_is_created_before_a_step_is_taken(pushed):
     wanted = json.loads(server.requests[0][2])
     assert (wanted["organization"], wanted["name"]) == ("someone", "tiny-digits")
     assert wanted.get("visibility") == "private" or wanted.get("private") is True
-    assert server.found_at_creation == ["private.txt"]  # no metrics, no checkpoint
+    assert server.found_at_creation == [".lock", "private.txt"]  # no metrics, no checkpoint
     assert names[-1] == "POST /api/models/someone/tiny-digits/commit/main"
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -179,19 +185,40 @@ def test_checkpoints_logs_and_hidden_files_stay_here(pushed):
     assert {"checkpoint-1", "checkpoint-2", "logs", ".notes"} <= here  # they did exist
 
 
-def test_the_token_goes_to_the_hub_alone(pushed):
+def leaks(server, process, folder: Path) -> list[str]:
+    """Where a token is found in what a run printed, wrote and sent, beside the header that is meant to have it."""
+    texts = {
+        "what it printed": process.stdout.encode(),
+        "the storage's headers": "".join(server.storage_headers).encode(),
+    }
+    texts |= {f"what was sent to {name}": body for name, _, body in server.requests}
+    if server.commits:
+        texts |= {f"the uploaded {path}": content for path, content in uploaded(server).items()}
+    for path in folder.rglob("*"):
+        texts[str(path)] = path.read_bytes() if path.is_file() else b""
+    tokens = (TOKEN.encode(), LOGIN.encode())
+    return [place for place, text in texts.items() if any(token in text + place.encode() for token in tokens)]
+
+
+def test_the_token_goes_to_the_hub_alone(pushed, tmp_path):
     server, finished, folder = pushed
     assert {authorization for _, authorization, _ in server.requests} == {f"Bearer {TOKEN}"}
-    assert server.storage_headers and TOKEN not in "".join(server.storage_headers)
-    assert TOKEN not in finished.stdout and "/storage/" not in finished.stdout  # nor the signed addresses
-    for path in (path for path in folder.rglob("*") if path.is_file()):
-        assert TOKEN.encode() not in path.read_bytes(), path
-    assert not any(TOKEN.encode() in body for _, _, body in server.requests)
+    assert leaks(server, finished, folder) == []
+    assert "/storage/" not in finished.stdout and server.storage_headers  # nor the signed addresses
+    searched = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert searched >= {"private.txt", "README.md", "metrics.jsonl", "state.json", "model_index.json"}
+    assert any(name.startswith("events.out.tfevents") for name in searched)
+    for name in (".hidden", f"named-{LOGIN}"):  # it would have been found
+        (tmp_path / name).write_text(f"token={TOKEN}")
+        assert str(tmp_path / name) in leaks(server, finished, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["sd21", "dit", "sd3"])
 def test_the_other_scripts_push_too(kind, start_hub, sd_teacher, captioned, articles, tmp_path):
-    """A merged LoRA student of each text-to-image model, and a shallower DiT: what loads here is what arrives."""
+    """A merged LoRA student of each text-to-image model, and a shallower DiT: what loads here is what arrives.
+
+    The DiT is pushed by the token of the login file, the others by the variable's.
+    """
     latent = ("--lora_rank", 2, "--validation_prompts", "a dark bag", "--resolution", 32)
     teacher, data, flags = {
         "sd21": (lambda: sd_teacher, captioned, ("--student", "bk_base", *latent)),
@@ -202,8 +229,13 @@ def test_the_other_scripts_push_too(kind, start_hub, sd_teacher, captioned, arti
     server = start_hub(folder)
     source = ("--pretrained_teacher_model", teacher(), "--train_data_dir", data, "--output_dir", folder)
     flags = (*source, *FLAGS, *flags, "--cache_dir", tmp_path / "cache", "--hub_model_id", "someone/small")
-    finished = launch(*flags, prefix=(f"train_lift_{kind}",), **environment(server.url, tmp_path / "home"))
+    variables = environment(server.url, tmp_path / "home", login=kind == "dit")
+    finished = launch(*flags, prefix=(f"train_lift_{kind}",), **variables)
     assert finished.returncode == 0, finished.stdout
+    token = LOGIN if kind == "dit" else TOKEN
+    assert {authorization for _, authorization, _ in server.requests} == {f"Bearer {token}"}
+    elsewhere = [str(tmp_path / "home" / "token")] if kind == "dit" else []  # the cache and the Hub's own files, too
+    assert leaks(server, finished, tmp_path) == elsewhere
     files = uploaded(server)
     assert {path: (folder / path).read_bytes() for path in files} == files
     denoiser = "unet" if kind == "sd21" else "transformer"
@@ -212,13 +244,12 @@ def test_the_other_scripts_push_too(kind, start_hub, sd_teacher, captioned, arti
     assert any(path.startswith("lora/") for path in files) == (kind != "dit")
     assert {Path(path).suffix for path in files}.isdisjoint({".bin", ".pt", ".pkl", ".ckpt"})
     assert 'from_pretrained("someone/small")' in files["README.md"].decode()
-    assert TOKEN not in finished.stdout and not any(TOKEN.encode() in body for body in files.values())
 
 
 def one_error(output: str, process) -> str:
     """The last line, which must be the error; a traceback would stand above it."""
     assert process.returncode == 1, output
-    assert "Traceback" not in output
+    assert "Traceback" not in output and TOKEN not in output
     lines = [line for line in output.splitlines() if "error: --" in line]
     assert len(lines) == 1 and output.strip().endswith(lines[0]), output
     return lines[0]
@@ -248,10 +279,11 @@ def test_a_refused_login_ends_before_the_first_step(start_hub, teacher, images, 
 
 CREATE = """
 import sys
+from pathlib import Path
 from common.hub import create_hub_repo
 for name in sys.argv[1:]:
     try:
-        print(create_hub_repo(name, private=False))
+        print(create_hub_repo(name, Path("student"), private=False))
     except SystemExit as error:
         print(error)
 """

@@ -25,10 +25,9 @@ from diffusers import (
 from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
-import small_models
 import train_lift_sd3
+from tiny_models import TINY_SD3, save_sd3_pipeline
 
 
 SHORT = [
@@ -36,72 +35,9 @@ SHORT = [
     *("--dataloader_num_workers", 0, "--num_inference_steps", 2, "--report_to", "none", "--learning_rate", 1e-3),
     *("--max_sequence_length", 8),
 ]
-WORDS = ["a", "photo", "of", "dark", "bright", "bag", "sneaker"]
-# CLIP encoders of widths 12 and 20, as SD3's have 768 and 1280; T5 of 48.
-TINY = {
-    "sample_size": 8,
-    "num_layers": 6,
-    "attention_head_dim": 8,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 48,
-    "caption_projection_dim": 16,
-    "pooled_projection_dim": 32,
-    "pos_embed_max_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-}
 TEXT_PARTS = [f"{kind}{number}" for number in ("", "_2", "_3") for kind in ("text_encoder", "tokenizer")]
-LAYOUT = TextLayout.of(TINY, 8)
+LAYOUT = TextLayout.of(TINY_SD3, 8)
 SD35 = {"dual_attention_layers": [0, 1, 2, 3], "qk_norm": "rms_norm"}
-
-
-def clip(width: int):
-    tokenizer = small_models.make_tokenizer(WORDS, length=24)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        projection_dim=width,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=24,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModelWithProjection(config), tokenizer
-
-
-def t5(width: int):
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [(f"▁{word}", -3.0) for word in WORDS] + [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz-"]
-    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0)
-    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    return T5EncoderModel(config), tokenizer
-
-
-def save_sd3_pipeline(folder: Path, absent: tuple[int, ...] = (), shift: float = 3.0, **transformer) -> Path:
-    """A tiny random SD3 pipeline: 32 pixels, latents of 8 x 8, six blocks, three text encoders but the `absent`."""
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=[8, 8, 16],
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        norm_num_groups=4,
-        layers_per_block=1,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    texts = [make(width) for make, width in ((clip, 12), (clip, 20), (t5, 48))]
-    texts = [(None, None) if number in absent else text for number, text in enumerate(texts, 1)]
-    model = SD3Transformer2DModel(**{**TINY, **transformer})
-    for block in model.transformer_blocks:  # AdaLN's gates of a random model are nearly closed: let the blocks matter
-        block.norm1.linear.bias.data.normal_()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    StableDiffusion3Pipeline(model, scheduler, vae, *texts[0], *texts[1], *texts[2]).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -172,7 +108,7 @@ def is_depth_pruned(student: dict[str, torch.Tensor], teacher: dict[str, torch.T
 def embeddings() -> dict[str, torch.Tensor]:
     """Random embeddings of two prompts, for pipelines that Diffusers itself cannot give strings."""
     draw = torch.Generator().manual_seed(1)
-    width, pooled = TINY["joint_attention_dim"], TINY["pooled_projection_dim"]
+    width, pooled = TINY_SD3["joint_attention_dim"], TINY_SD3["pooled_projection_dim"]
     return {
         **{f"{sign}prompt_embeds": torch.randn(2, 12, width, generator=draw) for sign in ("", "negative_")},
         **{f"{sign}pooled_prompt_embeds": torch.randn(2, pooled, generator=draw) for sign in ("", "negative_")},
@@ -239,7 +175,7 @@ def test_from_random_weights_to_student_by_accelerate_launch(run, captioned, cac
     "flags",
     [
         ["--kd_loss", "lift", "--coarse_norm", "l2", "--weighting_scheme", "mode", "--mode_scale", 0.8],
-        ["--kd_loss", "mse", "--lambda_kd_feat", 0, "--weighting_scheme", "sigma_sqrt"],
+        ["--kd_loss", "mse", "--lambda_kd_feat", 0, "--weighting_scheme", "cosmap"],
         ["--kd_loss", "none", "--weighting_scheme", "cosmap"],
         ["--group_size", 64, "--group_by", "position", "--logit_mean", -0.5, "--logit_std", 2],
         ["--kd_weighting", "coarse_only", "--no-use_ema", "--weighting_scheme", "none"],
@@ -254,7 +190,7 @@ def test_from_random_weights_to_student_by_accelerate_launch(run, captioned, cac
 def test_flags_train_a_student_that_loads(distil, flags):
     folder = distil(*flags)
     after = weights(folder)
-    shape = SD3Transformer2DModel.from_config({**TINY, "num_layers": 3}).state_dict()
+    shape = SD3Transformer2DModel.from_config({**TINY_SD3, "num_layers": 3}).state_dict()
     assert {key: value.shape for key, value in after.items()} == {key: value.shape for key, value in shape.items()}
     assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in after.values())
     moments = load_file(folder / "checkpoint-3" / "optimizer.safetensors")
@@ -369,7 +305,7 @@ def test_noise_levels_follow_the_flags():
     assert mean("--logit_std", "90") > 0  # shares that round to 1 stay inside the schedule
 
 
-@pytest.mark.parametrize("scheme", ["sigma_sqrt", "cosmap", "none"])
+@pytest.mark.parametrize("scheme", ["cosmap", "none"])
 def test_the_data_term_is_weighted(scheme):
     class Still(torch.nn.Module):
         def forward(self, hidden_states, **rest):
@@ -377,14 +313,14 @@ def test_the_data_term_is_weighted(scheme):
 
     scheduler, batch = FlowMatchEulerDiscreteScheduler(shift=3.0), {"moments": torch.randn(3, 1, 2, 4, 8, 8)}
     batch |= {"text_encoder": torch.randn(3, 24, 12), "text_encoder.pooled": torch.randn(3, 32)}
-    no_text, layout = (torch.zeros(280, 48), torch.zeros(32)), TextLayout.of(TINY, 256)
+    no_text, layout = (torch.zeros(280, 48), torch.zeros(32)), TextLayout.of(TINY_SD3, 256)
     levels = noise_levels("--weighting_scheme", scheme)
     settings = train_lift_sd3.InputSettings(None, no_text, layout, levels, caption_dropout=0.1, random_flip=False)
     torch.manual_seed(5)
     _, target, sigmas = train_lift_sd3.make_inputs(batch, scheduler, settings)
     torch.manual_seed(5)
     loss, _ = train_lift_sd3.compute_losses(Still(), None, batch, 0.5, scheduler, None, (1.0, 1.0, 0.1), settings)
-    factors = {"sigma_sqrt": sigmas**-2, "cosmap": 2 / torch.pi / (1 - 2 * sigmas + 2 * sigmas**2), "none": 1}
+    factors = {"cosmap": 2 / torch.pi / (1 - 2 * sigmas + 2 * sigmas**2), "none": 1}
     torch.testing.assert_close(loss, (factors[scheme] * target**2).mean())
 
 
@@ -731,8 +667,8 @@ def test_dry_run_tells_sizes_and_stops(run, sd3_teacher, tmp_path, capsys):
         where = ("--pretrained_teacher_model", sd3_teacher, "--output_dir", tmp_path / "none")
         run("train_lift_sd3", *where, "--dry_run", *flags)
         text = capsys.readouterr().out
-        ours = SD3Transformer2DModel(**{**TINY, "num_layers": 3}).num_parameters()
-        theirs = SD3Transformer2DModel(**TINY).num_parameters()
+        ours = SD3Transformer2DModel(**{**TINY_SD3, "num_layers": 3}).num_parameters()
+        theirs = SD3Transformer2DModel(**TINY_SD3).num_parameters()
         for fact in (f"student: {ours:,} parameters", f"teacher: {theirs:,}", f"{ours / theirs:.2%}", "MACs"):
             assert fact in text
         assert '"num_layers": 3' in text
@@ -743,7 +679,7 @@ def test_dry_run_tells_sizes_and_stops(run, sd3_teacher, tmp_path, capsys):
     two, one = dry_run("--lora_rank", 2), dry_run("--lora_rank", 2, "--share_backbone")
     frozen = two.pop("frozen weights of the student")
     assert frozen == pytest.approx(
-        SD3Transformer2DModel(**{**TINY, "num_layers": 3}).num_parameters() / 2**18, abs=0.06
+        SD3Transformer2DModel(**{**TINY_SD3, "num_layers": 3}).num_parameters() / 2**18, abs=0.06
     )
     assert one.pop("sum") == pytest.approx(two.pop("sum") - frozen, abs=0.11) and one == two
     assert not (tmp_path / "none").exists()

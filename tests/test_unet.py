@@ -296,9 +296,25 @@ def test_pruning_finds_the_channels_that_matter(init):
     prune_width(student, teacher, EXAMPLE, accumulate)
     ours, wanted = student(*inputs).sample, small(*inputs).sample
     if init == "magnitude":
-        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4)
+        # The narrower sinusoid is fitted with small weights, and therefore not exactly.
+        assert (ours - wanted).square().mean() < 1e-5 * wanted.var()
     else:  # copies have an effect through the normalisation's statistics: one or two may outrank an original
         assert (ours - wanted).square().mean() < 1e-3 * wanted.var()
+
+
+@pytest.mark.parametrize("width", [0.5, 0.125])
+def test_the_narrower_sinusoid_enters_with_small_weights(width):
+    """Sums of large weights that cancel out would be mostly rounding errors in bfloat16."""
+    torch.manual_seed(0)
+    teacher = UNet2DModel(**{**TINY_UNET, "block_out_channels": [128, 256], "norm_num_groups": 32})
+    recipe = {"width": width, "config": {"norm_num_groups": 4}}
+    student = UNet2DModel.from_config(train_lift_unet.student_config(dict(teacher.config), recipe))
+    prune_width(student, teacher, EXAMPLE)
+    layer, steps = student.time_embedding.linear_1, student.time_proj(torch.arange(1000))
+    assert layer.weight.abs().max() < 1
+    signal = steps @ layer.weight.T
+    error = (steps.bfloat16() @ layer.weight.T.bfloat16()).float() - signal
+    assert error.std() < 0.02 * signal.std()
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.75, 0.25])

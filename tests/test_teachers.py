@@ -1,0 +1,495 @@
+"""What teachers the scripts and eval/ take: safetensors or .bin weights, all of them finite, of DDPM's noise."""
+
+import builtins
+import hashlib
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import common.hub
+from common.finite import first_non_finite
+from common.teachers import (
+    DDPM_NOISE,
+    TeacherSource,
+    load_frozen,
+    load_noise_schedule,
+    load_part,
+    load_weights,
+)
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_file
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer, T5EncoderModel
+
+import evaluate
+from tiny_models import save_dit_pipeline, save_pixel_pipeline, save_sd3_pipeline, save_sd_pipeline
+
+
+SHORT = [
+    *("--train_batch_size", 4, "--gradient_accumulation_steps", 1, "--max_train_steps", 2, "--logging_steps", 1),
+    *("--num_inference_steps", 1, "--report_to", "none", "--dataloader_num_workers", 0, "--learning_rate", 1e-3),
+]
+CAPTIONS = ("--validation_prompts", "a dark bag", "--resolution", 32)
+SCRIPTS = {  # how to make a teacher, the fixture of the data, flags, and the parts of the teacher that are read
+    "unet": (save_pixel_pipeline, "images", ("--student", 0.5, "--num_validation_images", 1), [""]),
+    "sd21": (save_sd_pipeline, "captioned", ("--student", "bk_tiny", *CAPTIONS), ["unet", "vae", "text_encoder", ""]),
+    "dit": (save_dit_pipeline, "articles", ("--student", "d4"), ["transformer", "vae"]),
+    "sd3": (
+        *(save_sd3_pipeline, "captioned", ("--student", "half", "--max_sequence_length", 8, *CAPTIONS)),
+        ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", ""],
+    ),
+}
+BIN = "has no safetensors weights: reading .bin files by torch.load(weights_only=True)"
+
+
+def source_of(folder: Path) -> TeacherSource:
+    return TeacherSource(str(folder), None, None, "pass another")
+
+
+def to_bin(folder: Path, shards: int = 1) -> Path:
+    """Replace the safetensors files of a pipeline or model by .bin files, as older repositories have them."""
+    for path in folder.rglob("*.safetensors"):
+        state, stem = load_file(path), path.stem.replace("model", "pytorch_model", path.stem == "model")
+        path.unlink()
+        if shards == 1:
+            torch.save(state, path.with_name(f"{stem}.bin"))
+            continue
+        names = [f"{stem}-{number:05d}-of-{shards:05d}.bin" for number in range(1, shards + 1)]
+        places = {key: names[index % shards] for index, key in enumerate(state)}
+        for name in names:
+            torch.save({key: state[key] for key, place in places.items() if place == name}, path.with_name(name))
+        index = {"metadata": {"total_size": sum(each.nbytes for each in state.values())}, "weight_map": places}
+        path.with_name(f"{stem}.bin.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def edit(path: Path, **changes) -> Path:
+    """Change a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
+@pytest.fixture
+def distil(run, request, tmp_path, monkeypatch):
+    """`distil(kind, teacher, *flags, name="student")` runs two steps of a script and returns the output folder."""
+    monkeypatch.setattr(common.hub, "plot_curves", lambda *rest: None)  # they take half of the time
+
+    def distil_from(kind: str, teacher: Path, *flags, name: str = "student") -> Path:
+        _, data, usual, _ = SCRIPTS[kind]
+        source = ("--pretrained_teacher_model", teacher, "--train_data_dir", request.getfixturevalue(data))
+        places = ("--output_dir", tmp_path / name, "--cache_dir", tmp_path / "cache")
+        run(f"train_lift_{kind}", *source, *places, *usual, *SHORT, *flags)
+        return tmp_path / name
+
+    return distil_from
+
+
+@pytest.fixture
+def said(caplog):
+    """`said()` lists the models that were said to be read from .bin files since it was called last."""
+
+    def names() -> list[str]:
+        found = [message.removesuffix(BIN).strip() for message in caplog.messages if message.endswith(BIN)]
+        caplog.clear()
+        return found
+
+    return names
+
+
+def one_line(call, *arguments, **options) -> str:
+    """The one line that the call ends with."""
+    with pytest.raises(SystemExit) as ended:
+        call(*arguments, **options)
+    assert isinstance(ended.value.code, str), ended.value  # with a message, the exit code is 1
+    assert ended.value.code.startswith("error: ") and "\n" not in ended.value.code, ended.value.code
+    return ended.value.code
+
+
+# ------------------------------------------------------------------------------------------------------- .bin weights
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_teacher_of_bin_files_makes_the_same_student(kind, distil, said, tmp_path, capfd):
+    make, *_, parts = SCRIPTS[kind]
+    teacher = make(tmp_path / "teacher")
+    twin = to_bin(shutil.copytree(teacher, tmp_path / "twin"))
+    assert not list(twin.rglob("*.safetensors")) and list(twin.rglob("*.bin"))
+    first = distil(kind, teacher, name="first")
+    assert said() == []
+    second = distil(kind, twin, name="second")
+    assert sorted(said()) == sorted(f"{twin}/{part}".rstrip("/") for part in parts)
+    assert "An error occurred" not in capfd.readouterr().err  # Diffusers logs what we look for first
+    files = {path.relative_to(first) for path in first.rglob("*.safetensors")}
+    assert {path.relative_to(second) for path in second.rglob("*.safetensors")} == files and len(files) >= 4
+    assert [str(path) for path in files if (first / path).read_bytes() != (second / path).read_bytes()] == []
+    assert not list(second.rglob("*.bin"))  # what we write is safetensors
+    rows = [(each / "metrics.jsonl").read_text().splitlines() for each in (first, second)]
+    losses = [[json.loads(line)["loss"] for line in lines] for lines in rows]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_bin_files_in_shards_of_a_variant_and_mixed(said, tmp_path):
+    """Each is read as the whole safetensors file would be, by part and by pipeline."""
+    teacher = save_sd_pipeline(tmp_path / "teacher")
+    whole = StableDiffusionPipeline.from_pretrained(teacher)
+    folders = {
+        "shards": to_bin(shutil.copytree(teacher, tmp_path / "shards"), shards=3),
+        "mixed": shutil.copytree(teacher, tmp_path / "mixed"),
+        "variant": to_bin(shutil.copytree(teacher, tmp_path / "variant")),
+    }
+    to_bin(folders["mixed"] / "text_encoder")
+    for path in folders["variant"].rglob("*.bin"):
+        path.rename(path.with_suffix(".fp16.bin"))
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    for name, folder in folders.items():
+        source = source_of(folder)._replace(variant="fp16" if name == "variant" else None)
+        pipeline = load_weights(source, DiffusionPipeline)
+        assert said() == [str(folder)]
+        for part, kind in kinds.items():
+            expected = getattr(whole, part).state_dict()
+            for model in (load_part(source, kind, part), getattr(pipeline, part)):
+                state = model.state_dict()
+                assert state.keys() == expected.keys()
+                assert all(torch.equal(state[key], expected[key]) for key in state), (name, part)
+        assert said() == [f"{folder}/{part}" for part in kinds if name != "mixed" or part == "text_encoder"]
+        load_frozen(source, CLIPTextModel, "text_encoder", torch.device("cpu"), torch.float32)
+        assert said() == []  # once is enough
+
+
+def test_safetensors_are_preferred(said, tmp_path):
+    """Beside whole ones a .bin file is not touched; damaged ones are an error, and not replaced by it."""
+    teacher = save_pixel_pipeline(tmp_path / "teacher")
+    weights = teacher / "unet" / "diffusion_pytorch_model.safetensors"
+    (weights.with_suffix(".bin")).write_bytes(b"no weights")
+    assert load_part(source_of(teacher), UNet2DModel, "unet")
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert "diffusion_pytorch_model.safetensors" in one_line(load_part, source_of(teacher), UNet2DModel, "unet")
+    assert said() == []
+
+
+@pytest.mark.parametrize("content", [b"", b"torn", None], ids=["empty", "torn", "cut"])
+def test_damaged_bin_files_are_said(content, tmp_path):
+    teacher = to_bin(save_sd_pipeline(tmp_path / "teacher"))
+    for part, kind in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        (path,) = (teacher / part).glob("*.bin")
+        path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+        assert one_line(load_part, source_of(teacher), kind, part).startswith(
+            f"error: --pretrained_teacher_model {teacher} does not load: "
+        )
+
+
+def test_no_weights_at_all(tmp_path):
+    teacher = save_sd_pipeline(tmp_path / "teacher")
+    for path in teacher.rglob("*.safetensors"):
+        path.unlink()
+    for part, kind in (("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)):
+        assert "no file named" in one_line(load_part, source_of(teacher), kind, part)
+
+
+def test_a_refusal_of_the_library_is_passed_on(tmp_path, monkeypatch):
+    """Transformers has a rule of its own, on the version of torch."""
+
+    def refuse():
+        raise ValueError("we now require users to upgrade torch")
+
+    monkeypatch.setattr("transformers.modeling_utils.check_torch_load_is_safe", refuse)
+    teacher = to_bin(save_sd_pipeline(tmp_path / "teacher"))
+    line = one_line(load_part, source_of(teacher), CLIPTextModel, "text_encoder")
+    assert "we now require users to upgrade torch" in line and str(teacher) in line
+
+
+# ----------------------------------------------------------------------------------------------------- planted pickles
+
+
+class Planted:
+    """Creates a file when it is unpickled without care."""
+
+    def __init__(self, place: Path):
+        self.place = str(place)
+
+    def __reduce__(self):
+        return builtins.open, (self.place, "w")
+
+
+@pytest.fixture
+def plant(request, tmp_path):
+    """`plant(file)` replaces a file by a pickle that would create a file; at the end that is seen not to exist.
+
+    It is in the archive that torch writes or, where the test asks for it, a bare pickle.
+    """
+    trap, planted, archive = tmp_path / "created", [], getattr(request, "param", "archive") == "archive"
+
+    def replace(path: Path) -> None:
+        torch.save({"conv_in.weight": Planted(trap)}, path)
+        if not archive:
+            path.write_bytes(pickle.dumps({"conv_in.weight": Planted(trap)}, protocol=2))
+        planted.append(path)
+
+    yield replace
+    assert planted and not trap.exists()
+    if archive:
+        torch.load(planted[0], weights_only=False)
+    else:
+        pickle.loads(planted[0].read_bytes())
+    assert trap.exists()  # it would have worked
+
+
+PARTS = [(kind, part) for kind, (*_, parts) in SCRIPTS.items() for part in parts if part] + [("unet", "unet")]
+
+
+@pytest.mark.parametrize(("kind", "part"), PARTS, ids=str)
+def test_a_planted_pickle_in_a_teacher_is_refused(kind, part, distil, plant, tmp_path):
+    teacher = to_bin(SCRIPTS[kind][0](tmp_path / "teacher"))
+    (path,) = (teacher / part).glob("*.bin")
+    plant(path)
+    line = one_line(distil, kind, teacher)
+    assert line.startswith(f"error: --pretrained_teacher_model {teacher} does not load: the .bin files of {teacher}")
+    assert "hold more than weights" in line and "Remedy: " in line
+
+
+@pytest.mark.parametrize("plant", ["archive", "pickle"], indirect=True)
+def test_a_planted_pickle_in_shards_is_refused(plant, tmp_path):
+    teacher = to_bin(save_sd_pipeline(tmp_path / "teacher"), shards=2)
+    for part, kind in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        plant(sorted((teacher / part).glob("*.bin"))[1])
+        assert "hold more than weights" in one_line(load_part, source_of(teacher), kind, part)
+
+
+def test_a_planted_pickle_in_the_vae_of_dit_is_refused(distil, plant, tmp_path):
+    teacher = save_dit_pipeline(tmp_path / "teacher")
+    vae = to_bin(shutil.copytree(teacher / "vae", tmp_path / "vae"))
+    plant(vae / "diffusion_pytorch_model.bin")
+    assert one_line(distil, "dit", teacher, "--vae", vae).startswith(f"error: --vae {vae} does not load: the .bin")
+
+
+@pytest.mark.parametrize("plant", ["archive", "pickle"], indirect=True)
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_planted_pickle_is_refused_by_generate(kind, run, plant, tmp_path):
+    make, *_ = SCRIPTS[kind]
+    model = to_bin(make(tmp_path / "model"))
+    plant(sorted(model.rglob("*.bin"))[0])
+    line = one_line(run, "generate", "--model", model, "--output_dir", tmp_path / "images")
+    assert line.startswith(f"error: --model {model} does not load: the .bin files of {model} hold more than weights")
+    assert not (tmp_path / "images").exists()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory, sd_teacher) -> Path:
+    """A tiny CLIP of .bin weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = CLIPTokenizer.from_pretrained(sd_teacher / "tokenizer")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {**shape, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    vision = {**shape, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+    return to_bin(folder)
+
+
+class Means(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=(2, 3))
+
+
+@pytest.fixture
+def score(run, captioned, tmp_path):
+    """`score(clip_model)` measures a folder of images with prompts; returns its row."""
+    torch.jit.script(Means().eval()).save(str(tmp_path / "means.pt"))
+    images = tmp_path / "images"
+    images.mkdir()
+    for index, path in enumerate(sorted(captioned.glob("*.png"))[:8]):
+        Image.open(path).save(images / f"{index:06d}.png")
+    (images / "manifest.json").write_text(json.dumps({"num_images": 8, "prompts": ["a dark bag", "a bright sneaker"]}))
+    flags = ("--images", images, "--reference", images, "--features", tmp_path / "means.pt")
+
+    def measure(clip_model: Path) -> dict:
+        evaluate.load_clip.cache_clear()
+        places = ("--output", tmp_path / "results", "--statistics_dir", tmp_path / "statistics")
+        run("evaluate", *flags, *places, "--clip_model", clip_model)
+        return json.loads((tmp_path / "results.json").read_text())["rows"][0]
+
+    return measure
+
+
+def test_the_clip_score_by_bin_files(score, clip, said):
+    assert -1 < score(clip)["clip_score"] < 1 and said() == [str(clip)]
+
+
+@pytest.mark.parametrize("plant", ["archive", "pickle"], indirect=True)
+def test_a_planted_pickle_is_refused_by_evaluate(score, clip, plant, tmp_path):
+    model = shutil.copytree(clip, tmp_path / "clip")
+    plant(model / "pytorch_model.bin")
+    assert one_line(score, model).startswith(f"error: --clip_model {model} does not load: the .bin files of {model}")
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_planted_pickle_in_a_checkpoint_is_refused(distil, plant, teacher):
+    """In place of its weights, with a manifest that fits; one beside them is not looked at."""
+    folder = distil("unet", teacher, "--checkpointing_steps", 1) / "checkpoint-1"
+    plant(folder / "pytorch_model.bin")
+    plant(folder / "optimizer.pt")
+    again = ("--checkpointing_steps", 1, "--resume_from_checkpoint")
+    distil("unet", teacher, *again, "checkpoint-1")
+    for path in sorted(folder.rglob("*.safetensors")):
+        before = path.read_bytes(), (folder / "manifest.json").read_text()
+        plant(path)
+        line = one_line(distil, "unet", teacher, *again, "checkpoint-1")
+        assert line.startswith("error: --resume_from_checkpoint checkpoint-1: ")
+        entry = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        edit(folder / "manifest.json", **{str(path.relative_to(folder)): entry})
+        line = one_line(distil, "unet", teacher, *again, "checkpoint-1")
+        assert line.startswith("error: --resume_from_checkpoint checkpoint-1: ")
+        path.write_bytes(before[0])
+        (folder / "manifest.json").write_text(before[1])
+
+
+def test_a_planted_pickle_as_a_user_sees_it(plant, images, tmp_path):
+    """A process of its own: one line, no traceback."""
+    teacher = to_bin(save_pixel_pipeline(tmp_path / "teacher"))
+    plant(teacher / "unet" / "diffusion_pytorch_model.bin")
+    flags = ("--pretrained_teacher_model", teacher, "--train_data_dir", images, "--output_dir", tmp_path / "output")
+    finished = run_file("train_lift_unet.py", *flags)
+    assert finished.returncode == 1 and "Traceback" not in finished.stdout, finished.stdout
+    assert finished.stdout.count("error: ") == 1 and not (tmp_path / "output").exists(), finished.stdout
+
+
+# ---------------------------------------------------------------------------------------------------- noise schedules
+
+
+def with_scheduler(folder: Path, scheduler) -> Path:
+    """Give a pipeline folder another scheduler."""
+    shutil.rmtree(folder / "scheduler")
+    scheduler.save_pretrained(folder / "scheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", type(scheduler).__name__])
+    return folder
+
+
+REFUSED = {
+    "flow": (FlowMatchEulerDiscreteScheduler(), "has a FlowMatchEulerDiscreteScheduler, which is not DDPM's noise"),
+    "sigmas": (UniPCMultistepScheduler(use_flow_sigmas=True), "has a UniPCMultistepScheduler with flow sigmas"),
+    "flow_prediction": (
+        UniPCMultistepScheduler(prediction_type="flow_prediction"),
+        "has a UniPCMultistepScheduler that predicts flow_prediction",
+    ),
+    "unknown": (PNDMScheduler(prediction_type="score"), "has a PNDMScheduler that predicts score"),
+    "edm": (EDMEulerScheduler(), "has a EDMEulerScheduler, which is not DDPM's noise"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("kind", ["unet", "sd21", "dit"])
+def test_another_noise_than_ddpms_is_refused(kind, name, distil, tmp_path):
+    scheduler, message = REFUSED[name]
+    teacher = with_scheduler(SCRIPTS[kind][0](tmp_path / "teacher"), scheduler)
+    line = one_line(distil, kind, teacher)
+    assert line.startswith(f"error: --pretrained_teacher_model {teacher} {message}") and "; pass a" in line
+    assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler])
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "sample"])
+def test_a_schedule_is_read_from_any_sampler(kind, predicts, tmp_path):
+    if (kind, predicts) == (PNDMScheduler, "sample"):
+        predicts = "epsilon"  # which PNDM does not sample
+    theirs = kind(num_train_timesteps=500, beta_end=0.03, beta_schedule="scaled_linear", prediction_type=predicts)
+    theirs.save_pretrained(tmp_path / "scheduler")
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    by_hand = {key: value for key, value in json.loads(path.read_text()).items() if key != "_class_name"}
+    for _ in range(2):
+        schedule = load_noise_schedule(source_of(tmp_path), kind)
+        assert type(schedule) is DDPMScheduler and schedule.config.prediction_type == predicts
+        assert torch.equal(schedule.alphas_cumprod, theirs.alphas_cumprod) and len(schedule) == 500
+        path.write_text(json.dumps(by_hand))
+    assert kind.__name__ in DDPM_NOISE
+
+
+def test_a_schedule_of_wrong_values(tmp_path):
+    DDPMScheduler().save_pretrained(tmp_path / "scheduler")
+    edit(tmp_path / "scheduler" / "scheduler_config.json", beta_schedule="wavy")
+    line = one_line(load_noise_schedule, source_of(tmp_path), DDPMScheduler)
+    assert "its DDPMScheduler: wavy" in line and line.endswith("; pass another")
+
+
+# ----------------------------------------------------------------------------------------------------- finite weights
+
+
+def spoil(folder: Path, value: float, key: str = "") -> str:
+    """Set a weight of a model's folder, the first of a key with `key` in it; returns its name."""
+    (path,) = folder.glob("*.safetensors")
+    state = load_file(path)
+    key = next(name for name in state if key in name and state[name].is_floating_point())
+    state[key].view(-1)[-1] = value
+    path.unlink()
+    torch.save(state, path.with_name("pytorch_model.bin" if path.stem == "model" else f"{path.stem}.bin"))
+    return key
+
+
+SPOILT = [(kind, part) for kind, part in PARTS if (kind, part) != ("sd3", "text_encoder_2")]
+
+
+@pytest.mark.parametrize(("kind", "part"), SPOILT, ids=str)
+def test_teachers_that_are_not_finite_are_refused(kind, part, distil, tmp_path):
+    teacher = SCRIPTS[kind][0](tmp_path / "teacher")
+    key = spoil(teacher / part, float("nan") if part in ("unet", "transformer") else float("-inf"))
+    line = one_line(distil, kind, teacher)
+    what = f"error: --pretrained_teacher_model {teacher}: its {part} has weights that are not finite ({key} …); "
+    assert line.startswith(what) and "pass" in line.removeprefix(what) and "--mixed_precision" not in line
+
+
+def test_the_vae_of_dit_is_finite(distil, tmp_path):
+    teacher = save_dit_pipeline(tmp_path / "teacher")
+    key = spoil(teacher / "vae", float("inf"), key="decoder.conv_in")
+    other = save_dit_pipeline(tmp_path / "other")
+    line = one_line(distil, "dit", other, "--vae", teacher / "vae")
+    assert line.startswith(f"error: --vae {teacher / 'vae'} has weights that are not finite ({key} …); ")
+
+
+def test_weights_too_large_for_half_precision(tmp_path):
+    """They are finite in the file, so float32 and bfloat16 hold them."""
+    teacher, cpu = save_sd3_pipeline(tmp_path / "teacher"), torch.device("cpu")
+    for part, kind in (("vae", AutoencoderKL), ("text_encoder_3", T5EncoderModel)):
+        key = spoil(teacher / part, 1e6)
+        for dtype in (torch.float32, torch.bfloat16):
+            model = load_frozen(source_of(teacher), kind, part, cpu, dtype)
+            assert model.state_dict()[key].max() == torch.tensor(1e6).to(dtype)
+        line = one_line(load_frozen, source_of(teacher), kind, part, cpu, torch.float16)
+        assert f"its {part} has weights that are not finite ({key} …)" in line
+        assert "pass --mixed_precision bf16 or no" in line
+
+
+def test_first_non_finite(monkeypatch):
+    tensors = {"whole": torch.ones(3), "count": torch.arange(3), "half": torch.ones(2, dtype=torch.float16)}
+    tensors |= {"none": torch.zeros(0), "scalar": torch.tensor(1.0, dtype=torch.bfloat16)}
+    assert first_non_finite(tensors) is None and first_non_finite({}) is None
+    assert first_non_finite({"count": torch.arange(3)}) is None
+    for value in (np.nan, np.inf, -np.inf):
+        late = {"late": torch.tensor([[0.0, value]]), "later": torch.tensor(value)}
+        assert first_non_finite({**tensors, **late}) == "late"
+    reads = []
+    item = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: reads.append(tensor) or item(tensor))
+    first_non_finite({str(number): torch.ones(2) for number in range(100)})
+    assert len(reads) == 1
