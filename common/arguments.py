@@ -253,14 +253,25 @@ def check_args(args: argparse.Namespace) -> None:
     if args.enable_xformers_memory_efficient_attention:
         if not torch.cuda.is_available():
             fail("--enable_xformers_memory_efficient_attention needs a CUDA device; drop it: attention is SDPA then")
-        if importlib.util.find_spec("xformers") is None:
-            fail("--enable_xformers_memory_efficient_attention needs xformers; pip install xformers, or drop it")
+        check_xformers()
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         fail("--use_8bit_adam needs bitsandbytes; pip install bitsandbytes, or drop the flag")
     if getattr(args, "lora_rank", 0) and importlib.util.find_spec("peft") is None:
         fail(f"--lora_rank {args.lora_rank} needs peft; pip install peft, or drop the flag")
     if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
         fail(f"--report_to {args.report_to} is not installed; pip install {args.report_to}, or pass none")
+
+
+def check_xformers() -> None:
+    """End the run where xformers is missing, or its kernels, which are built for one version of torch, do not load."""
+    flag = "--enable_xformers_memory_efficient_attention"
+    if importlib.util.find_spec("xformers") is None:
+        fail(f"{flag} needs xformers; pip install it as requirements.txt has it, or drop the flag")
+    from xformers import _cpp_lib
+
+    if _cpp_lib._cpp_library_load_exception is not None:
+        why = f"xformers' kernels do not load beside torch {torch.__version__}"
+        fail(f"{flag}: {why}; install the pair in requirements.txt, or drop the flag: attention is SDPA then")
 
 
 def tracked_flags(args: argparse.Namespace) -> dict[str, Any]:

@@ -125,12 +125,23 @@ def prepare_models(
         student.model.enable_gradient_checkpointing()
     if xformers:
         for model in models:
-            model.model.enable_xformers_memory_efficient_attention()
+            _use_xformers(model.model, accelerator.mixed_precision)
     if teacher is not None:
         freeze(teacher, accelerator.device, working_dtype(accelerator))
     if compiled:
         for model in models:
             model.compile()
+
+
+def _use_xformers(model: torch.nn.Module, mixed_precision: str) -> None:
+    remedy = "drop --enable_xformers_memory_efficient_attention: attention is SDPA then, which needs as little memory"
+    if getattr(model.config, "qk_norm", None) is not None and mixed_precision != "no":
+        # Normalised queries and keys come in float32 beside half-precision values, which xformers refuses.
+        fail(f"--mixed_precision {mixed_precision} with xformers does not go with the model's qk_norm; {remedy}")
+    try:
+        model.enable_xformers_memory_efficient_attention()
+    except Exception as error:  # of whatever kernel has tried it
+        fail(f"xformers cannot compute this model's attention: {first_line(error)}; {remedy}")
 
 
 def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
