@@ -8,11 +8,19 @@
 # specific language governing permissions and limitations under the License.
 """What does a model cost: multiply-accumulates, activations, and the memory of a training step?"""
 
+import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -20,67 +28,175 @@ from torch.utils.flop_counter import FlopCounterMode
 CHECKPOINTED = re.compile(r"(^|\.)(resnets|transformer_blocks)\.\d+$")
 
 
-def profile_forward(model: torch.nn.Module, **inputs: torch.Tensor) -> tuple[int, int, int]:
-    """What a forward pass costs, without computing anything.
+def dtype_of(mixed_precision: str | None) -> torch.dtype:
+    """What a run computes in, and what frozen models are kept in.
 
     Args:
-        model: A model on the meta device.
-        inputs: Meta tensors for its forward.
+        mixed_precision: "fp16", "bf16", "no" or `None`.
+    """
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+
+
+def profile_forward(
+    model: torch.nn.Module, dtype: torch.dtype = torch.float32, **inputs: torch.Tensor
+) -> tuple[int, int, int]:
+    """What a forward pass costs on a GPU, without computing anything and without one.
+
+    Fake tensors stand for those on the GPU: they have a dtype and a size, follow CUDA's autocast rules, and hold
+    nothing. Attention is the memory-efficient one, of which all of SDPA's fast kernels keep as much.
+
+    Args:
+        model: A model on the meta device, which stays as it is.
+        dtype: Of autocast; float32 is without it.
+        inputs: Meta tensors for its forward. Floating-point ones are taken to be in this dtype.
 
     Returns:
-        Multiply-accumulates; the bytes of activations kept for the backward pass; and the most bytes that one block
-        keeps, which gradient checkpointing brings back for a while.
+        Multiply-accumulates; the bytes kept for the backward pass, without the weights and their copies for autocast;
+        and the most bytes that one block keeps, which gradient checkpointing brings back for a while.
     """
-    parameters = {id(parameter) for parameter in model.parameters()}
-    kept: dict[int, tuple[torch.Tensor, int]] = {}
+    model = copy.deepcopy(model)
     before: dict[torch.nn.Module, int] = {}
     largest = 0
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        base = tensor if tensor._base is None else tensor._base
-        if id(base) not in parameters:
-            # Holding the tensor keeps its id from being given to another one.
-            kept[id(base)] = (base, base.numel() * base.element_size())
-        return tensor
-
-    def size() -> int:
-        return sum(size for _, size in kept.values())
-
     def enter(module: torch.nn.Module, inputs: Any) -> None:
-        before[module] = size()
+        before[module] = kept.bytes()
 
     def leave(module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
         nonlocal largest
-        largest = max(largest, size() - before[module])
+        largest = max(largest, kept.bytes() - before[module])
 
     for name, module in model.named_modules():
         if CHECKPOINTED.search(name):
             module.register_forward_pre_hook(enter)
             module.register_forward_hook(leave)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        FlopCounterMode(display=False) as flops,
-    ):
-        model(**inputs)
-    return flops.get_total_flops() // 2, size(), largest
+    with FakeTensorMode():
+        kept = _KeptStorages(_put_on_fake_gpu(model))
+        inputs = {
+            name: torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device="cuda")
+            for name, tensor in inputs.items()
+        }
+        with (
+            FlopCounterMode(display=False) as flops,
+            _cuda_autocast(dtype),
+            _EfficientAttention(),
+            kept,
+            torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
+        ):
+            model(**inputs)
+    return flops.get_total_flops() // 2, kept.bytes(), largest
+
+
+def _put_on_fake_gpu(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Fake tensors in the place of the model's own, which `Module.to` cannot put there; returns them."""
+    weights = []
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                if isinstance(tensor, torch.nn.Parameter):
+                    fake = torch.nn.Parameter(fake, tensor.requires_grad)
+                tensors[name] = fake
+                weights.append(fake)
+    return weights
+
+
+@contextmanager
+def _cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
+    """CUDA's autocast, which `torch.autocast` leaves out where there is no GPU; nothing for float32."""
+    if dtype == torch.float32:
+        yield
+        return
+    enabled, before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", before)
+
+
+class _EfficientAttention(TorchFunctionMode):
+    """SDPA by its memory-efficient kernel: without a GPU to ask, SDPA would make the whole matrix of scores."""
+
+    def __torch_function__(
+        self, func: Callable, types: tuple[type, ...], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or kwargs.get("attn_mask") is not None or len(args) != 3:
+            return func(*args, **kwargs)
+        if torch.is_autocast_enabled("cuda"):
+            args = [tensor.to(torch.get_autocast_dtype("cuda")) for tensor in args]
+        options = kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False)
+        attend = torch.ops.aten._scaled_dot_product_efficient_attention
+        return attend(*args, None, True, *options, scale=kwargs.get("scale"))[0]
+
+
+class _KeptStorages(TorchDispatchMode):
+    """Counts what autograd keeps, each storage once, without the weights and what autocast makes of them.
+
+    Args:
+        weights: Parameters and buffers.
+    """
+
+    def __init__(self, weights: list[torch.Tensor]):
+        super().__init__()
+        # Holding the tensors keeps a storage's number from being given to another one.
+        self.weights = {self.number(tensor): tensor for tensor in weights}
+        self.kept: dict[int, torch.Tensor] = {}
+
+    @staticmethod
+    def number(tensor: torch.Tensor) -> int:
+        return tensor.untyped_storage()._cdata
+
+    def __torch_dispatch__(
+        self, func: Callable, types: tuple[type, ...], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and self.number(args[0]) in self.weights:
+            self.weights[self.number(output)] = output
+        return output
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.number(tensor) not in self.weights:
+            self.kept[self.number(tensor)] = tensor
+        return tensor
+
+    def bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.kept.values())
 
 
 def estimate_activations(
-    make: Callable[[], torch.nn.Module], checkpointing: bool, **inputs: torch.Tensor
+    make: Callable[[], torch.nn.Module],
+    checkpointing: bool,
+    batch_size: int,
+    mixed_precision: str | None,
+    **inputs: torch.Tensor,
 ) -> tuple[int, int, int]:
-    """MACs, kept and recomputed bytes of a training step's forward pass on one image: see [`profile_forward`].
+    """MACs of a forward pass on one image, and what a batch's keeps and recomputes: see [`profile_forward`].
 
     Args:
         make: Builds the model on the meta device.
         checkpointing: Whether its blocks are recomputed.
-        inputs: Meta tensors for its forward.
+        batch_size: Images per device and micro-batch.
+        mixed_precision: "fp16", "bf16", "no" or `None`.
+        inputs: Meta tensors for its forward on one image.
     """
-    macs, kept, largest = profile_forward(make().train(), **inputs)
+    dtype = dtype_of(mixed_precision)
+    inputs = {name: tensor.expand(batch_size, *tensor.shape[1:]) for name, tensor in inputs.items()}
+    macs, kept, largest = profile_forward(make().train(), dtype, **inputs)
     if not checkpointing:
-        return macs, kept, 0
+        return macs // batch_size, kept, 0
     model = make().train()
-    model.enable_gradient_checkpointing()
-    return macs, profile_forward(model, **inputs)[1], largest
+    # The state of the random numbers is no fake tensor.
+    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    model.enable_gradient_checkpointing(recompute)
+    return macs // batch_size, profile_forward(model, dtype, **inputs)[1], largest
 
 
 def print_memory_estimate(
@@ -96,9 +212,12 @@ def print_memory_estimate(
 ) -> None:
     """Print what a training step holds, by part, in MiB.
 
+    With several processes the sum is the same: DistributedDataParallel's buckets hold the gradients, which are views
+    of them (`gradient_as_bucket_view`).
+
     Args:
-        activations: Bytes that one image's forward pass keeps in float32: all those kept to the backward pass, and
-            those of the block that gradient checkpointing recomputes, 0 without. See [`profile_forward`].
+        activations: Bytes that the forward pass keeps to the backward pass, and those of the block that gradient
+            checkpointing recomputes, 0 without. See [`estimate_activations`].
         student: Parameters of the student.
         teacher: Parameters of the teacher, 0 without one.
         batch_size: Images per device and micro-batch.
@@ -108,13 +227,12 @@ def print_memory_estimate(
         trained: Parameters that learn, if not all of the student's; those that do not are held like the teacher's.
         encoders: Parameters of what encodes images and captions in every step.
     """
-    half = mixed_precision in ("fp16", "bf16")
-    width = 2 if half else 4
+    width = dtype_of(mixed_precision).itemsize
     trained = student if trained is None else trained
-    kept, recomputed = (batch_size * size * width // 4 for size in activations)
+    kept, recomputed = activations
     parts = {
         "trained weights (fp32)": 4 * trained,
-        "their copies for autocast": 2 * trained if half else 0,
+        "their copies for autocast": width * trained if width < 4 else 0,
         "frozen weights of the student": width * (student - trained),
         "gradients (fp32)": 4 * trained,
         "optimizer moments": (2 if use_8bit_adam else 8) * trained,

@@ -45,8 +45,8 @@ class StopSignals:
     """
 
     def __init__(self, num_processes: int):
-        several, self.process = num_processes > 1, os.getpid()
-        self.group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT) if several else None
+        self.alone, self.process = num_processes == 1, os.getpid()
+        self.group = None if self.alone else torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
         self.received: signal.Signals | None = None
         self.since, self.at_once, self.started = 0.0, True, False
         for each in (signal.SIGTERM, signal.SIGINT):
@@ -71,7 +71,7 @@ class StopSignals:
 
     def check(self) -> None:
         """Leave if a signal has come. Several processes must call this together: they leave if one of them has one."""
-        if self.group is None:
+        if self.alone:
             number = self.received
         else:  # on the CPU, so that nothing waits for a device
             flag = torch.tensor(self.received or 0)
@@ -99,7 +99,7 @@ class StopSignals:
         try:
             work(**options)
         except Stopped:
-            if self.group is None:
+            if self.alone:
                 raise
 
 

@@ -8,15 +8,18 @@
 # specific language governing permissions and limitations under the License.
 """How does a student get the teacher's blocks, and which features of the two are compared?"""
 
+import json
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from common.arguments import fail
+from common.arguments import fail, first_line
 from common.recipes import model_errors_end
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from lift_utils import FeatureModel, check_group_size
@@ -185,6 +188,41 @@ def measure_influence(blocks: torch.nn.ModuleList, run: Callable[[], Any], item:
     for hook in hooks:
         hook.remove()
     return [total / count for total, count in zip(sums, calls)]
+
+
+def choose_once(
+    path: Path,
+    depth: int,
+    measure: Callable[[], tuple[list[float], list[int]]],
+    resume_from: str | None,
+    accelerator: Accelerator,
+) -> list[int]:
+    """The blocks that a student keeps: the main process chooses, every other one and a resumed run read its choice.
+
+    Where two blocks are almost equal, other rounding would choose others, which no checkpoint fits.
+
+    Args:
+        path: Where the choice is kept, in the run's folder.
+        depth: The number of blocks.
+        measure: Returns the influence of each block of the teacher, and the blocks to keep.
+        resume_from: `--resume_from_checkpoint`.
+    """
+    with accelerator.main_process_first():
+        if path.exists() and (resume_from is not None or not accelerator.is_main_process):
+            try:
+                kept = json.loads(path.read_text(encoding="utf-8"))["kept"]
+                if len(kept) != depth:
+                    raise ValueError(f"it keeps {len(kept)} blocks")
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                found = f"--student_depth {depth} does not go with {path}: {first_line(error)}"
+                fail(f"{found}; pass the same depth as before, or remove the file to choose anew")
+            return kept
+        influence, kept = measure()
+        if accelerator.is_main_process:
+            temporary = path.with_name(f".{path.name}")
+            temporary.write_text(json.dumps({"influence": influence, "kept": kept}), encoding="utf-8")
+            temporary.replace(path)
+        return kept
 
 
 def is_narrower(student: torch.nn.Module, teacher: torch.nn.Module) -> bool:

@@ -105,7 +105,9 @@ def save_and_leave(
     if accelerator.is_main_process and train_state.step > train_state.saved:
         save_train_state(output_dir, train_state, limit)
     accelerator.wait_for_everyone()
-    logger.info(f"{stopped.received.name}: saved step {train_state.step}; go on with --resume_from_checkpoint latest")
+    saved = f"saved step {train_state.step}; go on with --resume_from_checkpoint latest"
+    begun = "no step was done; the same command starts again"
+    logger.info(f"{stopped.received.name}: {saved if train_state.step else begun}")
     accelerator.end_training()
     sys.exit(stopped.code)
 

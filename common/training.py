@@ -212,12 +212,14 @@ def endless_batches(
     """Batches of a prepared dataloader, epoch after epoch, from a position on; skipped batches are not decoded.
 
     Raises:
-        Stopped: In place of a batch, after a signal.
+        Stopped: In place of a batch, after a signal. One process stops waiting for its workers, too.
     """
     epoch, skip = divmod(batches_done, len(dataloader))
+    fetch = stop.interruptible(next) if stop.alone else next
     while True:
         dataloader.set_epoch(epoch)
-        for batch in skip_first_batches(dataloader, skip) if skip else dataloader:
+        batches = iter(skip_first_batches(dataloader, skip) if skip else dataloader)
+        while (batch := fetch(batches, None)) is not None:
             stop.check()
             yield batch
         epoch, skip = epoch + 1, 0

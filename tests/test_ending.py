@@ -254,6 +254,21 @@ def test_a_signal_stops_the_sampling_and_saves(start, run, command, tmp_path):
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
+def test_a_run_that_waits_for_its_workers_can_be_stopped(start, tmp_path):
+    folder, program = tmp_path / "student", tmp_path / "waiting.py"
+    program.write_text(
+        "import time, train_lift_unet as script\n"
+        "script.load_pixels = lambda *arguments: time.sleep(600)\n"
+        "script.main(script.parse_args())\n"
+    )
+    process = start(folder, "--dataloader_num_workers", 2, program=(program,))
+    wait_until(lambda: (folder / "metrics.jsonl").exists(), process)
+    time.sleep(2)
+    output, seconds = end(process, signal.SIGINT)
+    assert process.returncode == 128 + signal.SIGINT and seconds < 15
+    assert "SIGINT: no step was done" in output and not list_checkpoints(folder)
+
+
 def test_a_second_interrupt_leaves_at_once(start, tmp_path):
     """The first one waits for the end of a step, which is made to hang."""
     folder = tmp_path / "student"
