@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from common.arguments import fail
 from common.checkpoints import find_checkpoint, save_checkpoint
-from common.ending import Stopped
+from common.ending import Stopped, end_workers
 from common.finite import first_non_finite
 
 import torch
@@ -102,6 +102,7 @@ def save_and_leave(
         limit: How many checkpoints to keep; `None` keeps all.
         stopped: The signal.
     """
+    end_workers()  # here, because torch would wait five seconds for each of those that wait for something else
     if accelerator.is_main_process and train_state.step > train_state.saved:
         save_train_state(output_dir, train_state, limit)
     accelerator.wait_for_everyone()
