@@ -67,6 +67,7 @@ from common.recipes import check_forward, model_errors_end, override_config, rea
 from common.reporting import MetricsLog, grid_path, plot_influence, sample_grid, sample_models, save_grid
 from common.students import (
     check_groups,
+    choose_once,
     fill_from_blocks,
     match_blocks,
     measure_influence,
@@ -366,31 +367,36 @@ def choose_blocks(
     random_flip: bool,
     seed: int,
     output_dir: Path,
+    resume_from: str | None,
     accelerator: Accelerator,
 ) -> list[int]:
     """The `depth` blocks of the teacher that change their tokens most, measured on noisy images of all classes.
 
-    Images, noise and timesteps depend on the seed alone: every process, and a resumed run, chooses the same blocks.
-    What was measured is plotted as influence.png.
+    The choice is kept as blocks.json, see [`choose_once`], and plotted as influence.png.
     """
-    seed_step(seed)
-    rows = range(0, len(dataset), math.ceil(len(dataset) / INFLUENCE_IMAGES))
-    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(dataset, rows), batch_size)
-    teacher.to(accelerator.device).eval()
 
-    def run() -> None:
-        for batch in loader:
-            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-            _, noisy, _, timesteps = make_inputs(batch, scheduler, encoders, random_flip)
-            teacher(noisy, timesteps, batch["labels"])
+    def measure() -> tuple[list[float], list[int]]:
+        seed_step(seed)
+        rows = range(0, len(dataset), math.ceil(len(dataset) / INFLUENCE_IMAGES))
+        loader = torch.utils.data.DataLoader(torch.utils.data.Subset(dataset, rows), batch_size)
+        teacher.to(accelerator.device).eval()
 
-    influence = measure_influence(teacher.transformer_blocks, run)
-    kept = sorted(sorted(range(len(influence)), key=influence.__getitem__)[-depth:])
-    logger.info(f"influence of the teacher's blocks: {', '.join(f'{value:.4f}' for value in influence)}")
-    logger.info(f"the student keeps {', '.join(map(str, kept))}: the same as --keep_blocks {','.join(map(str, kept))}")
-    if accelerator.is_main_process:
-        plot_influence(influence, kept, output_dir / "influence.png")
-    return kept
+        def run() -> None:
+            for batch in loader:
+                batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+                _, noisy, _, timesteps = make_inputs(batch, scheduler, encoders, random_flip)
+                teacher(noisy, timesteps, batch["labels"])
+
+        influence = measure_influence(teacher.transformer_blocks, run)
+        kept = sorted(sorted(range(len(influence)), key=influence.__getitem__)[-depth:])
+        named = ", ".join(map(str, kept))
+        logger.info(f"influence of the teacher's blocks: {', '.join(f'{value:.4f}' for value in influence)}")
+        logger.info(f"the student keeps {named}: the same as --keep_blocks {named.replace(' ', '')}")
+        if accelerator.is_main_process:
+            plot_influence(influence, kept, output_dir / "influence.png")
+        return influence, kept
+
+    return choose_once(output_dir / "blocks.json", depth, measure, resume_from, accelerator)
 
 
 def fill_student(
@@ -863,7 +869,8 @@ def print_dry_run(
         with torch.device("meta"):
             return DiTTransformer2DModel.from_config(student.config)
 
-    macs, *activations = estimate_activations(make_student, args.gradient_checkpointing, **inputs)
+    how = args.gradient_checkpointing, args.train_batch_size, args.mixed_precision
+    macs, *activations = estimate_activations(make_student, *how, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs per image and forward pass")
     if teacher is not None:
         total = teacher.num_parameters()
@@ -922,8 +929,8 @@ def main(args: argparse.Namespace) -> None:
     # ---- student
     teacher = load_part(source, DiTTransformer2DModel, "transformer") if source is not None else None
     if args.student_depth is not None:
-        data = dataset, args.train_batch_size, scheduler, encoders, args.random_flip, args.seed
-        kept = choose_blocks(teacher, args.student_depth, *data, output_dir, accelerator)
+        data = dataset, args.train_batch_size, scheduler, encoders, args.random_flip, args.seed, output_dir
+        kept = choose_blocks(teacher, args.student_depth, *data, args.resume_from_checkpoint, accelerator)
         student_shape, recipe = build_student(teacher_shape, args, kept)
     seed_step(args.seed)
     transformer = DiTTransformer2DModel.from_config(student_shape.config)

@@ -46,7 +46,7 @@ from common.arguments import (
 )
 from common.cache import JoinedDataset, cache_encodings, identify
 from common.checkpoints import prepare_output
-from common.costs import estimate_activations, print_memory_estimate, profile_forward
+from common.costs import dtype_of, estimate_activations, print_memory_estimate, profile_forward
 from common.data import (
     choose_samples,
     drop_uncaptioned,
@@ -77,6 +77,7 @@ from common.sd3_text import (
 )
 from common.students import (
     check_groups,
+    choose_once,
     fill_from_blocks,
     match_blocks,
     measure_influence,
@@ -396,30 +397,32 @@ def choose_blocks(
 ) -> list[int]:
     """The `depth` blocks of the teacher that change the image tokens most, its last always among them.
 
-    The choice is kept as blocks.json, which a resumed run reads, and plotted as influence.png.
+    The choice is kept as blocks.json, see [`choose_once`], and plotted as influence.png.
     """
-    path, device, dtype = output_dir / "blocks.json", accelerator.device, working_dtype(accelerator)
-    if path.exists() and (resume_from is not None or not accelerator.is_main_process):  # which goes first
-        return json.loads(path.read_text())["kept"]
-    teacher = load_frozen(source, SD3Transformer2DModel, "transformer", device, dtype)
-    seed_step(seed)
-    rows = torch.utils.data.Subset(dataset, torch.randperm(len(dataset))[:INFLUENCE_IMAGES].tolist())
 
-    def run() -> None:
-        for batch in torch.utils.data.DataLoader(rows, batch_size=batch_size):
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            inputs, *_ = make_inputs(batch, scheduler, settings)
-            teacher(**cast_inputs(inputs, dtype))
+    def measure() -> tuple[list[float], list[int]]:
+        device, dtype = accelerator.device, working_dtype(accelerator)
+        teacher = load_frozen(source, SD3Transformer2DModel, "transformer", device, dtype)
+        seed_step(seed)
+        rows = torch.utils.data.Subset(dataset, torch.randperm(len(dataset))[:INFLUENCE_IMAGES].tolist())
 
-    influence = measure_influence(teacher.transformer_blocks, run, item=1)
-    last = len(influence) - 1
-    best = sorted(range(last), key=lambda block: influence[block], reverse=True)
-    kept = sorted([*best[: depth - 1], last])
-    table = ", ".join(f"{block}: {value:.3g}" for block, value in enumerate(influence))
-    print(f"influence of the teacher's blocks on {len(rows)} images: {table}\nkept: {kept}", flush=True)
-    plot_influence(influence, kept, output_dir / "influence.png")
-    path.write_text(json.dumps({"influence": influence, "kept": kept}))
-    return kept
+        def run() -> None:
+            for batch in torch.utils.data.DataLoader(rows, batch_size=batch_size):
+                batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                inputs, *_ = make_inputs(batch, scheduler, settings)
+                teacher(**cast_inputs(inputs, dtype))
+
+        influence = measure_influence(teacher.transformer_blocks, run, item=1)
+        last = len(influence) - 1
+        best = sorted(range(last), key=lambda block: influence[block], reverse=True)
+        kept = sorted([*best[: depth - 1], last])
+        table = ", ".join(f"{block}: {value:.3g}" for block, value in enumerate(influence))
+        print(f"influence of the teacher's blocks on {len(rows)} images: {table}\nkept: {kept}", flush=True)
+        if accelerator.is_main_process:
+            plot_influence(influence, kept, output_dir / "influence.png")
+        return influence, kept
+
+    return choose_once(output_dir / "blocks.json", depth, measure, resume_from, accelerator)
 
 
 def fill_student(
@@ -801,19 +804,20 @@ def print_dry_run(
         with torch.device("meta"):
             model = SD3Transformer2DModel.from_config(student.config)
             if args.lora_rank:
-                add_adapters(model, args.lora_rank, LORA_TARGETS, torch.float32)
+                add_adapters(model, args.lora_rank, LORA_TARGETS, dtype_of(args.mixed_precision))
         return model
 
     macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
     print(f"teacher: {total:,} parameters, {macs:,} MACs per image of {args.resolution} pixels and forward pass")
-    macs, *activations = estimate_activations(make_student, args.gradient_checkpointing, **inputs)
+    how = args.gradient_checkpointing, args.train_batch_size, args.mixed_precision
+    macs, *activations = estimate_activations(make_student, *how, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
     if args.student_depth is not None:
         print("the sizes are those of evenly spaced blocks: a run chooses them by their influence on its data")
     encoders = {"vae": vae.num_parameters()}
     encoders |= {name: count_text_parameters(source, name) for name in text_encoders}
     if args.cache_latents:
-        largest, width = max(encoders, key=encoders.get), 2 if args.mixed_precision in ("fp16", "bf16") else 4
+        largest, width = max(encoders, key=encoders.get), dtype_of(args.mixed_precision).itemsize
         print(f"beforehand, one encoder at a time: {width * encoders[largest] / 2**20:,.1f} MiB for the {largest}")
     trained = sum(parameter.numel() for parameter in trained_parameters(make_student()))
     held = count + trained if args.lora_rank else count
@@ -877,8 +881,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- student
     if args.student_depth is not None:
         data = dataset, args.train_batch_size, scheduler, settings, args.seed, output_dir
-        with accelerator.main_process_first():
-            kept = choose_blocks(source, args.student_depth, *data, args.resume_from_checkpoint, accelerator)
+        kept = choose_blocks(source, args.student_depth, *data, args.resume_from_checkpoint, accelerator)
         student_shape, recipe = build_student(teacher_shape, vae_shape, args, kept)
     seed_step(args.seed)
     load = partial(load_frozen, device=device, dtype=dtype) if args.share_backbone else load_part

@@ -55,11 +55,12 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.arguments import HelpFormatter, fail, first_line
+from common.arguments import HelpFormatter, check_values, fail, first_line
 from common.checkpoints import hash_file
 from common.data import open_image, undecode
+from common.teachers import read_weights
 
-from generate import read_manifest
+from generate import as_path, check_writable, read_manifest
 from result_tables import as_markdown, is_inception, list_remarks, make_table
 
 
@@ -97,22 +98,22 @@ class Statistics(NamedTuple):
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, or `input_args`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--images", required=True, nargs="+", type=Path, help="folders of images; each becomes a row")
+    parser.add_argument("--images", required=True, nargs="+", type=as_path, help="folders of images, each a row")
     parser.add_argument("--reference", required=True, help="folder, dataset, .npz, or clean-fid:NAME:RESOLUTION:SPLIT")
     parser.add_argument("--reference_split", default="train", help="split of a dataset")
     parser.add_argument("--image_column", default="image", help="column of a dataset")
     parser.add_argument(
         "--reference_resolution", type=int, help="resize the reference's shorter side to this and crop the centre"
     )
-    parser.add_argument("--output", type=Path, default=Path("results"), help="writes OUTPUT.json and OUTPUT.md")
+    parser.add_argument("--output", type=as_path, default=Path("results"), help="writes OUTPUT.json and OUTPUT.md")
     parser.add_argument(
-        "--statistics_dir", type=Path, default=Path("statistics"), help="where statistics of references are kept"
+        "--statistics_dir", type=as_path, default=Path("statistics"), help="where statistics of references are kept"
     )
     parser.add_argument(
-        "--inception", type=Path, help=f"place of {INCEPTION}, a trusted file (default: torch's hub folder)"
+        "--inception", type=as_path, help=f"place of {INCEPTION}, a trusted file (default: torch's hub folder)"
     )
     parser.add_argument(
-        "--features", type=Path, help="TorchScript file instead of Inception; it runs code, so trust it first"
+        "--features", type=as_path, help="TorchScript file instead of Inception; it runs code, so trust it first"
     )
     parser.add_argument(
         "--features_size", type=int, help="resize images to this side for --features (default: do not)"
@@ -122,10 +123,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode and resize images")
     parser.add_argument("--seed", type=int, default=0, help="seed of the subsets for KID and Inception score")
     args = parser.parse_args(input_args)
-    for name in ("batch_size", "features_size", "reference_resolution"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            fail(f"--{name} {value} is too small; pass at least 1")
+    check_values(args)
     if args.features_size is not None and args.features is None:
         fail(f"--features_size {args.features_size} is for --features only; drop the flag")
     return args
@@ -378,14 +376,18 @@ def read_statistics(path: Path, extractor: Extractor) -> Statistics:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-        mean, covariance = arrays["mu"], arrays["sigma"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        key = json.loads(str(arrays["key"])) if "key" in arrays else {}
+        mean, covariance, features = arrays["mu"], arrays["sigma"], arrays.get("feats")
+        widths = {mean.size, *covariance.shape, *(features.shape[1:] if features is not None else ())}
+        if (mean.ndim, covariance.ndim) != (1, 2) or len(widths) != 1 or not isinstance(key, dict):
+            raise ValueError("mu, sigma, feats and key do not fit each other")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("mu or sigma is not finite")
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         fail(f"--reference {path} cannot be read: {first_line(error)}; pass a file that evaluate.py saved")
-    key = json.loads(str(arrays["key"])) if "key" in arrays else {}
     if key and (key["extractor"], key["size"]) != (extractor.digest, extractor.size):
         remedy = "pass the --features (or none) it was made with, or the images themselves"
         fail(f"--reference {path} holds features of another extractor than {extractor.name}; {remedy}")
-    features = arrays.get("feats")
     count = int(arrays.get("count", 0 if features is None else len(features)))
     size = arrays.get("size", np.array([])).tolist()
     return Statistics(count, size, mean, covariance, features, None, key.get("reference", str(path)))
@@ -499,7 +501,7 @@ def clip_score(files: list[Path], prompts: list[str], args: argparse.Namespace, 
 def load_clip(source: str) -> tuple[CLIPModel, CLIPImageProcessor, CLIPTokenizer]:
     """Load a CLIP folder or Hub id, once for all folders of images."""
     try:
-        model = CLIPModel.from_pretrained(source, use_safetensors=True)
+        model = read_weights(CLIPModel.from_pretrained, source)
         return model, CLIPImageProcessor.from_pretrained(source), CLIPTokenizer.from_pretrained(source)
     except (OSError, ValueError, TypeError) as error:
         fail(f"--clip_model {source} does not load: {first_line(error)}; pass a CLIP folder or Hub id")
@@ -548,7 +550,7 @@ def write_results(results: dict, output: Path) -> str:
 
 def describe(folder: Path, name: str) -> tuple[list[Path], dict]:
     """The folder's images, and its settings from the manifest. Ends the process if images are missing."""
-    files, manifest = list_images(folder, "--images"), read_manifest(folder)
+    files, manifest = list_images(folder, "--images"), read_manifest(folder, "--images")
     if manifest and len(files) < manifest["num_images"]:
         counts = f"{len(files)} of the {manifest['num_images']} images of its manifest"
         fail(f"--images {folder} holds {counts}; run the generate.py command again to complete it")
@@ -572,9 +574,18 @@ def label_folders(folders: list[Path]) -> list[str]:
 def main(args: argparse.Namespace) -> None:
     """Measure every folder and write the results."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_writable(f"--output {args.output}", args.output.parent)
+    check_writable(f"--statistics_dir {args.statistics_dir}", args.statistics_dir)
     described = [describe(folder, name) for folder, name in zip(args.images, label_folders(args.images))]
-    if args.clip_model and not any(read_manifest(folder).get("prompts") for folder in args.images):
-        fail(f"--clip_model {args.clip_model} needs prompts, and no folder has them in a manifest.json; drop it")
+    if args.clip_model:
+        prompted = [entry for entry in described if read_manifest(Path(entry[1]["folder"]), "--images").get("prompts")]
+        if not prompted:
+            fail(f"--clip_model {args.clip_model} needs prompts, and no folder has them in a manifest.json; drop it")
+        for files, row in prompted:
+            unnumbered = [path.name for path in files if not path.stem.isdecimal()]
+            if unnumbered:
+                problem = f"has prompts by number, and {unnumbered[0]} has no number"
+                fail(f"--images {row['folder']} {problem}; rename or remove that")
     extractor = load_extractor(args, device)
     reference = load_reference(extractor, args, device)
     rows = []
@@ -586,7 +597,7 @@ def main(args: argparse.Namespace) -> None:
             )
             fail(f"--images {row['folder']} is {sizes}; pass --features_size or --reference_resolution")
         scores, remarks = compare(statistics, reference, args)
-        prompts = read_manifest(Path(row["folder"])).get("prompts")
+        prompts = read_manifest(Path(row["folder"]), "--images").get("prompts")
         scores["clip_score"] = clip_score(files, prompts, args, device) if args.clip_model and prompts else None
         rows.append({**row, "images": statistics.count, "size": statistics.size, **scores, "remarks": remarks})
     results = {

@@ -19,6 +19,10 @@ number of processes or the device. The images are exactly the same for any numbe
 changes the last bits of matrix products: at most one grey level, in float32 on a CPU. Image i gets the prompt or class
 of number i, modulo their count.
 
+Latents are decoded one by one, in float32 unless --vae_dtype says otherwise. The text encoders of Stable Diffusion 3
+are on the device only while they encode the prompts of the next thousand images, each prompt by itself, and the other
+parts only while they make the images.
+
 A PNG appears under its name once it is complete. The same command continues a stopped run and replaces damaged images.
 It refuses a folder whose manifest.json has other settings. Raise --num_images to add images to a folder.
 """
@@ -27,6 +31,8 @@ import argparse
 import hashlib
 import inspect
 import json
+import logging
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -35,18 +41,22 @@ from pathlib import Path
 
 import diffusers
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline, SchedulerMixin
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
 from PIL import Image
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.arguments import HelpFormatter, fail, first_line
+from common.arguments import HelpFormatter, check_values, fail, first_line
 from common.cache import identify
 from common.checkpoints import hash_file
+from common.ending import TIMEOUT
+from common.finite import first_non_finite
+from common.teachers import DDPM_NOISE, PREDICTIONS, read_weights
 
 
 # The published protocol of each kind: the condition, the sampler, steps, guidance.
@@ -58,6 +68,10 @@ PROTOCOLS = {
     "StableDiffusion3Pipeline": ("prompts", "euler", 28, 7.0),
 }
 T5_TOKENS = 256  # default of StableDiffusion3Pipeline
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # of Stable Diffusion 3
+# Images whose prompts are encoded at a time. Embeddings of Stable Diffusion 3 take up to 5 MiB a prompt: those of
+# 30,000 would not fit into memory.
+PIECE = 1000
 SAMPLERS = {
     "ddpm": "DDPMScheduler",
     "ddim": "DDIMScheduler",
@@ -71,6 +85,14 @@ FLOW_SAMPLERS = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchH
 EXPECTED = f"pass a pipeline folder or Hub id of a {', '.join(PROTOCOLS)}"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pillow")
+MANIFEST = {  # by JSON Schema: what is read from one
+    "type": "object",
+    "properties": {
+        "num_images": {"type": "integer", "minimum": 0},
+        "prompts": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+    },
+    "required": ["num_images"],
+}
 
 
 # ------------------------------------------------------------------------------------------------------- the arguments
@@ -82,9 +104,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="pipeline folder or Hub id")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--variant", help="weights variant, e.g. fp16")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the images and manifest.json")
+    parser.add_argument("--output_dir", required=True, type=as_path, help="folder for the images and manifest.json")
     parser.add_argument("--num_images", type=int, help="images to generate (default: 50000, or one per prompt)")
-    parser.add_argument("--prompt_file", type=Path, help="a prompt per line; image i gets line i modulo their count")
+    parser.add_argument("--prompt_file", type=as_path, help="a prompt per line; image i gets line i modulo the count")
     parser.add_argument(
         "--classes",
         nargs="+",
@@ -102,7 +124,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=int,
         help="T5 tokens of Stable Diffusion 3, as in its training (default: 256)",
     )
-    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="dtype of the weights")
+    parser.add_argument(
+        "--dtype", default="float32", choices=tuple(DTYPES), help="dtype of the weights, but the VAE's"
+    )
+    parser.add_argument(
+        "--vae_dtype",
+        default="float32",
+        choices=tuple(DTYPES),
+        help="dtype of the VAE; a half takes half of the memory that decoding takes, and may cost a grey level or two",
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="images per batch in each process")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument(
@@ -110,11 +140,46 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--resize", type=int, help="resize images to this side (bicubic) before they are saved")
     args = parser.parse_args(input_args)
-    for name in ("num_images", "num_inference_steps", "batch_size", "resolution", "resize", "max_sequence_length"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            fail(f"--{name} {value} is too small; pass at least 1")
+    check_values(args)
     return args
+
+
+def as_path(text: str) -> Path:
+    """A flag's path. `Path("")` would be the working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError('"" is empty; pass a path')
+    return Path(text)
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """End the process if a folder cannot be made or written to. Nothing is made yet.
+
+    Args:
+        flag: Name and value of the flag, for the message.
+    """
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        fail(f"{flag} cannot be written to: {place} is no folder; pass another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        fail(f"{flag} cannot be written to: {place} is read-only; pass another")
+
+
+def read_json(path: Path, schema: dict) -> dict:
+    """What a JSON file says.
+
+    Raises:
+        ValueError: It is no JSON, or not what the JSON Schema asks for.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    error = best_match(Draft202012Validator(schema).iter_errors(content))
+    if error is not None:
+        raise ValueError(f"{error.json_path}: {first_line(error)}")
+    return content
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -133,30 +198,35 @@ def read_prompts(path: Path) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- the pipeline
 
 
-def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
-    """Load the pipeline of `--model` in `--dtype` to the device, with the sampler of the flags.
+def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "--model") -> DiffusionPipeline:
+    """Load the pipeline of `args.model`, in `--dtype` and `--vae_dtype`, to the device, with the flags' sampler.
 
     Sets the flags that were not passed to their defaults in `args`: `sampler`, `num_inference_steps`,
     `guidance_scale`, `resolution` of a text-to-image model, and `max_sequence_length` of Stable Diffusion 3. Ends the
     process if the model does not load or a flag does not suit it.
+
+    Args:
+        args: The flags.
+        device: Where the pipeline goes.
+        flag: That the model comes from, for messages.
     """
     source, folder = args.model, Path(args.model)
     if not folder.is_dir() and (folder.is_absolute() or source.startswith(".") or source.count("/") > 1):
-        fail(f"--model {source} is not a folder; {EXPECTED}")
+        fail(f"{flag} {source} is not a folder; {EXPECTED}")
     try:
         parts = DiffusionPipeline.load_config(source, revision=args.revision)
         kind = parts.get("_class_name") if isinstance(parts, dict) else None
         if kind not in PROTOCOLS:
-            fail(f"--model {source} is a {kind}; {EXPECTED}")
+            fail(f"{flag} {source} is a {kind}; {EXPECTED}")
         # Missing parts must be passed as None, e.g. the text encoders of Stable Diffusion 3. The safety checker is not
         # loaded: the images that it paints black would count against the model.
         absent = [name for name, part in parts.items() if part == [None, None] or name == "safety_checker"]
-        options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
-        if args.dtype != "float32":
-            options["torch_dtype"] = DTYPES[args.dtype]
-        pipeline = getattr(diffusers, kind).from_pretrained(source, **options, **dict.fromkeys(absent))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
-        fail(f"--model {source} does not load: {first_line(error)} Remedy: {EXPECTED}")
+        options = {"revision": args.revision, "variant": args.variant}
+        options["torch_dtype"] = {"default": DTYPES[args.dtype], "vae": DTYPES[args.vae_dtype]}
+        pipeline = read_weights(getattr(diffusers, kind).from_pretrained, source, **options, **dict.fromkeys(absent))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        fail(f"{flag} {source} does not load: {first_line(error)} Remedy: {EXPECTED}")
+    check_model(pipeline, f"{flag} {source}")
     condition, sampler, steps, guidance = PROTOCOLS[kind]
     if condition is None and args.guidance_scale is not None:
         fail(f"--guidance_scale {args.guidance_scale} is for prompts and classes; {source} has none, drop the flag")
@@ -174,15 +244,36 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPi
         args.resolution = args.resolution or denoiser(pipeline).config.sample_size * factor
         if args.resolution % (2 * factor):
             fail(f"--resolution {args.resolution} does not fit the VAE; pass a multiple of {2 * factor}")
-    if kind == "StableDiffusion3Pipeline" and pipeline.vae.config.shift_factor is None:
-        pipeline.vae.register_to_config(shift_factor=0.0)  # the pipeline adds it, and fails on None
+        config = denoiser(pipeline).config
+        most = factor * config.patch_size * config.pos_embed_max_size if "pos_embed_max_size" in config else None
+        if most is not None and args.resolution > most:
+            fail(f"--resolution {args.resolution} is more than the model takes; pass {most} at most")
     pipeline.scheduler = make_sampler(pipeline, args.sampler)
     pipeline.set_progress_bar_config(disable=True)
-    for name, part in pipeline.components.items():
-        # Text encoders load in the dtype they were saved in. The VAE of a pixel-space DiT is exact in float32 only.
-        if isinstance(part, torch.nn.Module) and (args.dtype == "float32" or (kind, name) == ("DiTPipeline", "vae")):
-            torch.nn.Module.to(part, torch.float32)
     return pipeline.to(device)
+
+
+def check_model(pipeline: DiffusionPipeline, subject: str) -> None:
+    """End the process if a pipeline can make no images.
+
+    Args:
+        subject: The line's beginning: the flag and its value.
+    """
+    for name, part in pipeline.components.items():
+        broken = first_non_finite(part.state_dict()) if isinstance(part, torch.nn.Module) else None
+        if broken is not None:
+            fail(f"{subject}: its {name} has weights that are not finite ({broken} …); pass a model that is whole")
+    size = denoiser(pipeline).config.sample_size
+    sides = size if isinstance(size, (list, tuple)) else [size]
+    if not all(isinstance(side, int) and side > 0 for side in sides):
+        fail(f"{subject} has {size!r} as the sample_size of its config; correct it")
+    config, kind = pipeline.scheduler.config, type(pipeline.scheduler).__name__
+    if config.get("stochastic_sampling"):
+        fail(f"{subject} has a {kind} with stochastic_sampling, whose noise cannot be seeded per image; switch it off")
+    if not hasattr(pipeline, "text_encoder_3"):
+        predicts = config.get("prediction_type", "epsilon")
+        if kind not in DDPM_NOISE or predicts not in PREDICTIONS:
+            fail(f"{subject} has a {kind} that predicts {predicts}; pass a model with a scheduler such as DDPM's")
 
 
 def denoiser(pipeline: DiffusionPipeline) -> torch.nn.Module:
@@ -193,8 +284,6 @@ def denoiser(pipeline: DiffusionPipeline) -> torch.nn.Module:
 def make_sampler(pipeline: DiffusionPipeline, name: str) -> SchedulerMixin:
     """The sampler of this name, with the noise schedule that was saved with the pipeline."""
     config, flow = pipeline.scheduler.config, hasattr(pipeline, "text_encoder_3")
-    if config.get("stochastic_sampling"):
-        fail("--model's scheduler has stochastic_sampling, whose noise cannot be seeded per image; switch it off")
     if name == "as_saved":
         return pipeline.scheduler
     if flow and name not in FLOW_SAMPLERS:
@@ -234,12 +323,74 @@ def find_conditions(pipeline: DiffusionPipeline, args: argparse.Namespace) -> li
         value = getattr(args, flag)
         if value is not None and condition != needed:
             what = f"takes {condition}" if condition else "is unconditional"
+            value = " ".join(value) if isinstance(value, list) else value
             fail(f"--{flag} {value} does not fit: {args.model} {what}; drop the flag")
     if condition == "prompts" and args.prompt_file is None:
         fail("--prompt_file is missing: a text-to-image model needs prompts; pass a text file, a prompt per line")
     if condition == "prompts":
         return read_prompts(args.prompt_file)
     return find_classes(pipeline, args.classes) if condition else None
+
+
+# --------------------------------------------------------------------------------------------------------- the prompts
+
+Text = tuple[torch.Tensor, torch.Tensor]  # a prompt's embeddings (1, L, D) and pooled embeddings (1, P), on the CPU
+
+
+@torch.no_grad()
+def encode_prompts(
+    pipeline: DiffusionPipeline, prompts: list[str], args: argparse.Namespace, silent: bool = True
+) -> dict[str, Text]:
+    """What the text encoders of Stable Diffusion 3 make of each prompt, and of "" where there is guidance.
+
+    Each prompt is encoded by itself: what comes out does not depend on the others.
+
+    Args:
+        pipeline: With its text encoders on its device.
+        prompts: Each once.
+        args: With `guidance_scale` and `max_sequence_length`.
+        silent: Whether no progress is shown.
+    """
+    options = {"do_classifier_free_guidance": False, "max_sequence_length": args.max_sequence_length}
+    unguided = [""] if args.guidance_scale > 1 and "" not in prompts else []
+    texts = {}
+    for prompt in tqdm([*unguided, *prompts], desc="Prompts", disable=silent, leave=False):
+        embeddings, _, pooled, _ = pipeline.encode_prompt(prompt, None, None, pipeline.device, **options)
+        texts[prompt] = embeddings.cpu(), pooled.cpu()
+    return texts
+
+
+def take_text_encoders(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """Take the text encoders out of a Stable Diffusion 3 pipeline; by name. Of other pipelines, none."""
+    if not hasattr(pipeline, "text_encoder_3"):
+        return {}
+    encoders = {name: getattr(pipeline, name) for name in TEXT_ENCODERS if getattr(pipeline, name) is not None}
+    for name in encoders:
+        setattr(pipeline, name, None)
+    return encoders
+
+
+def encode_apart(
+    pipeline: DiffusionPipeline,
+    encoders: dict[str, torch.nn.Module],
+    prompts: list[str],
+    args: argparse.Namespace,
+    device: torch.device,
+    silent: bool,
+) -> dict[str, Text]:
+    """[`encode_prompts`] with nothing but the text encoders on the device; then they make room for all else.
+
+    Args:
+        encoders: From [`take_text_encoders`].
+    """
+    pipeline.to("cpu", silence_dtype_warnings=True)
+    for name, encoder in encoders.items():
+        setattr(pipeline, name, encoder.to(device))
+    texts = encode_prompts(pipeline, prompts, args, silent)
+    for encoder in take_text_encoders(pipeline).values():
+        encoder.to("cpu")
+    pipeline.to(device)
+    return texts
 
 
 # ---------------------------------------------------------------------------------------------------------- the images
@@ -253,7 +404,11 @@ def seeded(seed: int, index: int) -> torch.Generator:
 
 @torch.no_grad()
 def generate_images(
-    pipeline: DiffusionPipeline, indices: list[int], conditions: list | None, args: argparse.Namespace
+    pipeline: DiffusionPipeline,
+    indices: list[int],
+    conditions: list | None,
+    args: argparse.Namespace,
+    texts: dict[str, Text] | None = None,
 ) -> list[Image.Image]:
     """Generate the images of these numbers as one batch.
 
@@ -262,24 +417,30 @@ def generate_images(
         indices: Numbers of the images.
         conditions: Prompts or class numbers; image i gets number i, modulo their count. `None` for none.
         args: With `seed`, `num_inference_steps`, `guidance_scale`, `resolution`, `resize` and `max_sequence_length`.
+        texts: The encoded prompts of a Stable Diffusion 3 without text encoders.
     """
     generators = [seeded(args.seed, index) for index in indices]
     batch = conditions and [conditions[index % len(conditions)] for index in indices]
     if hasattr(pipeline, "text_encoder"):
-        tokens = {"max_sequence_length": args.max_sequence_length} if args.max_sequence_length else {}
+        if hasattr(pipeline, "text_encoder_3"):
+            texts = texts or encode_prompts(pipeline, list(dict.fromkeys(batch)), args)
+            prompts = choose_texts(texts, batch, args.guidance_scale, denoiser(pipeline).device)
+        else:
+            prompts = {"prompt": batch}
         # By itself the pipeline makes noise in the model's dtype: with the same seed, other noise than in float32.
         model, side = denoiser(pipeline), args.resolution // pipeline.vae_scale_factor
         latents = make_noise((1, model.config.in_channels, side, side), generators)
-        images = pipeline(
-            prompt=batch,
+        latents = pipeline(
+            **prompts,
             latents=latents.to(model.dtype),
             height=args.resolution,
             width=args.resolution,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             generator=generators,
-            **tokens,
+            output_type="latent",
         ).images
+        pixels = decode(pipeline.vae, latents)
     else:
         # Diffusers' pipelines of these two kinds work with some of the samplers only. DiTPipeline also passes no
         # generator to them, and takes 1000 as the null class of every model.
@@ -293,11 +454,29 @@ def generate_images(
         shape = (1, model.config.in_channels, *((side, side) if isinstance(side, int) else side))
         pixels = denoise(predict, pipeline.scheduler, shape, generators, args.num_inference_steps, model.device)
         if hasattr(pipeline, "vae"):
-            pixels = pipeline.vae.decode(pixels / pipeline.vae.config.scaling_factor).sample
-        images = pipeline.numpy_to_pil((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
+            pixels = decode(pipeline.vae, pixels)
+    images = pipeline.numpy_to_pil((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
     if args.resize is not None:
         images = [image.resize((args.resize, args.resize), Image.Resampling.BICUBIC) for image in images]
     return images
+
+
+def choose_texts(
+    texts: dict[str, Text], prompts: list[str], guidance_scale: float, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Arguments of StableDiffusion3Pipeline: a row per prompt, and as many of "" where there is guidance."""
+    chosen = {"": prompts} | ({"negative_": [""] * len(prompts)} if guidance_scale > 1 else {})
+    return {
+        f"{sign}{name}": torch.cat([texts[prompt][item] for prompt in entries]).to(device)
+        for sign, entries in chosen.items()
+        for item, name in enumerate(("prompt_embeds", "pooled_prompt_embeds"))
+    }
+
+
+def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Pixels, float32 (N, C, H, W), of scaled latents (N, c, h, w); one by one, because decoding takes much memory."""
+    latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
+    return torch.cat([vae.decode(each).sample.float() for each in latents.split(1)])
 
 
 def make_noise(shape: tuple[int, ...], generators: list[torch.Generator]) -> torch.Tensor:
@@ -409,10 +588,11 @@ def digest_model(args: argparse.Namespace) -> str:
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
 
-def make_manifest(pipeline: DiffusionPipeline, conditions: list | None, args: argparse.Namespace) -> dict:
+def make_manifest(
+    pipeline: DiffusionPipeline, conditions: list | None, args: argparse.Namespace, device: torch.device
+) -> dict:
     """All settings that affect the images, as JSON types."""
     flags = ("num_images", "sampler", "num_inference_steps", "guidance_scale", "dtype", "batch_size", "seed")
-    device = next(iter(part for part in pipeline.components.values() if isinstance(part, torch.nn.Module))).device
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     manifest = {
@@ -420,6 +600,7 @@ def make_manifest(pipeline: DiffusionPipeline, conditions: list | None, args: ar
         "contents": digest_model(args),
         "pipeline": type(pipeline).__name__,
         **{flag: getattr(args, flag) for flag in (*flags, "resolution", "resize", "max_sequence_length")},
+        "vae_dtype": args.vae_dtype if hasattr(pipeline, "vae") else None,
         "scheduler": {"class": type(pipeline.scheduler).__name__, **scheduler},
         **({PROTOCOLS[type(pipeline).__name__][0]: conditions} if conditions else {}),
         "device": f"{device.type}: {name}",
@@ -428,22 +609,23 @@ def make_manifest(pipeline: DiffusionPipeline, conditions: list | None, args: ar
     return json.loads(json.dumps(manifest, default=str))
 
 
-def save_manifest(manifest: dict, folder: Path) -> None:
+def save_manifest(manifest: dict, args: argparse.Namespace) -> None:
     """Write manifest.json. Ends the process if the folder holds images that were made with other settings."""
-    path = folder / "manifest.json"
+    folder, path = args.output_dir, args.output_dir / "manifest.json"
     if path.exists():
-        saved = read_manifest(folder)
+        saved = read_manifest(folder, "--output_dir")
         for key in sorted(manifest.keys() | saved.keys()):
             new, old = manifest.get(key), saved.get(key)
             if key in ("model", "device", "num_images") or new == old:
                 continue
-            name = {"contents": "--model's files", "prompts": "the prompts of --prompt_file"}.get(key, f"--{key}")
+            files = {"contents": f"--model {args.model}", "prompts": f"--prompt_file {args.prompt_file}"}
+            name = f"{files[key]}: its {key}" if key in files else f"--{key}"
             if isinstance(new, dict) and isinstance(old, dict):
                 part = next(part for part in sorted(new | old) if new.get(part) != old.get(part))
                 name, new, old = f"{key} ({part})", new.get(part), old.get(part)
             values = f"is {new} but was {old}" if key not in ("contents", "prompts") else "differ from those"
             fail(f"{name} {values} for the images in {folder}; pass the same again, or a new --output_dir")
-        if manifest["num_images"] < saved.get("num_images", 0):
+        if manifest["num_images"] < saved["num_images"]:
             counts = f"--num_images {manifest['num_images']} is fewer than the {saved['num_images']} of {folder}"
             fail(f"{counts}; pass as many or more, or a new folder")
     elif any(folder.glob("*.png")):
@@ -453,16 +635,20 @@ def save_manifest(manifest: dict, folder: Path) -> None:
     temporary.replace(path)
 
 
-def read_manifest(folder: Path) -> dict:
-    """The folder's manifest.json; empty if it has none."""
+def read_manifest(folder: Path, flag: str) -> dict:
+    """The folder's manifest.json; empty if it has none.
+
+    Args:
+        flag: That the folder comes from, for messages.
+    """
     path = folder / "manifest.json"
     if not path.exists():
         return {}
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        fail(f"{path} is damaged: {first_line(error)}; generate the images into a new folder")
-    return manifest if isinstance(manifest, dict) else {}
+        return read_json(path, MANIFEST)
+    except (OSError, ValueError) as error:
+        remedy = "generate the images into a new folder, or remove it"
+        fail(f"{flag} {folder} has a damaged manifest.json: {first_line(error)}; {remedy}")
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -470,15 +656,18 @@ def read_manifest(folder: Path) -> dict:
 
 def main(args: argparse.Namespace) -> None:
     """Generate the missing images."""
-    accelerator = Accelerator()  # PartialState alone would not connect processes on a CPU
-    pipeline = load_pipeline(args, accelerator.device)
+    # PartialState alone would not connect processes on a CPU. They wait for each other at the end.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
+    logging.basicConfig(format="%(message)s", level="WARNING" if accelerator.is_main_process else "ERROR")
+    check_writable(f"--output_dir {args.output_dir}", args.output_dir)
+    pipeline = load_pipeline(args, torch.device("cpu"))
     conditions = find_conditions(pipeline, args)
     if args.num_images is None:
         args.num_images = len(conditions) if args.prompt_file else 50_000
     if accelerator.is_main_process:
         try:
             args.output_dir.mkdir(parents=True, exist_ok=True)
-            save_manifest(make_manifest(pipeline, conditions, args), args.output_dir)
+            save_manifest(make_manifest(pipeline, conditions, args, accelerator.device), args)
         except OSError as error:
             fail(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}; pass another folder")
         for path in args.output_dir.glob(".*.png"):  # unfinished images of a killed run
@@ -491,15 +680,27 @@ def main(args: argparse.Namespace) -> None:
         for start in range(0, args.num_images, args.batch_size)
     ]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
+    size = max(1, PIECE // args.batch_size)
+    pieces = [mine[start : start + size] for start in range(0, len(mine), size)]
+    encoders, texts, silent = take_text_encoders(pipeline), None, not accelerator.is_main_process
+    if not encoders:  # else it follows them
+        pipeline.to(accelerator.device)
     title = f"Images ({accelerator.num_processes} processes)" if accelerator.num_processes > 1 else "Images"
-    with tqdm(total=sum(map(len, mine)), desc=title, disable=not accelerator.is_main_process, smoothing=0) as progress:
-        for batch in mine:
-            missing = [index for index in batch if not is_complete(image_path(args.output_dir, index))]
-            if missing:
-                images = dict(zip(batch, generate_images(pipeline, batch, conditions, args)))
-                for index in missing:
+    with tqdm(total=sum(map(len, mine)), desc=title, disable=silent, smoothing=0) as progress:
+        for piece in pieces:
+            missing = {i for batch in piece for i in batch if not is_complete(image_path(args.output_dir, i))}
+            todo = [batch for batch in piece if missing.intersection(batch)]
+            progress.update(sum(map(len, piece)) - sum(map(len, todo)))
+            if todo and encoders:
+                prompts = list(dict.fromkeys(conditions[i % len(conditions)] for batch in todo for i in batch))
+                texts = encode_apart(pipeline, encoders, prompts, args, accelerator.device, silent)
+            if piece is pieces[-1]:
+                encoders.clear()
+            for batch in todo:
+                images = dict(zip(batch, generate_images(pipeline, batch, conditions, args, texts)))
+                for index in sorted(missing.intersection(batch)):
                     save_image(images[index], image_path(args.output_dir, index))
-            progress.update(len(batch))
+                progress.update(len(batch))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         print(f"{args.num_images} images in {args.output_dir}", flush=True)

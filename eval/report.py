@@ -35,6 +35,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.arguments import HelpFormatter, fail, first_line
+from common.arguments import HelpFormatter, check_values, fail, first_line
 from common.costs import profile_forward
 from common.data import open_image
 from common.reporting import labelled_grid, plot_curves, read_metrics
@@ -56,12 +57,38 @@ from common.teachers import vae_factor
 import generate
 from evaluate import list_images
 from lift_utils import check_group_size
-from result_tables import as_markdown, is_inception, judge, list_remarks, make_tables
+from result_tables import COLUMNS, as_markdown, is_inception, judge, list_remarks, make_tables
 
 
 CURVES = ("loss", "task", "kd", "coarse", "fine", "weight", "slope_mean", "intercept_mean")
 SMOOTHING = 0.1  # each point of a curve is the mean of the last 10 % of the rows before it
 NOISE = -1  # in place of an image's number: seeds the noise of the inputs
+FIGURE = {"type": ["number", "null"]}
+RESULTS = {  # by JSON Schema: what is read of evaluate.py's JSON
+    "type": "object",
+    "properties": {
+        "extractor": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+        "reference": {
+            "type": "object",
+            "properties": {"source": {"type": "string"}, "images": {"type": "integer"}},
+            "required": ["source", "images"],
+        },
+        "rows": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string"},
+                    "contents": {"type": ["string", "null"]},
+                    "remarks": {"type": "array", "items": {"type": "string"}},
+                    **{key: FIGURE for key, (_, style, _) in COLUMNS.items() if style},
+                },
+                "required": ["name", "contents", "remarks"],
+            },
+        },
+    },
+    "required": ["extractor", "reference", "rows"],
+}
 
 
 class Inputs(NamedTuple):
@@ -98,21 +125,25 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher", required=True, help="pipeline folder or Hub id")
     parser.add_argument("--students", required=True, nargs="+", help="pipeline folders or Hub ids of the same kind")
     parser.add_argument("--names", nargs="+", help="names of the students (default: those of their folders)")
-    parser.add_argument("--results", type=Path, help="JSON of evaluate.py that has rows of these models")
+    parser.add_argument("--results", type=generate.as_path, help="JSON of evaluate.py that has rows of these models")
     parser.add_argument(
-        "--runs", nargs="+", type=Path, help="folders with a metrics.jsonl (default: the students' folders)"
+        "--runs", nargs="+", type=generate.as_path, help="folders with a metrics.jsonl (default: the students')"
     )
     parser.add_argument(
-        "--images", type=Path, help="real images for the noisy inputs (default: the teacher's samples)"
+        "--images", type=generate.as_path, help="real images for the noisy inputs (default: the teacher's samples)"
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("report"), help="folder for the page and the PNGs")
+    parser.add_argument(
+        "--output_dir", type=generate.as_path, default=Path("report"), help="folder for the page and the PNGs"
+    )
     parser.add_argument("--columns", type=int, default=8, help="samples of each model, and noisy inputs")
     parser.add_argument("--timesteps", type=int, default=10, help="timesteps at which predictions are compared")
     parser.add_argument("--group_size", type=int, default=16, help="elements per PLACE group")
     parser.add_argument(
         "--latency_images", type=int, default=10, help="images to time, one by one, after one to warm up"
     )
-    parser.add_argument("--prompt_file", type=Path, help="text file with a prompt per line, for text-to-image models")
+    parser.add_argument(
+        "--prompt_file", type=generate.as_path, help="text file with a prompt per line, for text-to-image models"
+    )
     parser.add_argument("--classes", nargs="+", help="numbers or names of classes, for class-conditional models")
     parser.add_argument("--sampler", choices=("as_saved", *generate.SAMPLERS), help="(default: the protocol's)")
     parser.add_argument("--num_inference_steps", type=int, help="denoising steps (default: the protocol's)")
@@ -125,21 +156,39 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--title", help="title of the page (default: the models' names)")
     args = parser.parse_args(input_args)
-    for name in ("columns", "timesteps", "latency_images"):
-        if getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)} is too small; pass at least 1")
+    check_values(args)
     args.names = args.names or [Path(student).name for student in args.students]
     if len(args.names) != len(args.students) or len({*args.names, "teacher"}) != len(args.names) + 1:
-        fail(f"--names {' '.join(args.names)} must be one for each of --students, all different and none 'teacher'")
-    if args.runs is None:
+        fail(f"--names {' '.join(args.names)}: pass one for each of --students, all different and none 'teacher'")
+    given = args.runs is not None
+    if not given:
         runs = zip(args.names, args.students)
         args.runs = {name: Path(folder) for name, folder in runs if (Path(folder) / "metrics.jsonl").exists()}
     else:
         args.runs = {run.resolve().name: run for run in args.runs}
-        for run in args.runs.values():
-            if not read_metrics(run / "metrics.jsonl"):
-                fail(f"--runs {run} has no metrics.jsonl with a row in it; pass a training's output folder")
+    for run in args.runs.values():
+        if not read_run(run, "--runs" if given else "--students") and given:
+            fail(f"--runs {run} has no metrics.jsonl with a row in it; pass a training's output folder")
     return args
+
+
+def read_run(run: Path, flag: str) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl. Ends the process if they are damaged.
+
+    Args:
+        run: Its folder.
+        flag: That the folder comes from, for messages.
+    """
+    try:
+        rows = read_metrics(run / "metrics.jsonl")
+        for number, row in enumerate(rows, start=1):
+            wrong = [key for key in CURVES if not isinstance(row.get(key), (int, float, NoneType))]
+            if wrong:
+                raise ValueError(f"row {number} of metrics.jsonl has no number as {wrong[0]}")
+    except (OSError, ValueError) as error:
+        remedy = "repair it, or pass other --runs"
+        fail(f"{flag} {run} has a metrics.jsonl that cannot be read: {first_line(error)}; {remedy}")
+    return rows
 
 
 def flags_of(model: str, args: argparse.Namespace) -> argparse.Namespace:
@@ -153,6 +202,11 @@ def flags_of(model: str, args: argparse.Namespace) -> argparse.Namespace:
 
 
 # ------------------------------------------------------------------------------------------------------------ the cost
+
+
+def flag_of(name: str) -> str:
+    """The flag that a model comes from."""
+    return "--teacher" if name == "teacher" else "--students"
 
 
 def measure_cost(model: str, args: argparse.Namespace, threads: int) -> dict[str, float]:
@@ -295,10 +349,15 @@ def predict(pipeline: DiffusionPipeline, inputs: Inputs) -> torch.Tensor:
 
 
 def prediction_kind(pipeline: DiffusionPipeline) -> tuple:
-    """The properties that two models must share for their predictions to be compared; the first is their class."""
+    """The properties that two models must share for their predictions to be compared; the first is their class.
+
+    They predict the same quantity, of the same inputs and conditions.
+    """
     config, kind = generate.denoiser(pipeline).config, type(pipeline).__name__.replace("DDIM", "DDPM")
     side = None if hasattr(pipeline, "text_encoder") else config.sample_size
-    return kind, pipeline.scheduler.config.get("prediction_type"), config.in_channels, side
+    conditions = ("num_embeds_ada_norm", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim")
+    predicts = pipeline.scheduler.config.get("prediction_type")
+    return kind, predicts, config.in_channels, side, *(config.get(key) for key in conditions)
 
 
 def error_groups(student: torch.Tensor, teacher: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -380,27 +439,30 @@ def smooth(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
-def read_results(path: Path, contents: dict[str, str]) -> tuple[dict[str, dict], dict]:
-    """Read the JSON of evaluate.py. Ends the process if it has no row of these models.
+def read_results(path: Path) -> dict:
+    """Read the JSON of evaluate.py."""
+    try:
+        return generate.read_json(path, RESULTS)
+    except (OSError, ValueError) as error:
+        fail(f"--results {path} cannot be read: {first_line(error)}; pass a JSON file of evaluate.py")
+
+
+def find_rows(results: dict, contents: dict[str, str], path: Path) -> dict[str, dict]:
+    """The rows of results by name, first those of images without a model, then those of the models.
+
+    Ends the process if there is no row of these models.
 
     Args:
-        path: The JSON file.
+        results: From [`read_results`].
         contents: The hash of each model's files, by which its row is found.
-
-    Returns:
-        The rows by name, first those of images without a model, then those of the models; and the whole JSON.
+        path: Of the results, for the message.
     """
-    try:
-        results = json.loads(path.read_text())
-        by_contents = {row["contents"]: row for row in results["rows"]}
-        without_model = {row["name"]: row for row in results["rows"] if row["contents"] is None}
-        _ = results["extractor"]["name"], results["reference"]["source"], results["reference"]["images"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--results {path} cannot be read: {first_line(error)}; pass a JSON file of evaluate.py")
+    by_contents = {row["contents"]: row for row in results["rows"]}
+    without_model = {row["name"]: row for row in results["rows"] if row["contents"] is None}
     of_models = {name: by_contents[digest] for name, digest in contents.items() if digest in by_contents}
     if not of_models:
         fail(f"--results {path} has no row of these models; measure images that generate.py made with them")
-    return without_model | of_models, results
+    return without_model | of_models
 
 
 def as_html(table: list[list[str]]) -> str:
@@ -472,12 +534,12 @@ def compare_models(models: dict[str, str], args: argparse.Namespace) -> Comparis
     comparison = None
     for name, model in models.items():
         flags = flags_of(model, args)
-        pipeline = generate.load_pipeline(flags, pick_device())
+        pipeline = generate.load_pipeline(flags, pick_device(), flag_of(name))
         conditions = generate.find_conditions(pipeline, flags)
         samples = generate.generate_images(pipeline, list(range(args.columns)), conditions, flags)
         kind = prediction_kind(pipeline)
         if comparison is None:
-            images = [open_image({"path": str(path), "bytes": None}, "RGB") for path in real_images(args)] or samples
+            images = real_images(args) or samples
             inputs = make_inputs(pipeline, images, conditions, flags, args.timesteps)
             comparison = Comparison(flags, conditions, getattr(pipeline, "labels", {}), kind, inputs)
             args.resolution = flags.resolution
@@ -503,10 +565,15 @@ def compare_models(models: dict[str, str], args: argparse.Namespace) -> Comparis
     return comparison
 
 
-def real_images(args: argparse.Namespace) -> list[Path]:
-    """Images of `--images`, evenly spaced over the folder, one per column; none without the flag."""
-    files = list_images(args.images, "--images") if args.images else []
-    return files[:: max(1, len(files) // args.columns)][: args.columns]
+def real_images(args: argparse.Namespace) -> list[Image.Image]:
+    """Images of `--images`, RGB, evenly spaced over the folder, one per column; none without the flag."""
+    files, images = list_images(args.images, "--images") if args.images else [], []
+    for path in files[:: max(1, len(files) // args.columns)][: args.columns]:
+        try:
+            images.append(open_image({"path": str(path), "bytes": None}, "RGB"))
+        except Exception:  # decoders raise many kinds of errors on damaged files
+            fail(f"--images {args.images}: {path} cannot be read; repair or remove it")
+    return images
 
 
 def label_columns(comparison: Comparison, columns: int) -> list[str] | None:
@@ -556,7 +623,7 @@ def make_sections(
     Args:
         comparison: From [`compare_models`], its facts with costs.
         pictures: From [`make_pictures`].
-        rows: From [`read_results`]; empty without results.
+        rows: From [`find_rows`]; empty without results.
         results: From [`read_results`].
         args: The flags.
     """
@@ -615,16 +682,13 @@ def quality_notes(rows: dict[str, dict], results: dict | None) -> list[str]:
 def main(args: argparse.Namespace) -> None:
     """Measure the models and write the report."""
     models = {"teacher": args.teacher, **dict(zip(args.names, args.students))}
-    for model in models.values():  # wrong flags end the process before minutes are spent
-        flags_of(model, args)
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}; pass another folder")
+    generate.check_writable(f"--output_dir {args.output_dir}", args.output_dir)
+    results = read_results(args.results) if args.results else None
     comparison = compare_models(models, args)
-    rows, results = read_results(args.results, comparison.contents) if args.results else ({}, None)
+    rows = find_rows(results, comparison.contents, args.results) if results is not None else {}
     for name, cost in measure_costs(models, args).items():
         comparison.facts[name] |= cost
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     pictures, errors = make_pictures(comparison, args)
     sections = make_sections(comparison, pictures, rows, results, args)
     title = args.title or f"{', '.join(args.names)} against {Path(args.teacher).name}"

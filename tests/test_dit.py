@@ -736,6 +736,63 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distil, tmp_path, flags):
     assert without_time(resumed) == without_time(whole) and len(metrics(whole)) == 3
 
 
+def test_a_resumed_run_keeps_the_choice_of_blocks(distil, tmp_path, monkeypatch):
+    """It reads blocks.json, whatever would be measured now, and measures nothing; a new run measures anew."""
+    flags = ("--student_depth", 3, "--learning_rate", 0, "--max_train_steps", 2, "--checkpointing_steps", 1)
+    folder = distil(*flags)
+    path = folder / "blocks.json"
+    chosen = json.loads(path.read_text())
+    assert len(chosen["influence"]) == 8 and len(chosen["kept"]) == 3
+    other = [block for block in range(8) if block not in chosen["kept"]][:3]
+    path.write_text(json.dumps({**chosen, "kept": other}))
+
+    def not_again(*arguments, **options):
+        raise AssertionError("the influence is measured again")
+
+    monkeypatch.setattr(train_lift_dit, "measure_influence", not_again)
+    resume = ("--resume_from_checkpoint", "latest")
+    distil(*flags, *resume, "--max_train_steps", 3)
+    assert ", ".join(map(str, other)) + " of its 8 blocks" in (folder / "README.md").read_text()
+    assert json.loads(path.read_text())["kept"] == other
+
+    for content, complaint in (
+        (json.dumps({"kept": [0, 1]}), "it keeps 2 blocks; pass the same depth as before, or remove the file"),
+        ("{", "--student_depth 3 does not go with .*blocks.json: Expecting property name"),
+        ("[]", "--student_depth 3 does not go with .*blocks.json: list indices"),
+    ):
+        path.write_text(content)
+        with pytest.raises(SystemExit, match=complaint):
+            distil(*flags, *resume)
+    with pytest.raises(AssertionError, match="measured again"):
+        distil(*flags, output_dir=tmp_path / "new")
+
+
+def test_two_processes_choose_the_same_blocks(dit_teacher, articles, tmp_path):
+    """The second reads the choice of the first, however differently it would measure."""
+    (tmp_path / "run.py").write_text(
+        "import sys, torch.distributed as dist\n"
+        f"sys.path.insert(0, {str(Path(train_lift_dit.__file__).parent)!r})\n"
+        "import train_lift_dit as script\n"
+        "measure, build = script.measure_influence, script.build_student\n"
+        "def measured(*arguments, **options):\n"
+        "    print('measured by', dist.get_rank(), flush=True)\n"
+        "    return measure(*arguments, **options)\n"
+        "def built(teacher, args, kept=None):\n"
+        "    print('process', dist.get_rank(), 'keeps', kept, flush=True)\n"
+        "    return build(teacher, args, kept)\n"
+        "script.measure_influence, script.build_student = measured, built\n"
+        "script.main(script.parse_args())\n"
+    )
+    output_dir = tmp_path / "student"
+    flags = ("--pretrained_teacher_model", dit_teacher, "--train_data_dir", articles, "--output_dir", output_dir)
+    command = (tmp_path / "run.py", *flags, *SHORT, "--student_depth", 3, "--max_train_steps", 1)
+    finished = launch(*command, prefix=("torch.distributed.run", "--nproc_per_node", "2"))
+    assert finished.returncode == 0, finished.stdout
+    kept = json.loads((output_dir / "blocks.json").read_text())["kept"]
+    assert finished.stdout.count("measured by 0") == 1 and "measured by 1" not in finished.stdout
+    assert all(f"process {rank} keeps {kept}" in finished.stdout for rank in (0, 1))
+
+
 # ------------------------------------------------------------------------------------------------------- what it shows
 
 
@@ -762,101 +819,6 @@ def test_classes_of_the_grid_by_number_and_name(distil, monkeypatch):
     assert rows == [["t-shirt, tee", "ankle boot", "class 5"]]
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        (["--student", "d4", "--keep_blocks", "1,2"], "--student d4 and --keep_blocks 1,2 says which blocks"),
-        (["--student", "d14"], "--student d14: the teacher has 8 blocks; keep 1 to 8"),
-        (["--student_depth", 9], "--student_depth 9: the teacher has 8 blocks"),
-        (["--student_depth", 0], "--student_depth 0: the teacher has 8 blocks"),
-        (["--student", "tiny"], "--student tiny is unknown; pass d19, d14, d7, d4, or a .json file"),
-        (["--keep_blocks", "0,8"], "--keep_blocks 0,8: there is no block 8; pass some of 0 to 7"),
-        (["--keep_blocks", "2,-1"], "there is no block -1"),
-        (["--keep_blocks", "3,1,3"], "--keep_blocks 3,1,3 repeats a block"),
-        (["--keep_blocks", "one"], "--keep_blocks one is no list of blocks"),
-        (["--student", "{unknown_entry}"], "holds ['blocs']"),
-        (["--student", "{unknown_key}"], "the transformer's config has no num_blocks"),
-        (["--student", "{wider_input}"], "its in_channels is 3; keep the teacher's 4"),
-        (["--student", "{wrong_block}"], 'the teacher has no "transformer_blocks.9'),
-        (["--student", "{wrong_feature}"], 'pairs features of "transformer_blocks.7"'),
-        (["--kd_alpha", 1.5], "--kd_alpha 1.5 is more than the whole"),
-        (["--label_dropout", 2], "--label_dropout 2.0 is more than the whole"),
-        (["--group_size", 24], "--group_size 24: group_size 24 does not divide the 64 elements"),
-        (["--vae", "none"], "--vae none makes 4 channels"),
-        (["--vae", "/no/such/vae"], "--vae /no/such/vae does not load"),
-        (["--vae", "none", "--cache_latents"], "--cache_latents has nothing to do with --vae none"),
-        (["--validation_classes", "unicorn"], "--validation_classes unicorn is no class"),
-        (["--validation_classes", 1000], "--validation_classes 1000 is no class"),
-        (["--pretrained_teacher_model", "{pixel_unet}"], "is a DDPMPipeline"),
-        (["--pretrained_teacher_model", "/no/such/teacher"], "/no/such/teacher is no folder"),
-        (["--pretrained_teacher_model", "{triple}"], "4 channels become 12"),
-        (["--pretrained_teacher_model", "{no_vae}"], "has no vae; pass --vae, or a DiTPipeline:"),
-        (["--pretrained_teacher_model", "{own_scheduler}"], "has an unknown scheduler, MyScheduler"),
-        (["--train_data_dir", "{flat}"], "--label_column label is not in the data"),
-        (["--train_data_dir", "{flat_without_metadata}"], "--label_column label is not in the data"),
-        (["--train_data_dir", "{strings}", "--label_column", "kind"], "--label_column kind holds Value('string')"),
-        (["--train_data_dir", "{high}", "--label_column", "kind"], "the first 1000 in row 1; correct them"),
-        (["--train_data_dir", "{high}", "--label_column", "gap"], "1 of 2 labels are none of the model's 0 to 999"),
-        (["--train_batch_size", 49], "--train_batch_size 49 is more than the 48 images"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_bad_input_ends_with_one_line_before_any_step(
-    distil, articles, teacher, dit_teacher, tmp_path, flags, complaint
-):
-    paths = {"pixel_unet": teacher}
-    recipes = {
-        "unknown_entry": {"blocs": {}},
-        "unknown_key": {"config": {"num_blocks": 3}},
-        "wider_input": {"config": {"in_channels": 3, "num_layers": 2}},
-        "wrong_block": {"blocks": {"transformer_blocks.0": "transformer_blocks.9"}},
-        "wrong_feature": {
-            "config": {"num_layers": 2},
-            "features": [["transformer_blocks.7", "transformer_blocks.7"]],
-        },
-    }
-    for name, recipe in recipes.items():
-        paths[name] = tmp_path / f"{name}.json"
-        paths[name].write_text(json.dumps(recipe))
-    picture = next((articles / "bag").iterdir())
-    paths["flat_without_metadata"] = articles / "bag"
-    columns = {"flat": ({}, {}), "strings": ({"kind": "bag"}, {"kind": "coat"})}
-    columns["high"] = ({"kind": 3, "gap": None}, {"kind": 1000, "gap": 4})
-    for name, rows in columns.items():
-        paths[name] = tmp_path / name
-        paths[name].mkdir()
-        lines = []
-        for index, row in enumerate(rows):
-            shutil.copy(picture, paths[name] / f"{index}.png")
-            lines.append(json.dumps({"file_name": f"{index}.png", **row}))
-        (paths[name] / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    for name, change in (("no_vae", {"vae": [None, None]}), ("own_scheduler", {"scheduler": ["own", "MyScheduler"]})):
-        paths[name] = tmp_path / name
-        paths[name].mkdir()
-        index = json.loads((dit_teacher / "model_index.json").read_text())
-        (paths[name] / "model_index.json").write_text(json.dumps(index | change))
-    if "{triple}" in flags:
-        paths["triple"] = save_dit_pipeline(tmp_path / "triple", out_channels=12)
-
-    flags = [str(flag).format(**paths) for flag in flags]
-    with pytest.raises(SystemExit) as error:
-        distil(*flags)
-    message = str(error.value)
-    assert message.startswith("error: ") and complaint in message, message
-    assert "\n" not in message
-    assert not list(tmp_path.glob("**/metrics.jsonl")) and not list(tmp_path.glob("**/checkpoint-*"))
-
-
-def test_what_must_be_given(run, articles, tmp_path):
-    for flags, complaint in (
-        ((), "nothing says which blocks"),
-        (("--student", "x.json", "--kd_loss", "none"), "--vae is not given and there is no teacher"),
-        (("--student", "x.json", "--kd_loss", "none", "--vae", "none"), "--student x.json cannot be read"),
-    ):
-        with pytest.raises(SystemExit, match=complaint):
-            run("train_lift_dit", "--train_data_dir", articles, "--output_dir", tmp_path, *flags)
-    args = train_lift_dit.parse_args(["--student", "d14", "--train_data_dir", str(articles)])
+def test_the_teacher_by_default():
+    args = train_lift_dit.parse_args(["--student", "d14", "--dry_run"])
     assert args.pretrained_teacher_model == "facebook/DiT-XL-2-256"
