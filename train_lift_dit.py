@@ -890,7 +890,7 @@ def print_dry_run(
 def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
     # ---- models
-    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32
+    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32, args.dry_run
     accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
     stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set

@@ -42,7 +42,7 @@ from common.arguments import (
 )
 from common.cache import cache_encodings, identify
 from common.checkpoints import prepare_output
-from common.costs import estimate_activations, print_memory_estimate, profile_forward
+from common.costs import dtype_of, estimate_activations, print_memory_estimate, profile_forward
 from common.data import (
     choose_samples,
     count_longer,
@@ -659,12 +659,13 @@ def print_dry_run(
         with torch.device("meta"):
             model = UNet2DConditionModel.from_config(student.config)
             if args.lora_rank:
-                add_adapters(model, args.lora_rank, LORA_TARGETS, torch.float32)
+                add_adapters(model, args.lora_rank, LORA_TARGETS, dtype_of(args.mixed_precision))
         return model
 
     macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
     print(f"teacher: {total:,} parameters, {macs:,} MACs per image of {args.resolution} pixels and forward pass")
-    macs, *activations = estimate_activations(make_student, args.gradient_checkpointing, **inputs)
+    how = args.gradient_checkpointing, args.train_batch_size, args.mixed_precision
+    macs, *activations = estimate_activations(make_student, *how, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
     trained = sum(parameter.numel() for parameter in trained_parameters(make_student()))
     encoders = 0
@@ -685,7 +686,7 @@ def print_dry_run(
 def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
     # ---- models
-    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32
+    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32, args.dry_run
     accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
     stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set

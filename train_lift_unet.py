@@ -506,7 +506,8 @@ def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, args: argpa
         with torch.device("meta"):
             return UNet2DModel.from_config(model.config)
 
-    macs, *activations = estimate_activations(partial(skeleton, student), args.gradient_checkpointing, **inputs)
+    how = args.gradient_checkpointing, args.train_batch_size, args.mixed_precision
+    macs, *activations = estimate_activations(partial(skeleton, student), *how, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs per image and forward pass")
     if teacher is not None:
         total = teacher.num_parameters()
@@ -525,7 +526,7 @@ def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
     # ---- models
     scale = 1.0 if args.reduction == "sum" else 2.0**16
-    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32, scale
+    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32, args.dry_run, scale
     accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
     stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set

@@ -125,16 +125,16 @@ class _EfficientAttention(TorchFunctionMode):
     """SDPA by its memory-efficient kernel: without a GPU to ask, SDPA would make the whole matrix of scores."""
 
     def __torch_function__(
-        self, func: Callable, types: tuple[type, ...], args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable, types: tuple[type, ...], values: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or kwargs.get("attn_mask") is not None or len(args) != 3:
-            return func(*args, **kwargs)
+        if func is not F.scaled_dot_product_attention or kwargs.get("attn_mask") is not None or len(values) != 3:
+            return func(*values, **kwargs)
         if torch.is_autocast_enabled("cuda"):
-            args = [tensor.to(torch.get_autocast_dtype("cuda")) for tensor in args]
+            values = tuple(tensor.to(torch.get_autocast_dtype("cuda")) for tensor in values)
         options = kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False)
         attend = torch.ops.aten._scaled_dot_product_efficient_attention
-        return attend(*args, None, True, *options, scale=kwargs.get("scale"))[0]
+        return attend(*values, None, True, *options, scale=kwargs.get("scale"))[0]
 
 
 class _KeptStorages(TorchDispatchMode):
@@ -155,10 +155,10 @@ class _KeptStorages(TorchDispatchMode):
         return tensor.untyped_storage()._cdata
 
     def __torch_dispatch__(
-        self, func: Callable, types: tuple[type, ...], args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable, types: tuple[type, ...], values: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and self.number(args[0]) in self.weights:
+        output = func(*values, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and self.number(values[0]) in self.weights:
             self.weights[self.number(output)] = output
         return output
 

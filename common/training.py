@@ -45,6 +45,7 @@ def make_accelerator(
     gradient_accumulation_steps: int,
     mixed_precision: str | None,
     allow_tf32: bool,
+    dry_run: bool = False,
     loss_scale: float = 2.0**16,
 ) -> Accelerator:
     """An Accelerator with a sampler whose order depends on the seed and the epoch alone, and logging set up.
@@ -56,6 +57,7 @@ def make_accelerator(
         gradient_accumulation_steps: Micro-batches per step.
         mixed_precision: "no", "fp16", "bf16", or `None` for what the accelerate config says.
         allow_tf32: Whether matrix products and convolutions may use TF32.
+        dry_run: Whether nothing will be computed: fp16 then needs no GPU.
         loss_scale: What the gradient scaler of fp16 starts with.
     """
     try:
@@ -78,7 +80,7 @@ def make_accelerator(
     except ValueError as error:
         remedy = "pass --mixed_precision bf16 or no, or another --report_to"
         fail(f"--mixed_precision {mixed_precision} with --report_to {report_to}: {first_line(error)}; {remedy}")
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and not dry_run:
         fail("--mixed_precision fp16 needs a GPU, and there is none; pass --mixed_precision bf16 or no")
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(levelname)s %(message)s", level=level)

@@ -1,0 +1,145 @@
+"""What the dry run says of multiply-accumulates and activations, against known values and real runs on a CPU."""
+
+from functools import partial
+
+from common.costs import dtype_of, estimate_activations, profile_forward
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
+from test_sd21 import SD21
+
+import train_lift_dit
+import train_lift_sd3
+import train_lift_sd21
+import train_lift_unet
+from tiny_models import TINY_DIT, TINY_SD3, TINY_UNET
+
+
+def on_meta(kind: type, config: dict) -> torch.nn.Module:
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+# -------------------------------------------------------------------------------------------------------- known values
+
+
+class Attention(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = (factor * x for factor in (2, 3, 4))
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+class Blocks(torch.nn.Module):
+    """Two blocks of two layers each, the second of them wider."""
+
+    def __init__(self):
+        super().__init__()
+        pairs = ((torch.nn.Linear(16, width), torch.nn.Linear(width, 16)) for width in (16, 64))
+        self.transformer_blocks = torch.nn.ModuleList(torch.nn.Sequential(*pair) for pair in pairs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.transformer_blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_layers_keep_their_inputs_in_the_dtype_of_the_run(dtype):
+    """Neither the weights nor what autocast makes of them count."""
+    with torch.device("meta"):
+        blocks, x = Blocks(), torch.zeros(8, 16)
+    macs, kept, largest = profile_forward(blocks, dtype, x=x)
+    assert macs == 8 * 16 * (2 * 16 + 2 * 64)
+    assert kept == 8 * (16 + 16 + 16 + 64) * dtype.itemsize
+    assert largest == 8 * (16 + 64) * dtype.itemsize
+    assert {weight.device.type for weight in blocks.parameters()} == {"meta"}
+    assert not blocks.transformer_blocks[0]._forward_hooks
+    assert not torch.is_autocast_enabled("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attention_keeps_no_matrix_of_scores(dtype):
+    """Queries, keys, values, the output, and float32 sums of 1024 scores; two products of 1024 x 1024 x 8 each."""
+    with torch.device("meta"):
+        x = torch.zeros(2, 3, 1024, 8, requires_grad=True)
+    macs, kept, _ = profile_forward(torch.nn.Sequential(torch.nn.Linear(8, 8), Attention()), dtype, input=x)
+    tokens = 2 * 3 * 1024
+    assert macs == tokens * 8 * 8 + 2 * tokens * 1024 * 8
+    assert kept == pytest.approx(tokens * (5 * 8 * dtype.itemsize + 4), rel=0.01)
+
+
+def test_stable_diffusion_keeps_what_was_counted_by_other_means():
+    """bk_tiny at 512 pixels, batch 4, fp16: 2,831 MiB beside the weights' copies."""
+    teacher = dict(on_meta(UNet2DConditionModel, SD21).config)
+    config = train_lift_sd21.student_config(teacher, train_lift_sd21.STUDENTS["bk_tiny"])
+    make = partial(on_meta, UNet2DConditionModel, config)
+    inputs = train_lift_sd21.example_inputs(make())
+    macs, kept, largest = estimate_activations(make, False, 4, "fp16", **inputs)
+    assert (macs, largest) == (243_019_448_320, 0)
+    assert kept / 2**20 == pytest.approx(2831, rel=0.15)
+
+
+# ---------------------------------------------------------------------------------------------------- real runs on CPU
+
+
+UNET = {**TINY_UNET, "sample_size": 32, "block_out_channels": [32, 64], "attention_head_dim": 8}
+SD = {
+    "sample_size": 32,
+    "block_out_channels": [32, 64],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "attention_head_dim": [2, 4],
+    "cross_attention_dim": 32,
+    "norm_num_groups": 8,
+}
+DIT = {**TINY_DIT, "sample_size": 32, "num_layers": 4, "attention_head_dim": 32}
+SD3 = {**TINY_SD3, "sample_size": 32, "num_layers": 3, "attention_head_dim": 32, "caption_projection_dim": 64}
+SD3["pos_embed_max_size"] = 16
+MODELS = {
+    "unet": (UNet2DModel, UNET, train_lift_unet.example_inputs),
+    "sd21": (UNet2DConditionModel, SD, train_lift_sd21.example_inputs),
+    "dit": (DiTTransformer2DModel, DIT, train_lift_dit.example_inputs),
+    "sd3": (SD3Transformer2DModel, SD3, lambda model: train_lift_sd3.example_inputs(model, 32)),
+}
+
+
+def count_on_cpu(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """Bytes that autograd keeps of a real forward pass, each piece of memory once, without the weights."""
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        memory = tensor.untyped_storage()
+        kept[memory.data_ptr()] = memory
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**inputs)
+    for weight in (*model.parameters(), *model.buffers()):
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    return sum(memory.nbytes() for memory in kept.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_real_run_keeps_what_the_estimate_says(name, checkpointing):
+    kind, config, example_inputs = MODELS[name]
+    make = partial(on_meta, kind, config)
+    inputs = example_inputs(make())
+    _, estimate, largest = estimate_activations(make, checkpointing, 2, "no", **inputs)
+    model = kind.from_config(config).train()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    real = {key: torch.zeros(2, *tensor.shape[1:], dtype=tensor.dtype) for key, tensor in inputs.items()}
+    assert estimate == pytest.approx(count_on_cpu(model, real), rel=0.01)
+    assert bool(largest) == checkpointing
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision_keeps_less_but_not_half(name):
+    """What CUDA's autocast computes in float32, such as norms, is kept in float32."""
+    kind, config, example_inputs = MODELS[name]
+    model = on_meta(kind, config).train()
+    whole, half = (profile_forward(model, dtype_of(each), **example_inputs(model))[1] for each in ("no", "fp16"))
+    assert 0.5 < half / whole < 0.9
