@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo demo-sd21 demo-dit demo-sd3 test quality bench
+.PHONY: demo demo-sd21 demo-dit demo-sd3 test quality bench endings
 
 demo: .venv/installed  ## train a small teacher of digits, distil it four ways, write a report (10 minutes on 2 cores)
 	$(PY) demos/digits.py --output_dir demo
@@ -32,6 +32,10 @@ bench: .venv/installed  ## time the loss, a training step, and cached latents
 	$(PY) benchmarks/step.py
 	$(PY) benchmarks/step.py --small
 	$(PY) benchmarks/cache.py
+
+endings: .venv/installed  ## kill and interrupt runs of every script everywhere, and look at how they end (hours)
+	$(PY) benchmarks/kills.py
+	$(PY) benchmarks/endings.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

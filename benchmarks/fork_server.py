@@ -18,8 +18,12 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 
-# What a run imports. The server imports it once.
-MODULES = ("train_lift_unet", "train_lift_sd21", "train_lift_dit", "train_lift_sd3", "generate", "evaluate", "report")
+# What runs import, at their start and on their way. The server imports it once.
+MODULES = (
+    *("train_lift_unet", "train_lift_sd21", "train_lift_dit", "train_lift_sd3", "generate", "evaluate", "report"),
+    *("bitsandbytes", "datasets.packaged_modules.imagefolder.imagefolder", "multiprocess.pool"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg"),
+)
 
 
 def make_fork_server(modules: tuple[str, ...] = MODULES) -> multiprocessing.context.ForkServerContext:

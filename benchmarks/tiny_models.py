@@ -8,7 +8,6 @@
 # specific language governing permissions and limitations under the License.
 """Pipelines of random weights in full layout, so small that a training step takes a fraction of a second on a CPU."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +36,6 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demos"))
-
-from small_models import make_tokenizer
 
 
 TINY_UNET = {
@@ -76,6 +70,7 @@ TINY_SD3 = {
     "out_channels": 4,
 }
 CLASS_NAMES = {0: "t-shirt, tee", 1: "trousers", 999: "ankle boot"}
+TOKENS = 24  # of a prompt for CLIP
 WORDS = ["a", "photo", "of", "dark", "bright", "bag", "sneaker"]
 
 
@@ -89,7 +84,7 @@ def save_pixel_pipeline(folder: Path, **unet: Any) -> Path:
 def save_sd_pipeline(folder: Path, prediction_type: str = "epsilon", **unet: Any) -> Path:
     """A tiny random Stable Diffusion pipeline: 32 pixels, four levels; `unet` overrides its U-Net's config."""
     torch.manual_seed(0)
-    tokenizer = make_tokenizer(WORDS, length=24)
+    tokenizer = _tokenizer()
     vae = _vae()
     config = {
         "sample_size": 8,
@@ -149,6 +144,17 @@ def _vae(**config: Any) -> AutoencoderKL:
     )
 
 
+def _tokenizer() -> CLIPTokenizer:
+    """A token for each of WORDS; others are spelt by letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'!-"
+    spelt = [[*word[:-1], f"{word[-1]}</w>"] for word in WORDS]
+    merges = [("".join(parts[:at]), parts[at]) for parts in spelt for at in range(1, len(parts))]
+    merges = list(dict.fromkeys(merges))
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
+    tokens = dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"])
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=TOKENS)
+
+
 def _clip_config(width: int, tokenizer: CLIPTokenizer, **config: Any) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -156,7 +162,7 @@ def _clip_config(width: int, tokenizer: CLIPTokenizer, **config: Any) -> CLIPTex
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=24,
+        max_position_embeddings=TOKENS,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -165,7 +171,7 @@ def _clip_config(width: int, tokenizer: CLIPTokenizer, **config: Any) -> CLIPTex
 
 
 def _clip(width: int) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
-    tokenizer = make_tokenizer(WORDS, length=24)
+    tokenizer = _tokenizer()
     return CLIPTextModelWithProjection(_clip_config(width, tokenizer, projection_dim=width)), tokenizer
 
 

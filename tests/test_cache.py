@@ -17,11 +17,12 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import launch, save_sd_pipeline
+from conftest import launch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 import train_lift_sd21
+from tiny_models import save_sd_pipeline
 
 
 SHORT = [

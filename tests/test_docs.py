@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT
 from diffusers import (
     AutoencoderKL,
     DDPMPipeline,
@@ -23,11 +23,13 @@ from test_sd3 import MEDIUM
 from test_sd21 import SD21
 from transformers import CLIPTextConfig, T5Config
 
+from tiny_models import TINY_UNET
+
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FILES = {  # that the commands name; the pages say what they hold
     "student.json": {"config": {"layers_per_block": 1}},
-    "teacher.json": {"config": TINY},
+    "teacher.json": {"config": TINY_UNET},
 }
 T5_XXL = {"d_model": 4096, "num_layers": 24, "num_heads": 64, "d_ff": 10240, "feed_forward_proj": "gated-gelu"}
 NEEDS_CUDA = {"--enable_xformers_memory_efficient_attention"}

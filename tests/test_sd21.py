@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import ROOT, copy_script, launch, save_sd_pipeline
+from conftest import ROOT, copy_script, launch
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -30,6 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_lift_sd21
 from lift_utils import FeatureModel
+from tiny_models import save_sd_pipeline
 from train_lift_sd21 import STUDENTS
 
 
@@ -697,157 +697,6 @@ def test_dry_run_needs_no_weights(run, sd_teacher, tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
-def spoilt(source: Path, folder: Path, *removed: str, **index) -> Path:
-    """A copy of a pipeline folder without some files, and with other entries in its model_index.json."""
-    shutil.copytree(source, folder)
-    for name in removed:
-        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
-    parts = json.loads((folder / "model_index.json").read_text()) | index
-    parts = {name: part for name, part in parts.items() if part != "gone"}
-    (folder / "model_index.json").write_text(json.dumps(parts))
-    return folder
-
-
-PIPELINES = {
-    "sdxl": partial(spoilt, text_encoder_2=["transformers", "CLIPTextModelWithProjection"]),
-    "no_scheduler": partial(spoilt, scheduler="gone"),
-    "null_scheduler": partial(spoilt, scheduler=[None, None]),
-    "odd_scheduler": partial(spoilt, scheduler=["diffusers", "NoSuchScheduler"]),
-    "no_vae": partial(spoilt, vae="gone"),
-    "lost_vae": lambda source, folder: spoilt(source, folder, "vae"),
-    "no_tokenizer": partial(spoilt, tokenizer="gone"),
-    "lost_tokenizer": lambda source, folder: spoilt(source, folder, "tokenizer"),
-    "lost_scheduler": lambda source, folder: spoilt(source, folder, "scheduler"),
-    "lost_text_encoder": lambda source, folder: spoilt(source, folder, "text_encoder"),
-    "lost_weights": lambda source, folder: spoilt(source, folder, "unet/diffusion_pytorch_model.safetensors"),
-    "torn_text": lambda source, folder: (spoilt(source, folder) / "text_encoder/model.safetensors").write_text(""),
-    "list_index": lambda source, folder: (spoilt(source, folder) / "model_index.json").write_text("[]"),
-    "torn_index": lambda source, folder: (spoilt(source, folder) / "model_index.json").write_text("{"),
-    "inpainting": lambda _, folder: save_sd_pipeline(folder, in_channels=9),
-    "upscaler": lambda _, folder: save_sd_pipeline(folder, num_class_embeds=10),
-    "two_levels": lambda _, folder: save_sd_pipeline(
-        folder,
-        block_out_channels=[8, 16],
-        attention_head_dim=[1, 2],
-        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
-        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-    ),
-    "one_layer": lambda _, folder: save_sd_pipeline(folder, layers_per_block=1),
-}
-RECIPES = {
-    "odd": {"blocs": {}},
-    "list": [1],
-    "levels": {"levels": "three"},
-    "width": {"width": 0},
-    "typo": {"config": {"block_out_chanels": [8, 16, 32, 32]}},
-    "listed": {"config": [1]},
-    "nine": {"config": {"in_channels": 9}},
-    "text": {"config": {"cross_attention_dim": 32}},
-    "groups": {"config": {"block_out_channels": [6, 16, 32, 32]}},
-    "nowhere": {"blocks": {"nowhere": "conv_in"}},
-    "features": {"features": [["down_blocks.9", "down_blocks.0"]]},
-    "teachers": {"features": [["conv_in", "nothing"]]},
-    "sizes": {"features": [["conv_in", "down_blocks.2"]]},
-}
-
-
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        ([TEACHER, "/no/such/teacher"], "--pretrained_teacher_model /no/such/teacher is no folder; pass a Stable"),
-        ([TEACHER, "{images}"], "--pretrained_teacher_model {images} does not load"),
-        ([TEACHER, "{ddpm}"], "is a DDPMPipeline with UNet2DModel unet; pass a Stable Diffusion"),
-        ([TEACHER, "{sdxl}"], "has two text encoders (SDXL); pass"),
-        ([TEACHER, "{no_scheduler}"], "with no scheduler; pass"),
-        ([TEACHER, "{null_scheduler}"], "with no scheduler; pass"),
-        ([TEACHER, "{odd_scheduler}"], "unknown scheduler, NoSuchScheduler; pass"),
-        ([TEACHER, "{no_vae}"], "with no vae; pass"),
-        ([TEACHER, "{lost_vae}"], "{lost_vae} does not load: Error no file named config.json"),
-        ([TEACHER, "{no_tokenizer}"], "with no tokenizer; pass"),
-        ([TEACHER, "{lost_tokenizer}"], "lacks files of its tokenizer; pass"),
-        ([TEACHER, "{lost_scheduler}"], "no file named scheduler_config.json"),
-        ([TEACHER, "{lost_text_encoder}"], "no file named model.safetensors"),
-        ([TEACHER, "{lost_text_encoder}", "--cache_latents"], "no file named model.safetensors"),
-        ([TEACHER, "{lost_weights}"], "no file named diffusion_pytorch_model.safetensors"),
-        ([TEACHER, "{torn_text}"], "{torn_text} does not load: "),
-        ([TEACHER, "{list_index}"], "lists no parts; pass"),
-        ([TEACHER, "{torn_index}"], "{torn_index} does not load: "),
-        ([TEACHER, "{inpainting}"], "its U-Net maps 9 channels to 4"),
-        ([TEACHER, "{upscaler}"], "its U-Net has num_class_embeds"),
-        ([TEACHER, "nobody/nothing"], "--pretrained_teacher_model nobody/nothing does not load"),
-        (["--variant", "fp16"], "no file named diffusion_pytorch_model.fp16.safetensors"),
-        (["--student", "bk_huge"], "--student bk_huge is unknown; pass bk_base"),
-        (["--student", "{missing_json}"], "cannot be read"),
-        (["--student", "{odd}"], "holds ['blocs']; use"),
-        (["--student", "{list}"], "holds ['a list']; use"),
-        (["--student", "{levels}"], "has 'three' as \"levels\"; pass a positive number"),
-        (["--student", "{width}"], 'has 0 as "width"; pass a positive number'),
-        (["--student", "{typo}"], "config has no block_out_chanels"),
-        (["--student", "{listed}"], "{listed} does not fit the teacher"),
-        (["--student", "{nine}"], "its in_channels is 9; keep the teacher's 4"),
-        (["--student", "{text}"], "its cross_attention_dim is 32; keep the teacher's 16"),
-        (["--student", "{groups}"], "num_channels (6) must be divisible"),
-        (["--student", "{nowhere}"], 'no block "nowhere"'),
-        (["--student", "{features}"], 'features of "down_blocks.9", which does not exist; correct its "features"'),
-        (["--student", "{teachers}"], 'features of "nothing", which does not exist'),
-        (["--student", "{sizes}"], "pair equal sizes, or --lambda_kd_feat 0"),
-        ([TEACHER, "{two_levels}", "--student", "bk_tiny"], "--student bk_tiny does not fit the teacher of 2 levels"),
-        ([TEACHER, "{two_levels}", "--student", "bk_extreme"], "--student bk_extreme does not fit the teacher"),
-        ([TEACHER, "{one_layer}"], "--student bk_base does not fit the teacher: the teacher has no"),
-        (["--resolution", 24], "--resolution 24 is not divisible by VAE and U-Net; pass a multiple of 32"),
-        (["--resolution", 2], "--resolution 2 is not divisible by VAE and U-Net; pass a multiple of 32"),
-        (["--resolution", 0], "--resolution 0 is too small"),
-        (["--group_size", 24], "--group_size 24: group_size 24 does not divide the 64 elements"),
-        (["--group_size", 1], "the nearest that does: 2"),
-        (["--caption_dropout", 2], "--caption_dropout 2.0 is no share of the captions; pass one such as 0.1"),
-        (["--caption_dropout", "nan"], "--caption_dropout nan is no share of the captions"),
-        (["--caption_dropout", -1], "--caption_dropout -1.0 is negative"),
-        (["--lora_rank", -1], "--lora_rank -1 is negative"),
-        (["--encoding_batch_size", 0], "--encoding_batch_size 0 is too small; pass at least 1"),
-        (["--train_data_dir", "/no/such/images"], "--train_data_dir /no/such/images is no folder"),
-        (["--caption_column", "prompt"], "--caption_column prompt is not in the data; choose one of image, text"),
-        (["--image_column", "text"], "48 of 48 images cannot be read"),
-        (["--train_batch_size", 49], "--train_batch_size 49 is more than the 48 images"),
-        (["--enable_xformers_memory_efficient_attention"], "needs a CUDA device"),
-        (["--output_dir", "{file}/student"], "cannot be written to"),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
-)
-def test_bad_input_ends_with_one_line_before_any_step(
-    distil, images, teacher, sd_teacher, tmp_path, monkeypatch, flags, complaint
-):
-    monkeypatch.setattr(train_lift_sd21, "compute_losses", None)  # a step would be a TypeError
-    paths = {"images": images, "ddpm": teacher, "file": tmp_path / "file", "missing_json": tmp_path / "missing.json"}
-    paths["file"].touch()
-    for name in {str(flag).strip("{}") for flag in flags}:
-        if name in PIPELINES:
-            paths[name] = tmp_path / name
-            PIPELINES[name](sd_teacher, paths[name])
-        if name in RECIPES:
-            paths[name] = tmp_path / f"{name}.json"
-            paths[name].write_text(json.dumps(RECIPES[name]))
-    flags = [str(flag).format(**paths) for flag in flags]
-    if "features" not in complaint and "sizes" not in complaint:
-        flags += ["--lambda_kd_feat", 0]  # quicker
-    with pytest.raises(SystemExit) as error:
-        distil(*flags, *(("--cache_dir", tmp_path / "cache") if "--cache_latents" in flags else ()))
-    message = str(error.value)
-    assert message.startswith("error: ") and complaint.format(**paths) in message
-    assert "\n" not in message
-    assert not list(tmp_path.glob("**/metrics.jsonl")) and not list(tmp_path.glob("**/checkpoint-*"))
-
-
-def test_flags_of_the_wrong_kind_are_refused_by_name(capsys):
-    for flags in (["--validation_prompts"], ["--lora_rank", "1.5"], ["--kd_loss", "kl"]):
-        with pytest.raises(SystemExit):
-            train_lift_sd21.parse_args(["--dry_run", *flags])
-        assert (
-            capsys.readouterr()
-            .err.splitlines()[-1]
-            .startswith(f"{Path(sys.argv[0]).name}: error: argument {flags[0]}")
-        )
-
-
 def test_lora_needs_peft(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
@@ -924,25 +773,6 @@ def test_images_without_a_caption_are_named(prepare, tmp_path, capsys, change, p
     assert f"skipping 1 of 48 images, which {problem}: " in output and "00000.png" in output
     assert len(dataset) == 47 and output.count("skipping") == 1
     assert dataset[0]["images"].shape == (3, 32, 32) and dataset[0]["input_ids"].shape == (24,)
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        (edit(7, 48), "--caption_column text holds Value('int64'); pass a column of strings"),
-        (edit(["a", "b"], 48), "--caption_column text holds List(Value('string')); pass a column of strings"),
-        (edit(KeyError, 48), "--caption_column text is not in the data; choose one of image, or give it in the"),
-        (edit(None, 48), "--caption_column text holds Value('null'); pass a column of strings"),
-        (edit(7), "edited does not load: "),
-    ],
-    ids=["numbers", "lists", "no column", "nulls", "mixed"],
-)
-def test_captions_that_are_none(prepare, monkeypatch, change, complaint):
-    monkeypatch.setattr(train_lift_sd21, "drop_unreadable", None)  # before the images are checked, which takes long
-    with pytest.raises(SystemExit) as error:
-        prepare(change)
-    assert str(error.value).startswith("error: --") and complaint in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_long_captions_are_cut_counted_and_said_once(prepare, sd_teacher, caplog):

@@ -192,6 +192,13 @@ def test_the_loss_falls_and_every_weight_moves(distil, teacher):
     assert not same(weights(folder), {key.removeprefix("model."): value for key, value in trained.items()})
 
 
+def config_folder(tmp_path: Path, **changes) -> Path:
+    folder = tmp_path / "model"
+    torch.manual_seed(0)
+    UNet2DModel(**{**TINY_UNET, **changes}).save_pretrained(folder)
+    return folder
+
+
 def test_compiled_equals_eager(distil, tmp_path):
     small = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
     teacher = config_folder(tmp_path, **small, add_attention=False)
@@ -428,81 +435,3 @@ def test_grid_rows_start_from_the_same_noise(distil, teacher):
     pictures = [row[:, -132:].float() for row in rows]
     assert pictures[0].std() > 20
     assert (pictures[0] - pictures[1]).abs().max() <= 2 and (pictures[0] - pictures[2]).abs().max() <= 2
-
-
-# ----------------------------------------------------------------------------------------------------------- bad input
-
-
-def config_folder(tmp_path: Path, **changes) -> Path:
-    folder = tmp_path / "model"
-    torch.manual_seed(0)
-    UNet2DModel(**{**TINY_UNET, **changes}).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        (
-            ["--pretrained_teacher_model", "/no/such/teacher"],
-            "--pretrained_teacher_model /no/such/teacher is no folder",
-        ),
-        (["--pretrained_teacher_model", "{images}"], "--pretrained_teacher_model {images} does not load"),
-        (["--pretrained_teacher_model", "{learned_variance}"], "maps 1 channels to 2"),
-        (["--pretrained_teacher_model", "{two_channels}"], "maps 2 channels to 2"),
-        (["--student", "{rgb}"], "keep the teacher's 1"),
-        (["--student", "tiny"], "--student tiny is unknown; pass pruned_30"),
-        (["--student", "1.5"], "--student 1.5 is unknown"),
-        (["--student", "{missing_json}"], "cannot be read"),
-        (["--student", "{odd_json}"], "holds ['blocs']"),
-        (["--student", "{wrong_blocks}"], 'no block "nowhere"'),
-        (["--resolution", 15], "--resolution 15 is not divisible by the U-Net's downsampling; pass a multiple of 2"),
-        (["--group_size", 24], "--group_size 24: group_size 24 does not divide the 256 elements"),
-        (["--group_size", 1], "the nearest that does: 2"),
-        (["--train_data_dir", "{empty}"], "is empty"),
-        (["--train_data_dir", "/no/such/images"], "--train_data_dir /no/such/images is no folder"),
-        (["--image_column", "picture"], "--image_column picture is not in the data; choose one of image"),
-        (["--train_batch_size", 97], "--train_batch_size 97 is more than the 96 images"),
-        (["--output_dir", "{file}/student"], "cannot be written to"),
-        (["--enable_xformers_memory_efficient_attention"], "needs a CUDA device"),
-        (["--max_train_steps", 0], "--max_train_steps 0 is too small"),
-        (["--learning_rate", -1], "--learning_rate -1.0 is negative"),
-        (["--report_to", "nosuchtracker"], "--report_to nosuchtracker is not installed"),
-        (["--resume_from_checkpoint", "checkpoint-7"], "--resume_from_checkpoint checkpoint-7 is no folder"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_bad_input_ends_with_one_line_before_any_step(distil, images, tmp_path, flags, complaint):
-    paths = {"images": images, "empty": tmp_path / "empty", "file": tmp_path / "file"}
-    paths["empty"].mkdir()
-    paths["file"].touch()
-    recipes = {
-        "rgb": {"config": {"in_channels": 3}},
-        "odd_json": {"blocs": {}},
-        "wrong_blocks": {"blocks": {"nowhere": "x"}},
-    }
-    for name, recipe in recipes.items():
-        paths[name] = tmp_path / f"{name}.json"
-        paths[name].write_text(json.dumps(recipe))
-    paths["missing_json"] = tmp_path / "missing.json"
-    models = {"learned_variance": {"out_channels": 2}, "two_channels": {"in_channels": 2, "out_channels": 2}}
-    for name in models.keys() & {str(flag).strip("{}") for flag in flags}:
-        paths[name] = config_folder(tmp_path, **models[name])
-
-    flags = [str(flag).format(**paths) for flag in flags]
-    with pytest.raises(SystemExit) as error:
-        distil(*flags)
-    message = str(error.value)
-    assert message.startswith("error: ") and complaint.format(**paths) in message
-    assert "\n" not in message
-    assert not list(tmp_path.glob("**/metrics.jsonl")) and not list(tmp_path.glob("**/checkpoint-*"))
-
-
-def test_a_teacher_is_needed_unless_there_is_no_distillation(run, images, tmp_path):
-    for flags, complaint in (
-        ((), "--kd_loss place needs a teacher"),
-        (("--kd_loss", "none"), "without one, pass a JSON file"),
-        (("--kd_loss", "none", "--student", "x.json", "--dataset_name", "some/set"), "pass one of them"),
-    ):
-        with pytest.raises(SystemExit, match=complaint):
-            run("train_lift_unet", "--train_data_dir", images, "--output_dir", tmp_path, *flags)

@@ -1,0 +1,88 @@
+"""A handful of the kills of benchmarks/kills.py, and processes that must end although their data workers live."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from fork_server import make_fork_server
+from kills import kill_runs, make_cases
+from small_runs import SCRIPTS, differences
+
+
+@pytest.fixture(scope="module")
+def server():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield make_fork_server()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_killed_run_ends_as_if_nothing_had_happened(server, script, tmp_path):
+    """Accumulation, averaged weights, moments of 8 bits, the cache where there is one, and workers, all at once."""
+    case = make_cases(script, tmp_path, images=24)["most"]
+    tally = kill_runs(server, case, tmp_path / "runs", kills=3, seed=f"test {script}", killed=lambda: None)
+    assert tally.failures == []
+    assert tally.phases.total() == 3 and tally.finished >= 1 and tally.runs == 3 + tally.finished
+
+
+def test_the_comparison_finds_what_differs(tmp_path):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    for name in ("checkpoint-1/student.safetensors", "checkpoint-2/student.safetensors", "unet/weights.safetensors"):
+        (whole / name).parent.mkdir(parents=True, exist_ok=True)
+        (whole / name).write_text("weights")
+    (whole / "checkpoint-2" / "state.json").write_text('{"step": 2, "skipped": [0, 0]}')
+    rows = [{"step": step, "loss": 1 / step, "images_per_second": step} for step in (1, 2)]
+    (whole / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (whole / "samples").mkdir()
+    for step in (1, 2):
+        (whole / "samples" / f"step-00000{step}.png").write_text("picture")
+    shutil.copytree(whole, run)
+    assert differences(run, whole) == []
+
+    # What a kill may change: an older checkpoint, samples of a step on the way, the speed.
+    shutil.rmtree(run / "checkpoint-1")
+    (run / "samples" / "step-000001.png").unlink()
+    (run / "checkpoint-2" / "state.json").write_text('{"skipped": [0, 0], "step": 2}')
+    lines = [json.dumps({**row, "images_per_second": 7}) + "\n" for row in rows]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    assert differences(run, whole) == []
+
+    (run / "checkpoint-2" / "student.safetensors").write_text("weighty")
+    (run / "checkpoint-2" / "state.json").unlink()
+    (run / "metrics.jsonl").write_text("".join([*lines, lines[-1]]))
+    (run / ".tmp-2").mkdir()
+    (run / ".tmp-2" / "student.safetensors").touch()
+    assert differences(run, whole) == [
+        "checkpoint-2/state.json is missing",
+        ".tmp-2/student.safetensors is left over",
+        "checkpoint-2/student.safetensors differs",
+        "metrics.jsonl differs",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("pass", 0), ("raise RuntimeError", 1), ("sys.exit(3)", 3)], ids=["normal", "error", "exit"]
+)
+def test_a_process_ends_although_its_data_workers_live(end, code):
+    """They ignore the signal by which multiprocessing would end them, and an iterator in use keeps them."""
+    program = (
+        "import sys, torch\n"
+        "from accelerate import Accelerator\n"
+        "from common.training import make_dataloader\n"
+        "numbers = torch.utils.data.TensorDataset(torch.arange(64))\n"
+        "batches = iter(make_dataloader(numbers, 2, 2, Accelerator(cpu=True)))\n"
+        "next(batches)\n"
+        "print('ends', flush=True)\n"
+        f"{end}\n"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout.readline() == "ends\n"
+            assert process.wait(30) == code
+        finally:
+            process.kill()
