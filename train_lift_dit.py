@@ -63,7 +63,7 @@ from common.data import (
 )
 from common.ending import Stopped, StopSignals
 from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
-from common.recipes import check_forward, model_errors_end, override_config, read_recipe
+from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
 from common.reporting import MetricsLog, grid_path, plot_influence, sample_grid, sample_models, save_grid
 from common.students import (
     check_groups,
@@ -203,8 +203,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     parser.set_defaults(**RECIPE)
     args = parser.parse_args(input_args)
-    if args.kd_loss != "none" or not (args.student or "").endswith(".json"):
-        args.pretrained_teacher_model = args.pretrained_teacher_model or TEACHER
+    from_scratch = args.kd_loss == "none" and (args.student or "").endswith(".json")
+    if args.pretrained_teacher_model is None and not from_scratch:
+        args.pretrained_teacher_model = TEACHER
     check_args(args)
     check_script_args(args)
     return args
@@ -329,7 +330,8 @@ def build_student(
         for key in ("in_channels", "out_channels", "sample_size", "num_embeds_ada_norm"):
             if student.config[key] != config[key]:
                 fail(f"{mismatch}: its {key} is {student.config[key]}; keep the teacher's {config[key]}")
-    check_sizes(student, args.group_size if args.kd_loss == "place" else None)
+    subject = f"--pretrained_teacher_model {args.pretrained_teacher_model}"
+    check_sizes(student, args.group_size if args.kd_loss == "place" else None, subject)
     check_forward(student, example_inputs(student), mismatch)
 
     if teacher is None or args.kd_loss == "none" or args.lambda_kd_feat == 0:
@@ -337,21 +339,23 @@ def build_student(
     if "features" not in recipe:
         both = range(min(student.config.num_layers, teacher.config.num_layers))
         recipe = {**recipe, "features": [[f"transformer_blocks.{index}"] * 2 for index in both]}
-    pair_features(student, teacher, recipe["features"], example_inputs(student))  # wrong pairs end the run here
+    with model_errors_end(mismatch, FEATURES_REMEDY):
+        pair_features(student, teacher, recipe["features"], example_inputs(student))
     return student, recipe
 
 
-def check_sizes(student: DiTTransformer2DModel, group_size: int | None) -> None:
+def check_sizes(student: DiTTransformer2DModel, group_size: int | None, subject: str) -> None:
     """Refuse sizes with which no step could be taken.
 
     Args:
         group_size: Of PLACE, `None` for other losses.
+        subject: The flag that the student comes from, with its value.
     """
     channels, out_channels = student.config.in_channels, student.config.out_channels
     if out_channels not in (channels, 2 * channels):
         fail(
-            f"the transformer's {channels} channels become {out_channels}; choose a --pretrained_teacher_model or "
-            f"--student that makes {channels} of them, or {2 * channels} with a learned variance"
+            f"{subject}: the transformer's {channels} channels become {out_channels}; choose one, or a --student, "
+            f"that makes {channels} of them, or {2 * channels} with a learned variance"
         )
     check_groups(group_size, student.config.sample_size**2)
 

@@ -58,7 +58,7 @@ from common.data import (
 from common.ending import Stopped, StopSignals
 from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
 from common.pruning import prune_width
-from common.recipes import check_forward, model_errors_end, override_config, read_recipe
+from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
 from common.reporting import MetricsLog, grid_path, sample_grid, sample_models, save_grid
 from common.students import (
     check_groups,
@@ -295,15 +295,16 @@ def build_student(
     mismatch = f"--student {args.student} does not fit the teacher"
     if recipe.get("levels", 1) > len(teacher.config.block_out_channels):
         fail(f"{mismatch} of {len(teacher.config.block_out_channels)} levels; pass a smaller or a width_ one")
-    with model_errors_end(mismatch, "pass another preset, correct the JSON file, or pass --student_init random"):
+    with model_errors_end(mismatch, "pass another preset, or correct the JSON file"):
         config = student_config(dict(teacher.config), recipe)
         with torch.device("meta"):
             student = UNet2DConditionModel.from_config(config | {"sample_size": args.resolution // vae_factor(vae)})
-        if args.student_init == "teacher":
-            match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
     for key in ("in_channels", "out_channels", "cross_attention_dim"):
         if student.config[key] != teacher.config[key]:
             fail(f"{mismatch}: its {key} is {student.config[key]}; keep the teacher's {teacher.config[key]}")
+    if args.student_init == "teacher":
+        with model_errors_end(mismatch, "pass another preset, correct the JSON file, or pass --student_init random"):
+            match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
     check_sizes(student, vae, args.resolution, args.group_size if args.kd_loss == "place" else None)
     check_forward(student, example_inputs(student), mismatch)
 
@@ -313,7 +314,8 @@ def build_student(
         blocks = [name for name, _ in student.named_children() if name == "mid_block"]
         blocks += [f"{side}_blocks.{level}" for side in ("down", "up") for level in range(len(student.down_blocks))]
         recipe = {**recipe, "features": [[name, name] for name in blocks]}
-    pair_features(student, teacher, recipe["features"], example_inputs(student))  # wrong pairs end the run here
+    with model_errors_end(mismatch, FEATURES_REMEDY):
+        pair_features(student, teacher, recipe["features"], example_inputs(student))
     return student, recipe
 
 

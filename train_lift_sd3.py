@@ -60,7 +60,7 @@ from common.data import (
 )
 from common.ending import Stopped, StopSignals
 from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
-from common.recipes import check_forward, model_errors_end, override_config, read_recipe
+from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
 from common.reporting import MetricsLog, grid_path, plot_influence, sample_grid, sample_models, save_grid
 from common.sd3_text import (
     T5,
@@ -363,8 +363,8 @@ def build_student(
     if "features" not in recipe:
         pairs = [list(pair) for pair in recipe.get("blocks", {}).items() if pair[0].startswith("transformer_blocks.")]
         recipe = {**recipe, "features": pairs}
-    # Wrong pairs end the run here.
-    pair_features(student, teacher, recipe["features"], example_inputs(student, args.max_sequence_length), item=1)
+    with model_errors_end(mismatch, FEATURES_REMEDY):
+        pair_features(student, teacher, recipe["features"], example_inputs(student, args.max_sequence_length), item=1)
     return student, recipe
 
 

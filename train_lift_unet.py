@@ -47,7 +47,7 @@ from common.data import choose_samples, drop_unreadable, load_images, load_pixel
 from common.ending import Stopped, StopSignals
 from common.hub import create_hub_repo, push_to_hub, write_model_card
 from common.pruning import prune_width
-from common.recipes import check_forward, model_errors_end, override_config, read_recipe
+from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
 from common.reporting import MetricsLog, grid_path, labelled_grid, sample_models, save_grid
 from common.students import (
     check_groups,
@@ -234,13 +234,15 @@ def build_student(teacher: UNet2DModel | None, args: argparse.Namespace) -> tupl
             config["sample_size"] = args.resolution
         with torch.device("meta"):
             student = UNet2DModel.from_config(config)
-    if teacher is not None and args.student_init != "random":
-        with model_errors_end(f"--student {args.student}", 'correct its "blocks", or pass --student_init random'):
-            match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
     for key in ("in_channels", "out_channels"):
         if teacher is not None and student.config[key] != teacher.config[key]:
             fail(f"--student {args.student} has {key} {student.config[key]}; keep the teacher's {teacher.config[key]}")
-    check_sizes(student, args.group_size if args.kd_loss == "place" else None)
+    if teacher is not None and args.student_init != "random":
+        with model_errors_end(f"--student {args.student}", 'correct its "blocks", or pass --student_init random'):
+            match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
+    subject = f"--student {args.student} of --pretrained_teacher_model {args.pretrained_teacher_model}"
+    with model_errors_end(f"{subject} has no fitting size", "correct its config"):
+        check_sizes(student, args.group_size if args.kd_loss == "place" else None, subject)
     check_forward(student, example_inputs(student), f"--student {args.student}")
 
     if teacher is None or args.kd_loss == "none" or args.lambda_kd_feat == 0:
@@ -252,15 +254,17 @@ def build_student(teacher: UNet2DModel | None, args: argparse.Namespace) -> tupl
     if recipe["features"]:  # wrong pairs end the run here
         with torch.device("meta"):
             skeleton = UNet2DModel.from_config(teacher.config)
-        pair_features(student, skeleton, recipe["features"], example_inputs(student), always_project=True)
+        with model_errors_end(f"--student {args.student}", FEATURES_REMEDY):
+            pair_features(student, skeleton, recipe["features"], example_inputs(student), always_project=True)
     return UNet2DModel.from_config(student.config), recipe
 
 
-def check_sizes(student: UNet2DModel, group_size: int | None) -> None:
+def check_sizes(student: UNet2DModel, group_size: int | None, subject: str) -> None:
     """Refuse sizes with which no step could be taken.
 
     Args:
         group_size: Of PLACE, `None` for other losses.
+        subject: The flags that the student comes from, with their values.
     """
     config = student.config
     if config.sample_size is None:
@@ -268,16 +272,16 @@ def check_sizes(student: UNet2DModel, group_size: int | None) -> None:
     factor = 2 ** (len(config.block_out_channels) - 1)
     if any(side % factor for side in image_size(student)):
         fail(
-            f"--resolution {config.sample_size} is not divisible by the U-Net's downsampling; pass a multiple of "
-            f"{factor}"
+            f"--resolution {config.sample_size}, given or of {subject}, is not divisible by the U-Net's downsampling; "
+            f"pass a multiple of {factor}"
         )
     if config.in_channels != config.out_channels or config.in_channels not in (1, 3):
         fail(
-            f"the U-Net maps {config.in_channels} channels to {config.out_channels}; choose a "
-            "--pretrained_teacher_model or --student that maps 1 to 1 (grey) or 3 to 3 (RGB)"
+            f"{subject}: the U-Net maps {config.in_channels} channels to {config.out_channels}; choose one that maps "
+            "1 to 1 (grey) or 3 to 3 (RGB)"
         )
     if config.class_embed_type is not None or config.num_class_embeds is not None:
-        fail("--pretrained_teacher_model is class-conditional; this script distils unconditional models only")
+        fail(f"{subject} is class-conditional; pass an unconditional one: this script distils no others")
     check_groups(group_size, math.prod(image_size(student)))
 
 

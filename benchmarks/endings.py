@@ -66,8 +66,8 @@ from small_runs import (
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SHORT = ("--max_train_steps", "3", "--dataloader_num_workers", "2")
-# Phases long enough to be met: many images to encode one by one, many steps of sampling.
-LONG = (*MOST, "--num_inference_steps", "40")
+# Phases long enough to be met: many images to encode in small batches, many steps of sampling. And steps to be lost.
+LONG = (*MOST, "--checkpointing_steps", "2", "--num_inference_steps", "40")
 LONG_CACHE = (*CACHED, "--encoding_batch_size", "8")
 FINAL = ("final save", "end")  # phases which a run completes
 HANGS = 120.0  # seconds from a signal, or from the pipeline's last file, after which a run counts as hanging
@@ -97,16 +97,19 @@ def start_process(run: SmallRun) -> subprocess.Popen:
 
 
 def end_process(process: subprocess.Popen) -> None:
-    """Kill what is still there of a run."""
-    signal_group(process, signal.SIGKILL)
-    process.wait()
+    """Kill a run that has not ended."""
+    if process.poll() is None:
+        signal_group(process, signal.SIGKILL)
+        process.wait()
 
 
 def is_gone(group: int) -> bool:
-    """Whether no process of a group lives five seconds after its leader has ended."""
+    """Whether no process of a group lives five seconds after its leader has ended; what does is killed."""
     deadline = time.monotonic() + 5
     while members := [process for process in psutil.process_iter() if is_member(process, group)]:
         if time.monotonic() > deadline:
+            for process in members:
+                process.kill()
             return False
         psutil.wait_procs(members, 0.1)
     return True
@@ -149,8 +152,9 @@ def interrupt_run(run: SmallRun, phase: str, number: signal.Signals) -> tuple[in
     process, sent = start_process(run), None
 
     def is_there() -> bool:
-        # Imports are no phase of the script: its handlers are there when it has locked the folder.
-        return run.phase() == phase and (phase != "start-up" or (run.output_dir / ".lock").exists())
+        if phase == "start-up" and not (run.output_dir / ".lock").exists():
+            return False  # imports are no phase of the script: its handlers are there when it has locked the folder
+        return run.phase() == phase and (phase != "steps" or run.last_row() > run.last_checkpoint())  # unsaved steps
 
     try:
         for _ in watch(run, lambda: process.poll() is None, LIMIT):

@@ -12,64 +12,18 @@ import argparse
 import errno
 import functools
 import importlib.util
-import math
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
+
+from common.ranges import RANGES
 
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
-
-
-class Range(NamedTuple):
-    """What the number of a flag may be; infinity and NaN are in no range."""
-
-    low: float
-    high: float = math.inf
-    without_low: bool = False
-    without_high: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        above = value > self.low if self.without_low else value >= self.low
-        below = value < self.high if self.without_high else value <= self.high
-        return above and below and math.isfinite(value)
-
-    def __str__(self) -> str:
-        if self.low == -math.inf:
-            return "a finite number"
-        low = f"more than {self.low}" if self.without_low else f"at least {self.low}"
-        high = f" and less than {self.high}" if self.without_high else f" and at most {self.high}"
-        return low + (high if math.isfinite(self.high) else "")
-
-
-ANY, COUNT, NOT_NEGATIVE, POSITIVE = Range(-math.inf), Range(1), Range(0), Range(0, without_low=True)
-SHARE, DECAY = Range(0, 1), Range(0, 1, without_high=True)
-SIDE, STEPS = Range(1, 8192), Range(1, 1000)  # of an image, in pixels; of a sampler
-SEED, PROCESSES = Range(0, 2**32 - 1), Range(0, 256)
-
-# Every flag of the scripts and of eval/ that takes a number.
-RANGES = {
-    **dict.fromkeys(("max_train_steps", "max_train_samples", "train_batch_size", "batch_size"), COUNT),
-    **dict.fromkeys(("checkpointing_steps", "validation_steps", "logging_steps", "checkpoints_total_limit"), COUNT),
-    **dict.fromkeys(("gradient_accumulation_steps", "num_validation_images", "encoding_batch_size"), COUNT),
-    **dict.fromkeys(("student_depth", "num_images", "columns", "latency_images"), COUNT),
-    **dict.fromkeys(("resolution", "resize", "reference_resolution", "features_size"), SIDE),
-    **dict.fromkeys(("num_inference_steps", "timesteps"), STEPS),
-    **dict.fromkeys(("max_unreadable", "caption_dropout", "label_dropout", "kd_alpha"), SHARE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "ema_decay"), DECAY),
-    **dict.fromkeys(("max_grad_norm", "adam_epsilon", "logit_std"), POSITIVE),
-    **dict.fromkeys(("learning_rate", "adam_weight_decay", "lr_warmup_steps", "lora_rank"), NOT_NEGATIVE),
-    **dict.fromkeys(("lambda_task", "lambda_kd_output", "lambda_kd_feat", "guidance_scale"), NOT_NEGATIVE),
-    **dict.fromkeys(("dataloader_num_workers", "num_workers"), PROCESSES),
-    **dict.fromkeys(("logit_mean", "mode_scale"), ANY),
-    "seed": SEED,
-    "group_size": Range(2),
-    "max_sequence_length": Range(1, 512),  # what StableDiffusion3Pipeline takes
-}
 
 
 def fail(message: str) -> NoReturn:
@@ -234,15 +188,19 @@ def check_values(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value not in RANGES[name]:
             fail(f"--{name} {value} is out of range; pass {RANGES[name]}")
-        if value == "":
+        # An empty prompt is one, and asks for an image without guidance.
+        if value == "" or (isinstance(value, list) and "" in value and name != "validation_prompts"):
             fail(f'--{name} "" is empty; pass a value, or drop the flag')
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse wrong values of the shared flags before anything is loaded."""
     check_values(args)
-    if args.kd_loss == "none" and getattr(args, "lambda_task", 1) == 0:
-        fail("--lambda_task 0 with --kd_loss none leaves nothing to learn from; raise it, or pass another --kd_loss")
+    weights = {name: value for name, value in vars(args).items() if name.startswith("lambda_")}
+    if args.kd_loss == "none":
+        weights = {name: value for name, value in weights.items() if name == "lambda_task"}
+    if "lambda_task" in weights and not any(weights.values()):
+        fail(f"--lambda_task 0 with --kd_loss {args.kd_loss} leaves nothing to learn from; raise one of the weights")
     if not args.dry_run:
         if (args.dataset_name is None) == (args.train_data_dir is None):
             fail("--dataset_name or --train_data_dir must say where the images are: pass one of them")
@@ -250,6 +208,12 @@ def check_args(args: argparse.Namespace) -> None:
             fail(f"--train_data_dir {args.train_data_dir} is no folder; pass a folder of images")
         if args.train_data_dir is not None and not any(Path(args.train_data_dir).iterdir()):
             fail(f"--train_data_dir {args.train_data_dir} is empty; put images into it")
+        for name in ("pretrained_teacher_model", "train_data_dir"):
+            given = getattr(args, name)
+            if given is not None and Path(given).resolve() == Path(args.output_dir).resolve():
+                fail(f"--output_dir {args.output_dir} is --{name}, which it would overwrite; pass another folder")
+        if args.cache_dir is not None and Path(args.cache_dir).exists() and not Path(args.cache_dir).is_dir():
+            fail(f"--cache_dir {args.cache_dir} is no folder; pass one, or drop the flag")
     if args.enable_xformers_memory_efficient_attention:
         if not torch.cuda.is_available():
             fail("--enable_xformers_memory_efficient_attention needs a CUDA device; drop it: attention is SDPA then")

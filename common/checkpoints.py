@@ -193,6 +193,11 @@ def find_checkpoint(output_dir: Path, resume_from: str) -> tuple[dict, dict] | N
             if resume_from != "latest":
                 fail(f'--resume_from_checkpoint {resume_from}: {error}; pass "latest" for the newest whole one')
             print(f"passing over {folder.name}: {error}", flush=True)
+    if list_checkpoints(output_dir):
+        fail(
+            f"--resume_from_checkpoint latest: no checkpoint in {output_dir} is whole; remove them to start anew, or "
+            "pass another --output_dir"
+        )
     return None
 
 

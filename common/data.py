@@ -56,7 +56,7 @@ def load_images(
             dataset = datasets.load_dataset(
                 "imagefolder", data_dir=train_data_dir, split="train", cache_dir=cache_dir, **options
             )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
         fail(f"{source} does not load: {first_line(error)}; pass a folder of images or a Hub dataset")
     for flag, name in columns.items():
         if name not in dataset.column_names:

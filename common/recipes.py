@@ -47,7 +47,7 @@ def read_recipe(student: str, presets: dict[str, dict], keys: tuple[str, ...]) -
         return None
     try:
         recipe = json.loads(Path(student).read_text(), parse_constant=_refuse_constant)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         fail(f"--student {student} cannot be read: {first_line(error)}; pass a JSON object")
     schema = {"type": "object", "properties": {key: KEYS[key] for key in keys}, "additionalProperties": False}
     error = best_match(Draft202012Validator(schema).iter_errors(recipe))
@@ -66,12 +66,14 @@ def override_config(kind: type, config: dict[str, Any], recipe: dict[str, Any]) 
     """The config of a model class with the recipe's overrides.
 
     Raises:
-        ValueError: An override is none of the class's settings. Diffusers would drop it.
+        ValueError: An override is none of the class's settings, which Diffusers would drop, or leaves no layer.
     """
     overrides = recipe.get("config", {})
     unknown = [key for key in overrides if key not in inspect.signature(kind.__init__).parameters]
     if unknown:
         raise ValueError(f"the config of a {kind.__name__} has no {', '.join(unknown)}")
+    if overrides.get("num_layers", 1) < 1:
+        raise ValueError(f"num_layers is {overrides['num_layers']}")
     return config | overrides
 
 
@@ -87,6 +89,9 @@ def model_errors_end(subject: str, remedy: str) -> Iterator[None]:
         yield
     except Exception as error:
         fail(f"{subject}: {first_line(error)}; {remedy}")
+
+
+FEATURES_REMEDY = 'correct its "features", or pass --lambda_kd_feat 0'
 
 
 def check_forward(model: torch.nn.Module, inputs: dict[str, torch.Tensor], subject: str) -> None:

@@ -106,7 +106,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     Raises:
         ValueError: Another line is no row, or the file no text.
     """
-    rows, lines = [], path.read_text().splitlines() if path.exists() else []
+    try:
+        rows, lines = [], path.read_text().splitlines() if path.exists() else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is no text") from error
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

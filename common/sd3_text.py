@@ -110,9 +110,10 @@ def load_tokenizer(source: TeacherSource, name: str, t5_tokens: int) -> PreTrain
     """
     part = TEXT_ENCODERS[name]
     tokenizer = load_part(source, part.tokenizer, part.tokenizer_name)
-    if name == T5:
+    wordless = not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    if name == T5 and not wordless:
         tokenizer.model_max_length = t5_tokens
-    elif tokenizer.model_max_length > 1_000_000:
+    elif wordless or tokenizer.model_max_length > 1_000_000:
         fail(f"--pretrained_teacher_model {source.path} lacks files of its {part.tokenizer_name}; {source.expected}")
     return tokenizer
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from common.arguments import fail, first_line
-from common.recipes import model_errors_end
 
 import torch
 from accelerate import Accelerator
@@ -129,6 +128,9 @@ def pair_features(
         inputs: Arguments of the forward pass of both, on the meta device: nothing is computed.
         always_project: Whether features of equal width are projected too.
         item: Which of a submodule's outputs to take where it returns several.
+
+    Raises:
+        ValueError: A feature does not exist, or two that are paired differ in more than their width.
     """
     if teacher is None or not pairs:
         return FeatureModel(student, []), teacher and FeatureModel(teacher, [])
@@ -136,12 +138,8 @@ def pair_features(
     for side, model in enumerate((student, teacher)):
         for pair in pairs:
             if pair[side] not in dict(model.named_modules()):
-                fail(f'--student pairs features of "{pair[side]}", which does not exist; correct its "features"')
-        with (
-            model_errors_end(f"--student pairs features {pairs}, which cannot be taken", 'correct its "features"'),
-            torch.device("meta"),
-            torch.no_grad(),
-        ):
+                raise ValueError(f'it pairs features of "{pair[side]}", which does not exist')
+        with torch.device("meta"), torch.no_grad():
             replica = FeatureModel(type(model).from_config(model.config), [pair[side] for pair in pairs], item=item)
             shapes.append([feature.shape for feature in replica(**inputs)[1]])
     projections: list[torch.nn.Module] = []
@@ -149,8 +147,7 @@ def pair_features(
         channel = 1 if len(shape) == 4 else -1
         width, teacher_width = shape[channel], teacher_shape[channel]
         if len(shape) != len(teacher_shape) or shape.numel() // width != teacher_shape.numel() // teacher_width:
-            found = f"the features {pair} are {tuple(shape)} and {tuple(teacher_shape)}"
-            fail(f"{found}; pair equal sizes, or --lambda_kd_feat 0")
+            raise ValueError(f"the features {pair} are {tuple(shape)} and {tuple(teacher_shape)}, which are no pair")
         if width == teacher_width and not always_project:
             projections.append(torch.nn.Identity())
         elif channel == 1:

@@ -195,9 +195,18 @@ def load_part(source: TeacherSource, kind: type, name: str) -> Any:
 
 def load_skeleton(source: TeacherSource, kind: type, name: str) -> torch.nn.Module:
     """A Diffusers model of the teacher's pipeline without its weights, on the meta device."""
-    config = load_from(source, kind.load_config, subfolder=name)
-    with torch.device("meta"):
-        return kind.from_config(config)
+
+    def load(path: str, **options: Any) -> torch.nn.Module:
+        with torch.device("meta"):
+            return kind.from_config(kind.load_config(path, **options))
+
+    model = load_from(source, load, subfolder=name)
+    size = getattr(model.config, "sample_size", None)
+    if not all(
+        isinstance(side, int) and side > 0 for side in ([size] if not isinstance(size, (list, tuple)) else size)
+    ):
+        fail(f"--pretrained_teacher_model {source.path}: its {name} has sample_size {size!r}; {source.expected}")
+    return model
 
 
 def load_frozen(

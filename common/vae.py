@@ -33,7 +33,7 @@ def load_vae(source: TeacherSource | None, vae: str | None, channels: int, skele
     else:
         try:
             model = read_weights(AutoencoderKL.from_pretrained, vae, local_files_only=True).float().eval()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
             fail(f'--vae {vae} does not load: {first_line(error)}; pass "none", or an AutoencoderKL\'s folder')
         check_weights(model, f"--vae {vae}")
     if model.config.latent_channels != channels or model.config.in_channels not in (1, 3):

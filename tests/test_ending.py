@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from common.arguments import RANGES, Range, end_in_one_line
+from common.arguments import end_in_one_line
 from common.checkpoints import list_checkpoints, load_checkpoint
+from common.ranges import RANGES, Range
 from common.reporting import read_metrics
 
 import pytest
