@@ -284,6 +284,9 @@ def check_teacher(
 def load_scheduler(source: TeacherSource, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
     """The teacher's noise levels and timesteps, on the device: the step picks from them without waiting for it."""
     scheduler = load_part(source, FlowMatchEulerDiscreteScheduler, "scheduler")
+    if scheduler.config.num_train_timesteps < 1:
+        steps = f"num_train_timesteps {scheduler.config.num_train_timesteps}"
+        fail(f"--pretrained_teacher_model {source.path}: its scheduler has {steps}; {source.expected}")
     scheduler.sigmas, scheduler.timesteps = scheduler.sigmas.to(device), scheduler.timesteps.to(device)
     return scheduler
 

@@ -234,6 +234,8 @@ def make_noise_schedule(source: TeacherSource, sampler: type, config: dict[str, 
     predicts = config.get("prediction_type", "epsilon")
     flow = " with flow sigmas" if config.get("use_flow_sigmas") else ""
     other = f" that predicts {predicts}" if predicts not in PREDICTIONS else ""
+    if config.get("num_train_timesteps", 1000) == 0:
+        other = " of num_train_timesteps 0"
     if kind not in DDPM_NOISE or flow or other:
         fail(
             f"--pretrained_teacher_model {source.path} has a {kind}{flow}{other}, which is not DDPM's noise; "
