@@ -10,6 +10,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from common.arguments import fail
@@ -99,7 +100,14 @@ def count_text_parameters(source: TeacherSource, name: str) -> int:
         return TEXT_ENCODERS[name].model(config).num_parameters()
 
 
+def _check_folder(source: TeacherSource, name: str) -> None:
+    """Refuse a pipeline on the disk without a part that its index lists: Transformers would take a default's place."""
+    if Path(source.path).is_dir() and not (Path(source.path) / name).is_dir():
+        fail(f"--pretrained_teacher_model {source.path} lacks its {name}; {source.expected}")
+
+
 def _load_config(source: TeacherSource, name: str) -> PretrainedConfig:
+    _check_folder(source, name)
     return load_from(source, TEXT_ENCODERS[name].config.from_pretrained, subfolder=name)
 
 
@@ -109,11 +117,11 @@ def load_tokenizer(source: TeacherSource, name: str, t5_tokens: int) -> PreTrain
     One whose files are missing loads all the same, without words.
     """
     part = TEXT_ENCODERS[name]
+    _check_folder(source, part.tokenizer_name)
     tokenizer = load_part(source, part.tokenizer, part.tokenizer_name)
-    wordless = not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
-    if name == T5 and not wordless:
+    if name == T5:
         tokenizer.model_max_length = t5_tokens
-    elif wordless or tokenizer.model_max_length > 1_000_000:
+    elif tokenizer.model_max_length > 1_000_000:
         fail(f"--pretrained_teacher_model {source.path} lacks files of its {part.tokenizer_name}; {source.expected}")
     return tokenizer
 

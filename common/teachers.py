@@ -53,7 +53,7 @@ def load_from(source: TeacherSource, load: Callable, **options: Any) -> Any:
         fail(f"--pretrained_teacher_model {path} is no folder; {source.expected}")
     try:
         return load(path, revision=source.revision, **options)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, IndexError, ZeroDivisionError) as error:
         causes = causes_of(error)
         if any(isinstance(cause, GatedRepoError) for cause in causes):
             remedy = f"accept its terms at https://huggingface.co/{path}, then log in with `hf auth login`"

@@ -32,6 +32,9 @@ def load_vae(source: TeacherSource | None, vae: str | None, channels: int, skele
         model = (load_skeleton if skeleton else load_part)(source, AutoencoderKL, "vae").requires_grad_(False).eval()
     else:
         try:
+            kind = AutoencoderKL.load_config(vae, local_files_only=True).get("_class_name", "AutoencoderKL")
+            if kind != "AutoencoderKL":
+                raise ValueError(f"it is a {kind}")
             model = read_weights(AutoencoderKL.from_pretrained, vae, local_files_only=True).float().eval()
         except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
             fail(f'--vae {vae} does not load: {first_line(error)}; pass "none", or an AutoencoderKL\'s folder')

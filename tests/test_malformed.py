@@ -386,7 +386,6 @@ STUDENTS = [
     (SD3, {"config": {"num_layers": 2}, "blocks": {"transformer_blocks.1": "transformer_blocks.1"}}, "cannot take"),
     (SD3, {"features": [["transformer_blocks.0", "transformer_blocks.6"]]}, '"transformer_blocks.6", which does not'),
     (SD3, {"config": {"dual_attention_layers": "x"}}, "correct"),
-    (SD3, {"config": {"pos_embed_max_size": 1}}, "pass 4 at most"),
 ]
 
 INDEX = "model_index.json"
@@ -425,7 +424,8 @@ DAMAGED_TEACHERS = [
     (UNET, {"scheduler": None}, "", "does not load"),
     ((SD, GENERATE), {"scheduler": None}, "", "no file named scheduler_config.json"),
     ((DIT, SD3), {SCHEDULE: "{"}, "", "does not load"),
-    ((UNET, SD, SD3), {SCHEDULE: {"num_train_timesteps": 0}}, "", "num_train_timesteps"),
+    ((UNET, SD), {SCHEDULE: {"num_train_timesteps": 0}}, "", "num_train_timesteps"),
+    (SD3, {SCHEDULE: {"num_train_timesteps": 0}}, "", "does not load"),
     ((UNET, SD, DIT, GENERATE), FLOW, "", "FlowMatchEulerDiscreteScheduler"),
     (SD3, {INDEX: {"scheduler": ["diffusers", "DDPMScheduler"]}}, "", "has a DDPMScheduler"),
     ((UNET, SD, DIT, GENERATE), {SCHEDULE: {"prediction_type": "flow"}}, "", "flow"),
@@ -522,7 +522,7 @@ DAMAGED_RUNS = [
     (UNET, {"checkpoint-2/state.json": "{"}, NAMED, "damaged", "latest"),
     (UNET, PLAIN, "--pretrained_teacher_model {it}", "--output_dir {it}", "--pretrained_teacher_model"),
     (SD, PLAIN, "--pretrained_teacher_model {it} --student whole", "--output_dir {it}", "--pretrained_teacher_model"),
-    (UNET, NONE_WHOLE, LATEST, "--output_dir {it}", "checkpoint"),
+    (UNET, NONE_WHOLE, LATEST, "--resume_from_checkpoint latest: no checkpoint in {it} is whole", "remove them"),
     ((UNET, DIT), {"metrics.jsonl": lambda path: append_line(path, "{\n7\n{}\n")}, LATEST, "metrics.jsonl"),
     (UNET, {"metrics.jsonl": "no JSON\nat all\n"}, LATEST, "metrics.jsonl"),
     (UNET, {"metrics.jsonl": "[1]\n[2]\n"}, LATEST, "metrics.jsonl"),
@@ -647,7 +647,7 @@ CASES = [
     (SD3, "--share_backbone --lora_rank 2 --kd_loss none", "--share_backbone needs a --kd_loss with a teacher"),
     (SD3, "--share_backbone --lora_rank 2 --student_init random", "--share_backbone needs --student_init teacher"),
     (SD3, "--share_backbone --lora_rank 2 --student {features_json}", "--share_backbone", "not a JSON file"),
-    (UNET, "--resolution 15", "--resolution 15 is not divisible by the U-Net's downsampling; pass a multiple of 2"),
+    (UNET, "--resolution 15", "--resolution 15", "is not divisible by the U-Net's downsampling; pass a multiple of 2"),
     (SD, "--resolution 24", "--resolution 24 is not divisible by VAE and U-Net; pass a multiple of 32"),
     (SD, "--resolution 2", "--resolution 2 is not divisible by VAE and U-Net; pass a multiple of 32"),
     (SD3, "--resolution 20", "--resolution 20 is not divisible by VAE and patches; pass a multiple of 8"),
