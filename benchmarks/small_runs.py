@@ -130,6 +130,7 @@ class SmallRun:
     def __init__(self, case: Case, folder: Path, shards: int | None = None):
         self.case, self.folder, self.shards = case, folder, shards
         self.output_dir, self.printed_to = folder / "student", folder / "printed.txt"
+        self.cache_dir = folder / "cache" / "lift-encodings"
         folder.mkdir(exist_ok=True)
         self.started = 0.0
 
@@ -142,9 +143,9 @@ class SmallRun:
         """What the last start has printed."""
         return self.printed_to.read_text(errors="replace")
 
-    def count_shards(self) -> int:
+    def list_shards(self) -> list[Path]:
         """Whole shards in the cache."""
-        return len(list((self.folder / "cache" / "lift-encodings").glob("*/rows-*")))
+        return list(self.cache_dir.glob("*/rows-*"))
 
     def flag(self, name: str) -> int:
         """The number that the command gives a flag."""
@@ -170,7 +171,7 @@ class SmallRun:
         printed = self.printed()
         begun = re.search(r"step (\d+) of (\d+)", printed)
         if begun is None or "Steps:" not in printed:  # the progress bar comes after the resumed state and metrics
-            whole = begun is not None or self.count_shards() == self.shards
+            whole = begun is not None or len(self.list_shards()) == self.shards
             return "caching" if "Encoding the data" in printed and not whole else "start-up"
         if [*self.output_dir.glob(".tmp-*"), *self.output_dir.glob(".del-*")]:
             return "checkpoint"
@@ -194,7 +195,7 @@ class SmallRun:
             phases.add("validation")
         if not self.has_checkpoint(last):
             phases |= {"steps", "checkpoint"}
-        if self.count_shards() != self.shards:
+        if len(self.list_shards()) != self.shards:
             phases.add("caching")
         return phases
 
@@ -272,7 +273,11 @@ def run_undisturbed(context: ForkServerContext, case: Case, folder: Path) -> tup
     code, visits = run_once(context, run)
     if code != 0:
         sys.exit(f"error: the undisturbed run of {case.script} ended with {code}:\n{run.printed()[-3000:]}")
-    run.shards = run.count_shards()
+    shards = run.list_shards()
+    run.shards = len(shards)
+    if shards:  # the run could not tell which shard was its last
+        began = min(path.stat().st_mtime for path in run.cache_dir.glob("*/key.json"))
+        visits["caching"] = [max(path.stat().st_mtime for path in shards) - began]
     return run, visits
 
 

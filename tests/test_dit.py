@@ -342,8 +342,10 @@ def test_the_loss_falls_and_the_average_is_saved(distil):
         return sum(row[key] for row in rows[part]) / len(rows[part])
 
     first, last = slice(0, 3), slice(-10, None)
-    for key in ("loss", "kd", "kd_vb", "feat"):
+    for key in ("loss", "kd", "kd_vb"):
         assert mean(key, last) < 0.6 * mean(key, first), key
+    # An outlier of one model counts as a zero against the other's value, which keeps the term from falling far.
+    assert mean("feat", last) < 0.9 * mean("feat", first)
     trained = load_file(folder / "checkpoint-60" / "student.safetensors")
     averaged = load_file(folder / "checkpoint-60" / "ema.safetensors")
     names = [name for name, _ in DiTTransformer2DModel.from_pretrained(folder / "transformer").named_parameters()]
@@ -617,7 +619,7 @@ def test_a_step_by_hand(dit_teacher):
     loss, alone = losses["none"]
     assert list(alone) == ["loss", "task", "vb"] and torch.equal(loss, alone["task"] + alone["vb"])
     loss, logs = losses["mse"]
-    assert list(logs) == ["loss", "task", "vb", "kd", "kd_vb", "feat"]
+    assert list(logs) == ["loss", "task", "vb", "kd", "teacher_finite", "kd_vb", "feat"]
     assert torch.equal(logs["task"], alone["task"]) and torch.equal(logs["vb"], alone["vb"])
     assert logs["feat"] == 0 and logs["kd"] > 0 and logs["kd_vb"] > 0  # the first blocks are the same
     torch.testing.assert_close(loss, 0.75 * alone["loss"] + 0.25 * (logs["kd"] + logs["kd_vb"]))
