@@ -119,6 +119,10 @@ def run_file(*arguments, cwd: Path = ROOT, **environment: str) -> subprocess.Com
     )
 
 
+# A port of its own for each pair: tests run side by side.
+TWO_PROCESSES = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
 def launch(*arguments, prefix: tuple = ("accelerate.commands.launch", "--cpu"), **options):
     """Run a script as a user does."""
     return run_file("-m", *prefix, *arguments, **options)

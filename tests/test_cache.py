@@ -17,7 +17,7 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import launch
+from conftest import TWO_PROCESSES, launch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
@@ -346,7 +346,7 @@ def test_each_access_draws_from_the_cached_moments_anew(monkeypatch):
 def test_two_processes_write_one_cache_and_train(sd_teacher, captioned, tmp_path):
     source = ("--pretrained_teacher_model", sd_teacher, "--train_data_dir", captioned, "--cache_latents")
     command = ("train_lift_sd21.py", *source, "--output_dir", tmp_path / "student", "--cache_dir", tmp_path / "cache")
-    finished = launch(*command, *SHORT, prefix=("torch.distributed.run", "--nproc_per_node", "2"))
+    finished = launch(*command, *SHORT, prefix=TWO_PROCESSES)
     assert finished.returncode == 0, finished.stdout
     assert "48 images, 6 batches an epoch" in finished.stdout  # of 2 x 4 images
     folders = [*(tmp_path / "cache" / "lift-encodings").iterdir()]

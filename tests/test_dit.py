@@ -15,7 +15,7 @@ from common.vae import pixel_vae
 import numpy as np
 import pytest
 import torch
-from conftest import copy_script, launch
+from conftest import TWO_PROCESSES, copy_script, launch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from PIL import Image
@@ -789,7 +789,7 @@ def test_two_processes_choose_the_same_blocks(dit_teacher, articles, tmp_path):
     output_dir = tmp_path / "student"
     flags = ("--pretrained_teacher_model", dit_teacher, "--train_data_dir", articles, "--output_dir", output_dir)
     command = (tmp_path / "run.py", *flags, *SHORT, "--student_depth", 3, "--max_train_steps", 1)
-    finished = launch(*command, prefix=("torch.distributed.run", "--nproc_per_node", "2"))
+    finished = launch(*command, prefix=TWO_PROCESSES)
     assert finished.returncode == 0, finished.stdout
     kept = json.loads((output_dir / "blocks.json").read_text())["kept"]
     assert finished.stdout.count("measured by 0") == 1 and "measured by 1" not in finished.stdout

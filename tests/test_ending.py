@@ -18,7 +18,7 @@ from common.reporting import read_metrics
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TWO_PROCESSES
 
 import train_lift_unet
 
@@ -286,7 +286,7 @@ def test_a_second_interrupt_leaves_at_once(start, tmp_path):
 def test_two_processes_leave_together(start, tmp_path):
     folder = tmp_path / "student"
     flags = ("--train_batch_size", 8, "--max_train_steps", 1000, "--checkpointing_steps", 1000)
-    program = ("-m", "torch.distributed.run", "--nproc_per_node", "2", ROOT / "train_lift_unet.py")
+    program = ("-m", *TWO_PROCESSES, ROOT / "train_lift_unet.py")
     process = start(folder, *flags, program=program)
     wait_until(lambda: read_metrics(folder / "metrics.jsonl"), process)
     then = time.monotonic()

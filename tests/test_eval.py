@@ -17,7 +17,7 @@ import pytest
 import torch
 from cleanfid import fid
 from cleanfid.inception_torchscript import InceptionV3W
-from conftest import ROOT, launch
+from conftest import ROOT, TWO_PROCESSES, launch
 from diffusers import (
     AutoencoderKL,
     DDIMPipeline,
@@ -227,7 +227,7 @@ def test_two_processes_equal_one(sample, teacher, tmp_path):
     flags = ("--sampler", "ddpm", "--num_inference_steps", 2, "--batch_size", 2, "--num_images", 7)
     one = sample("--model", teacher, *flags, name="one")
     command = ("eval/generate.py", "--model", teacher, "--output_dir", tmp_path / "two", *flags)
-    finished = launch(*command, prefix=("torch.distributed.run", "--nproc_per_node", "2"))
+    finished = launch(*command, prefix=TWO_PROCESSES)
     assert finished.returncode == 0, finished.stdout
     assert "Images (2 processes): 100%" in finished.stdout and "7 images in" in finished.stdout
     assert np.array_equal(read(one), read(tmp_path / "two"))

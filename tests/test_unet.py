@@ -11,7 +11,7 @@ from common.students import copy_blocks, is_narrower
 
 import pytest
 import torch
-from conftest import copy_script, launch
+from conftest import TWO_PROCESSES, copy_script, launch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -110,7 +110,7 @@ def test_two_processes_share_the_batch(teacher, images, tmp_path):
         *("train_lift_unet.py", "--pretrained_teacher_model", teacher, "--student", 0.5, "--train_data_dir", images),
         *("--output_dir", tmp_path, *SHORT, "--train_batch_size", 4, "--checkpointing_steps", 2),
     )
-    two = {"prefix": ("torch.distributed.run", "--nproc_per_node", "2")}
+    two = {"prefix": TWO_PROCESSES}
     finished = launch(*command, **two)
     assert finished.returncode == 0, finished.stdout
     assert "96 images, 12 batches an epoch" in finished.stdout  # 12 of 2 x 4 images
