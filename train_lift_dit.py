@@ -49,7 +49,7 @@ from common.arguments import (
 )
 from common.cache import cache_encodings, identify
 from common.checkpoints import prepare_output
-from common.costs import estimate_activations, print_memory_estimate, profile_forward
+from common.costs import dtype_of, estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
 from common.data import (
     choose_samples,
     drop_unreadable,
@@ -68,6 +68,7 @@ from common.reporting import MetricsLog, grid_path, plot_influence, sample_grid,
 from common.students import (
     check_groups,
     choose_once,
+    count_features,
     fill_from_blocks,
     match_blocks,
     measure_influence,
@@ -864,10 +865,11 @@ def print_dry_run(
     student: DiTTransformer2DModel,
     teacher: DiTTransformer2DModel | None,
     vae: AutoencoderKL,
+    recipe: dict,
     args: argparse.Namespace,
 ) -> None:
     """Print parameters, MACs, a memory estimate and the student's config. All models are skeletons."""
-    count, total, inputs = student.num_parameters(), 0, example_inputs(student)
+    count, total, features, inputs = student.num_parameters(), 0, 0, example_inputs(student)
 
     def make_student() -> DiTTransformer2DModel:
         with torch.device("meta"):
@@ -876,14 +878,19 @@ def print_dry_run(
     how = args.gradient_checkpointing, args.train_batch_size, args.mixed_precision
     macs, *activations = estimate_activations(make_student, *how, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs per image and forward pass")
+    teacher_macs = 0
     if teacher is not None:
-        total = teacher.num_parameters()
-        macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
-        print(f"teacher: {total:,} parameters, {macs:,} MACs; the student is {count / total:.2%} of it")
+        total, features = teacher.num_parameters(), count_features(teacher, recipe["features"], inputs)
+        teacher_macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
+        print(f"teacher: {total:,} parameters, {teacher_macs:,} MACs; the student is {count / total:.2%} of it")
     encoders = 0 if args.cache_latents or args.vae == "none" else vae.num_parameters()
+    encoder_bytes = dtype_of(args.mixed_precision).itemsize * encoders
     parameters = count, total if args.kd_loss != "none" else 0
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
-    print_memory_estimate(activations, *parameters, *settings, encoders=encoders)
+    print_memory_estimate(activations, *parameters, *settings, encoder_bytes=encoder_bytes, features=features)
+    images = args.train_batch_size * args.gradient_accumulation_steps
+    how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
+    print_time_estimate(macs, teacher_macs if args.kd_loss != "none" else 0, *how)
     print(json.dumps(public_config(student.config), indent=2))
 
 
@@ -905,7 +912,7 @@ def main(args: argparse.Namespace) -> None:
     student_shape, recipe = build_student(teacher_shape, args)
     vae = load_vae(source, args.vae, student_shape.config.in_channels, skeleton=args.dry_run)
     if args.dry_run:
-        return print_dry_run(student_shape, teacher_shape, vae, args)
+        return print_dry_run(student_shape, teacher_shape, vae, recipe, args)
     scheduler, sampler = load_schedulers(source, sampler, args.prediction_type)
 
     # ---- output

@@ -42,7 +42,7 @@ from common.arguments import (
 )
 from common.cache import cache_encodings, identify
 from common.checkpoints import prepare_output
-from common.costs import dtype_of, estimate_activations, print_memory_estimate, profile_forward
+from common.costs import dtype_of, estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
 from common.data import (
     choose_samples,
     count_longer,
@@ -62,6 +62,7 @@ from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, ove
 from common.reporting import MetricsLog, grid_path, sample_grid, sample_models, save_grid
 from common.students import (
     check_groups,
+    count_features,
     fill_from_blocks,
     is_narrower,
     match_blocks,
@@ -651,6 +652,7 @@ def print_dry_run(
     student: UNet2DConditionModel,
     teacher: UNet2DConditionModel,
     vae: AutoencoderKL,
+    recipe: dict,
     source: TeacherSource,
     args: argparse.Namespace,
 ) -> None:
@@ -664,20 +666,26 @@ def print_dry_run(
                 add_adapters(model, args.lora_rank, LORA_TARGETS, dtype_of(args.mixed_precision))
         return model
 
-    macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
-    print(f"teacher: {total:,} parameters, {macs:,} MACs per image of {args.resolution} pixels and forward pass")
+    teacher_macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
+    size = f"{total:,} parameters, {teacher_macs:,} MACs"
+    print(f"teacher: {size} per image of {args.resolution} pixels and forward pass")
     how = args.gradient_checkpointing, args.train_batch_size, args.mixed_precision
     macs, *activations = estimate_activations(make_student, *how, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
     trained = sum(parameter.numel() for parameter in trained_parameters(make_student()))
-    encoders = 0
+    encoder_bytes = 0
     if not args.cache_latents:
         config = load_from(source, CLIPTextConfig.from_pretrained, subfolder="text_encoder")
         with torch.device("meta"):
             encoders = vae.num_parameters() + CLIPTextModel(config).num_parameters()
+        encoder_bytes = dtype_of(args.mixed_precision).itemsize * encoders
+    features = count_features(teacher, recipe["features"], inputs)
     parameters = count + trained if args.lora_rank else count, total if args.kd_loss != "none" else 0
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
-    print_memory_estimate(activations, *parameters, *settings, trained, encoders)
+    print_memory_estimate(activations, *parameters, *settings, trained, encoder_bytes, features)
+    images = args.train_batch_size * args.gradient_accumulation_steps
+    how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
+    print_time_estimate(macs, teacher_macs if args.kd_loss != "none" else 0, *how)
     print(json.dumps(public_config(student.config), indent=2))
 
 
@@ -700,7 +708,7 @@ def main(args: argparse.Namespace) -> None:
     check_teacher(teacher_shape, vae_shape, source)
     student_shape, recipe = build_student(teacher_shape, vae_shape, args)
     if args.dry_run:
-        return print_dry_run(student_shape, teacher_shape, vae_shape, source, args)
+        return print_dry_run(student_shape, teacher_shape, vae_shape, recipe, source, args)
     scheduler, tokenizer = load_noise_schedule(source, sampler), load_tokenizer(source)
 
     # ---- output

@@ -46,7 +46,7 @@ from common.arguments import (
 )
 from common.cache import JoinedDataset, cache_encodings, identify
 from common.checkpoints import prepare_output
-from common.costs import dtype_of, estimate_activations, print_memory_estimate, profile_forward
+from common.costs import dtype_of, estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
 from common.data import (
     choose_samples,
     drop_uncaptioned,
@@ -78,6 +78,7 @@ from common.sd3_text import (
 from common.students import (
     check_groups,
     choose_once,
+    count_features,
     fill_from_blocks,
     match_blocks,
     measure_influence,
@@ -795,6 +796,7 @@ def print_dry_run(
     student: SD3Transformer2DModel,
     teacher: SD3Transformer2DModel,
     vae: AutoencoderKL,
+    recipe: dict,
     text_encoders: list[str],
     source: TeacherSource,
     args: argparse.Namespace,
@@ -810,25 +812,31 @@ def print_dry_run(
                 add_adapters(model, args.lora_rank, LORA_TARGETS, dtype_of(args.mixed_precision))
         return model
 
-    macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
-    print(f"teacher: {total:,} parameters, {macs:,} MACs per image of {args.resolution} pixels and forward pass")
+    teacher_macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
+    size = f"{total:,} parameters, {teacher_macs:,} MACs"
+    print(f"teacher: {size} per image of {args.resolution} pixels and forward pass")
     how = args.gradient_checkpointing, args.train_batch_size, args.mixed_precision
     macs, *activations = estimate_activations(make_student, *how, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
     if args.student_depth is not None:
         print("the sizes are those of evenly spaced blocks: a run chooses them by their influence on its data")
-    encoders = {"vae": vae.num_parameters()}
-    encoders |= {name: count_text_parameters(source, name) for name in text_encoders}
+    width = dtype_of(args.mixed_precision).itemsize
+    encoders = {"vae": 4 * vae.num_parameters()}
+    encoders |= {name: width * count_text_parameters(source, name) for name in text_encoders}
     if args.cache_latents:
-        largest, width = max(encoders, key=encoders.get), dtype_of(args.mixed_precision).itemsize
-        print(f"beforehand, one encoder at a time: {width * encoders[largest] / 2**20:,.1f} MiB for the {largest}")
+        largest = max(encoders, key=encoders.get)
+        print(f"beforehand, one encoder at a time: {encoders[largest] / 2**20:,.1f} MiB for the {largest}")
     trained = sum(parameter.numel() for parameter in trained_parameters(make_student()))
     held = count + trained if args.lora_rank else count
     held = trained if args.share_backbone else held
     teacher_held = total if args.kd_loss != "none" else 0
-    encoders_held = 0 if args.cache_latents else sum(encoders.values())
+    encoder_bytes = 0 if args.cache_latents else sum(encoders.values())
+    features = count_features(teacher, recipe["features"], inputs, item=1)
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
-    print_memory_estimate(activations, held, teacher_held, *settings, trained, encoders_held)
+    print_memory_estimate(activations, held, teacher_held, *settings, trained, encoder_bytes, features)
+    images = args.train_batch_size * args.gradient_accumulation_steps
+    how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
+    print_time_estimate(macs, teacher_macs if args.kd_loss != "none" else 0, *how)
     print(json.dumps(public_config(student.config), indent=2))
 
 
@@ -851,7 +859,7 @@ def main(args: argparse.Namespace) -> None:
     check_teacher(teacher_shape, vae_shape, text_encoders, source)
     student_shape, recipe = build_student(teacher_shape, vae_shape, args)
     if args.dry_run:
-        return print_dry_run(student_shape, teacher_shape, vae_shape, text_encoders, source, args)
+        return print_dry_run(student_shape, teacher_shape, vae_shape, recipe, text_encoders, source, args)
     scheduler, sampler = load_scheduler(source, accelerator.device), load_part(source, sampler, "scheduler")
     tokenizers = {name: load_tokenizer(source, name, args.max_sequence_length) for name in text_encoders}
 
@@ -887,8 +895,7 @@ def main(args: argparse.Namespace) -> None:
         kept = choose_blocks(source, args.student_depth, *data, args.resume_from_checkpoint, accelerator)
         student_shape, recipe = build_student(teacher_shape, vae_shape, args, kept)
     seed_step(args.seed)
-    load = partial(load_frozen, device=device, dtype=dtype) if args.share_backbone else load_part
-    teacher = load(source, SD3Transformer2DModel, "transformer")
+    teacher = load_frozen(source, SD3Transformer2DModel, "transformer", device, dtype)
     with torch.device("meta" if args.share_backbone else "cpu"):
         transformer = SD3Transformer2DModel.from_config(student_shape.config)
     fill_student(transformer, teacher, recipe, args.student_init, args.share_backbone)

@@ -42,7 +42,7 @@ from common.arguments import (
     tracked_flags,
 )
 from common.checkpoints import prepare_output
-from common.costs import estimate_activations, print_memory_estimate, profile_forward
+from common.costs import estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
 from common.data import choose_samples, drop_unreadable, load_images, load_pixels
 from common.ending import Stopped, StopSignals
 from common.hub import create_hub_repo, push_to_hub, write_model_card
@@ -51,6 +51,7 @@ from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, ove
 from common.reporting import MetricsLog, grid_path, labelled_grid, sample_models, save_grid
 from common.students import (
     check_groups,
+    count_features,
     fill_from_blocks,
     is_narrower,
     match_blocks,
@@ -502,9 +503,9 @@ def save_pipeline(
     write_model_card(output_dir, kind, facts + describe_run(args), usage, tags, args.pretrained_teacher_model)
 
 
-def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, args: argparse.Namespace) -> None:
+def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dict, args: argparse.Namespace) -> None:
     """Print parameters, MACs, a memory estimate and the student's config."""
-    count, total, inputs = student.num_parameters(), 0, example_inputs(student)
+    count, total, features, inputs = student.num_parameters(), 0, 0, example_inputs(student)
 
     def skeleton(model: UNet2DModel) -> UNet2DModel:
         with torch.device("meta"):
@@ -513,12 +514,16 @@ def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, args: argpa
     how = args.gradient_checkpointing, args.train_batch_size, args.mixed_precision
     macs, *activations = estimate_activations(partial(skeleton, student), *how, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs per image and forward pass")
+    teacher_macs = 0
     if teacher is not None:
-        total = teacher.num_parameters()
-        macs, *_ = profile_forward(skeleton(teacher).requires_grad_(False), **inputs)
-        print(f"teacher: {total:,} parameters, {macs:,} MACs; the student is {count / total:.2%} of it")
+        total, features = teacher.num_parameters(), count_features(teacher, recipe["features"], inputs)
+        teacher_macs, *_ = profile_forward(skeleton(teacher).requires_grad_(False), **inputs)
+        print(f"teacher: {total:,} parameters, {teacher_macs:,} MACs; the student is {count / total:.2%} of it")
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
-    print_memory_estimate(activations, count, total, *settings)
+    print_memory_estimate(activations, count, total, *settings, features=features)
+    images = args.train_batch_size * args.gradient_accumulation_steps
+    how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
+    print_time_estimate(macs, teacher_macs, *how)
     print(student.to_json_string())
 
 
@@ -543,7 +548,7 @@ def main(args: argparse.Namespace) -> None:
     seed_step(args.seed)
     unet, recipe = build_student(teacher, args)
     if args.dry_run:
-        return print_dry_run(unet, teacher, args)
+        return print_dry_run(unet, teacher, recipe, args)
 
     # ---- output
     output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)

@@ -46,18 +46,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.arguments import fail
 
+from full_models import CELEBA
+
 from device import describe_device
 from lift_utils import KDLoss
 
 
 UNETS = {
-    False: {
-        "sample_size": 64,
-        "block_out_channels": (128, 256, 256, 256, 512),
-        "attention_head_dim": None,
-        "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    },
+    False: CELEBA,
     True: {
         "sample_size": 32,
         "block_out_channels": (32, 64, 64),

@@ -110,6 +110,30 @@ def share_blocks(student: torch.nn.Module, teacher_state: dict[str, torch.Tensor
     student.load_state_dict({key: teacher_state[name] for key, name in source.items()}, assign=True)
 
 
+def feature_shapes(
+    model: torch.nn.Module, names: list[str], inputs: dict[str, torch.Tensor], item: int = 0
+) -> list[torch.Size]:
+    """The shapes of a model's features. The arguments are those of [`pair_features`].
+
+    Raises:
+        ValueError: A feature does not exist.
+    """
+    known = dict(model.named_modules())
+    for name in names:
+        if name not in known:
+            raise ValueError(f'it pairs features of "{name}", which does not exist')
+    with torch.device("meta"), torch.no_grad():
+        replica = FeatureModel(type(model).from_config(model.config), names, item=item)
+        return [feature.shape for feature in replica(**inputs)[1]]
+
+
+def count_features(
+    teacher: torch.nn.Module, pairs: list[list[str]], inputs: dict[str, torch.Tensor], item: int = 0
+) -> int:
+    """Elements of the teacher's features, to whose widths the student's are projected, of one image."""
+    return sum(shape.numel() for shape in feature_shapes(teacher, [theirs for _, theirs in pairs], inputs, item))
+
+
 def pair_features(
     student: torch.nn.Module,
     teacher: torch.nn.Module | None,
@@ -134,16 +158,11 @@ def pair_features(
     """
     if teacher is None or not pairs:
         return FeatureModel(student, []), teacher and FeatureModel(teacher, [])
-    shapes = []
-    for side, model in enumerate((student, teacher)):
-        for pair in pairs:
-            if pair[side] not in dict(model.named_modules()):
-                raise ValueError(f'it pairs features of "{pair[side]}", which does not exist')
-        with torch.device("meta"), torch.no_grad():
-            replica = FeatureModel(type(model).from_config(model.config), [pair[side] for pair in pairs], item=item)
-            shapes.append([feature.shape for feature in replica(**inputs)[1]])
+    student_names, teacher_names = ([pair[side] for pair in pairs] for side in (0, 1))
+    shapes = feature_shapes(student, student_names, inputs, item)
+    teacher_shapes = feature_shapes(teacher, teacher_names, inputs, item)
     projections: list[torch.nn.Module] = []
-    for pair, shape, teacher_shape in zip(pairs, *shapes):
+    for pair, shape, teacher_shape in zip(pairs, shapes, teacher_shapes):
         channel = 1 if len(shape) == 4 else -1
         width, teacher_width = shape[channel], teacher_shape[channel]
         if len(shape) != len(teacher_shape) or shape.numel() // width != teacher_shape.numel() // teacher_width:
@@ -154,7 +173,6 @@ def pair_features(
             projections.append(torch.nn.Conv2d(width, teacher_width, 1))
         else:
             projections.append(torch.nn.Linear(width, teacher_width))
-    student_names, teacher_names = ([pair[side] for pair in pairs] for side in (0, 1))
     return (
         FeatureModel(student, student_names, projections, item=item),
         FeatureModel(teacher, teacher_names, item=item),

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 from common.arguments import fail, first_line
 from common.ending import TIMEOUT, StopSignals, outlive_signals
-from common.teachers import freeze
+from common.teachers import check_weights, freeze
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
@@ -130,7 +130,10 @@ def prepare_models(
             _use_xformers(model.model, accelerator.mixed_precision)
     if teacher is not None:
         freeze(teacher, accelerator.device, working_dtype(accelerator))
+        check_weights(teacher.model, f"--mixed_precision {accelerator.mixed_precision}: the teacher")
     if compiled:
+        # A recomputed block must not capture its feature again: that would break the graph at each block.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         for model in models:
             model.compile()
 

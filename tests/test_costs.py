@@ -3,17 +3,19 @@
 from functools import partial
 
 from common.costs import dtype_of, estimate_activations, profile_forward
+from common.students import count_features
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
-from test_sd21 import SD21
+from full_models import SD21
 
 import train_lift_dit
 import train_lift_sd3
 import train_lift_sd21
 import train_lift_unet
+from lift_utils import FeatureModel
 from tiny_models import TINY_DIT, TINY_SD3, TINY_UNET
 
 
@@ -143,3 +145,15 @@ def test_half_precision_keeps_less_but_not_half(name):
     model = on_meta(kind, config).train()
     whole, half = (profile_forward(model, dtype_of(each), **example_inputs(model))[1] for each in ("no", "fp16"))
     assert 0.5 < half / whole < 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "item"), [("sd21", ["mid_block", "up_blocks.0"], 0), ("sd3", ["transformer_blocks.1"], 1)]
+)
+def test_features_are_counted(name, features, item):
+    kind, config, example_inputs = MODELS[name]
+    inputs = example_inputs(on_meta(kind, config))
+    model = FeatureModel(kind.from_config(config), features, item=item)
+    _, outputs = model(**{key: torch.zeros_like(tensor, device="cpu") for key, tensor in inputs.items()})
+    pairs = [["any", feature] for feature in features]
+    assert count_features(on_meta(kind, config), pairs, inputs, item) == sum(each.numel() for each in outputs)

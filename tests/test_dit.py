@@ -18,6 +18,7 @@ import torch
 from conftest import TWO_PROCESSES, copy_script, launch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
+from full_models import DIT_XL
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -165,15 +166,12 @@ def test_samples_are_the_pipelines(dit_teacher):
 # -------------------------------------------------------------------------------------------------------- the students
 
 
-FULL = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "out_channels": 8}
-
-
 @pytest.mark.parametrize(
     ("preset", "parameters"), [("d19", 509_682_848), ("d14", 376_269_728), ("d7", 189_491_360), ("d4", 109_443_488)]
 )
 def test_presets_of_dit_xl(preset, parameters):
     with torch.device("meta"):
-        teacher = DiTTransformer2DModel(**FULL)
+        teacher = DiTTransformer2DModel(**DIT_XL)
     assert teacher.num_parameters() == 749_826_464
     args = train_lift_dit.parse_args(["--student", preset, "--dry_run"])
     student, recipe = train_lift_dit.build_student(teacher, args)

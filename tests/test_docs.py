@@ -6,22 +6,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
-from diffusers import (
-    AutoencoderKL,
-    DDPMPipeline,
-    DDPMScheduler,
-    DiTTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
-from test_dit import FULL as DIT_XL
-from test_sd3 import MEDIUM
-from test_sd21 import SD21
-from transformers import CLIPTextConfig, T5Config
+from full_models import SD3_MEDIUM, save_ddpm, save_dit, save_sd3, save_sd21
 
 from tiny_models import TINY_UNET
 
@@ -31,7 +17,6 @@ FILES = {  # that the commands name; the pages say what they hold
     "student.json": {"config": {"layers_per_block": 1}},
     "teacher.json": {"config": TINY_UNET},
 }
-T5_XXL = {"d_model": 4096, "num_layers": 24, "num_heads": 64, "d_ff": 10240, "feed_forward_proj": "gated-gelu"}
 NEEDS_CUDA = {"--enable_xformers_memory_efficient_attention"}
 
 
@@ -44,55 +29,16 @@ def training_commands() -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def save_skeleton(folder: Path, pipeline: str, parts: dict[str, tuple[str, object]]) -> Path:
-    """A pipeline folder with the configs of its parts and no weights, which is all that a dry run reads."""
-    index = {"_class_name": pipeline, "_diffusers_version": "0.42.1"}
-    for name, (library, part) in parts.items():
-        index[name] = [library, type(part).__name__.replace("Config", "")]
-        (part.save_config if library == "diffusers" else part.save_pretrained)(folder / name)
-    text_models = {"CLIPText": "CLIPTextModelWithProjection" if "3" in pipeline else "CLIPTextModel"}
-    text_models["T5"] = "T5EncoderModel"
-    for value in index.values():
-        if isinstance(value, list):
-            value[1] = text_models.get(value[1], value[1])
-    for name in [name for name in parts if name.startswith("text_encoder")]:
-        index[name.replace("text_encoder", "tokenizer")] = ["transformers", "PreTrainedTokenizerFast"]
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory) -> dict[str, Path]:
     """SD 2.1-base, DiT-XL/2 and SD3-medium without weights; a small DDPM with random ones, which its script reads."""
     folder = tmp_path_factory.mktemp("full-size")
-
-    def vae(channels: int) -> AutoencoderKL:
-        blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-        return AutoencoderKL(block_out_channels=[128, 256, 512, 512], latent_channels=channels, **blocks)
-
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-    ddpm = UNet2DModel(sample_size=32, block_out_channels=[64, 128], **blocks)
-    DDPMPipeline(ddpm, DDPMScheduler()).save_pretrained(folder / "ddpm")
-    with torch.device("meta"):
-        unet = ("diffusers", UNet2DConditionModel(**SD21))
-        dit = ("diffusers", DiTTransformer2DModel(**DIT_XL))
-        mmdit = ("diffusers", SD3Transformer2DModel(**MEDIUM))
-        vae4, vae16 = ("diffusers", vae(4)), ("diffusers", vae(16))
-    noise, flow = ("diffusers", DDPMScheduler()), ("diffusers", FlowMatchEulerDiscreteScheduler(shift=3.0))
-    text = ("transformers", CLIPTextConfig(hidden_size=1024, num_hidden_layers=23, num_attention_heads=16))
-    texts = {
-        "text_encoder": ("transformers", CLIPTextConfig(hidden_size=768, projection_dim=768)),
-        "text_encoder_2": ("transformers", CLIPTextConfig(hidden_size=1280, projection_dim=1280)),
-        "text_encoder_3": ("transformers", T5Config(**T5_XXL)),
-    }
-    sd21 = {"unet": unet, "vae": vae4, "text_encoder": text, "scheduler": noise}
-    sd3 = {"transformer": mmdit, "vae": vae16, **texts, "scheduler": flow}
-    dit_parts = {"transformer": dit, "vae": vae4, "scheduler": noise}
     return {
-        "train_lift_unet": folder / "ddpm",
-        "train_lift_sd21": save_skeleton(folder / "sd21", "StableDiffusionPipeline", sd21),
-        "train_lift_dit": save_skeleton(folder / "dit", "DiTPipeline", dit_parts),
-        "train_lift_sd3": save_skeleton(folder / "sd3", "StableDiffusion3Pipeline", sd3),
+        "train_lift_unet": save_ddpm(folder / "ddpm", sample_size=32, block_out_channels=[64, 128], **blocks),
+        "train_lift_sd21": save_sd21(folder / "sd21"),
+        "train_lift_dit": save_dit(folder / "dit"),
+        "train_lift_sd3": save_sd3(folder / "sd3", SD3_MEDIUM),
     }
 
 

@@ -6,7 +6,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -76,6 +76,16 @@ def test_attention_that_xformers_cannot_compute_is_said_in_one_line(model, preci
     with pytest.raises(SystemExit, match=f"^error: .*{line}") as error:
         prepare_models(FeatureModel(model(), []), None, accelerator, False, xformers=True, compiled=False)
     assert "\n" not in str(error.value)
+
+
+def test_a_teacher_that_float16_cannot_hold_is_refused():
+    teacher = UNet2DModel(**TINY_UNET)
+    teacher.conv_in.weight.data[0] = 1e6
+    models = FeatureModel(UNet2DModel(**TINY_UNET), []), FeatureModel(teacher, [])
+    accelerator = argparse.Namespace(mixed_precision="fp16", device=torch.device("cpu"))
+    line = r"^error: --mixed_precision fp16: .* not finite \(conv_in.weight …\); pass --mixed_precision bf16"
+    with pytest.raises(SystemExit, match=line):
+        prepare_models(*models, accelerator, False, xformers=False, compiled=False)
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
@@ -185,8 +195,14 @@ def put(value: Any, device: str) -> Any:
     return value
 
 
-def make_step(name: str, folder: Path, precision: str, cached: bool, lora_rank: int = 0) -> Step:
-    """A script's models and inputs as its `main` makes them, on the CPU, with features in pairs."""
+def make_step(
+    name: str, folder: Path, precision: str, cached: bool, lora_rank: int = 0, compiled: bool = False
+) -> Step:
+    """A script's models and inputs as its `main` makes them, on the CPU, with features in pairs.
+
+    Args:
+        compiled: With gradient checkpointing, too.
+    """
     script = importlib.import_module(f"train_lift_{name}")
     rank = ["--lora_rank", str(lora_rank)] if lora_rank else []
     student = ["--keep_blocks", "1"] if name == "dit" else ["--student", STUDENTS[name]]
@@ -195,7 +211,7 @@ def make_step(name: str, folder: Path, precision: str, cached: bool, lora_rank: 
     source = TeacherSource(str(folder), None, None, script.EXPECTED)
     make = {"unet": unet_step, "sd21": sd21_step, "dit": dit_step, "sd3": sd3_step}[name]
     step = make(script, args, source, accelerator.device, working_dtype(accelerator), cached)
-    prepare_models(step.student, step.teacher, accelerator, False, xformers=False, compiled=False)
+    prepare_models(step.student, step.teacher, accelerator, compiled, xformers=False, compiled=compiled)
     return step
 
 
@@ -378,3 +394,26 @@ def test_what_is_misplaced_or_of_another_dtype_fails(folders):
         layer._parameters.update({name: put(weight.float(), "cuda") for name, weight in layer.named_parameters()})
 
     assert "should be the same" in fails_with(widen)
+
+
+@pytest.mark.parametrize("name", ["dit", "sd3"])  # which capture whole checkpointed blocks
+def test_compiled_and_checkpointed_is_one_graph(folders, name, monkeypatch):
+    """A recomputed block captures no feature a second time, which would split the graph or lose the feature."""
+    compile_module, graphs = FeatureModel.compile, []
+
+    def trace(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(FeatureModel, "compile", partialmethod(compile_module, backend=trace, fullgraph=True))
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        step = make_step(name, folders[name], "no", cached=True, compiled=compiled)
+        torch.manual_seed(0)
+        losses = losses_of(step)
+        losses["total"].backward()
+        gradients = {key: weight.grad for key, weight in step.student.named_parameters() if weight.grad is not None}
+        results.append(({key: value.detach() for key, value in losses.items()}, gradients))
+    assert graphs and results[0][1]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)

@@ -23,6 +23,7 @@ import torch
 from accelerate import PartialState
 from conftest import ROOT, copy_script, launch
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from full_models import SD21
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -229,14 +230,6 @@ SIZES = {
     "width_192": 317_974_084,
     "width_160": 222_984_164,
     "width_128": 144_791_940,
-}
-SD21 = {
-    "sample_size": 64,
-    "cross_attention_dim": 1024,
-    "attention_head_dim": [5, 10, 20, 20],
-    "use_linear_projection": True,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
 }
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 

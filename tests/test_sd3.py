@@ -22,6 +22,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from full_models import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 from safetensors.torch import load_file
@@ -539,32 +540,12 @@ def test_shared_weights_are_held_once(sd3_teacher):
 # -------------------------------------------------------------------------------------------------------- the students
 
 
-MEDIUM = {
-    "sample_size": 128,
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "attention_head_dim": 64,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 192,
-}
-MEDIUM35 = {**MEDIUM, "dual_attention_layers": [*range(13)], "qk_norm": "rms_norm", "pos_embed_max_size": 384}
-LARGE35 = {
-    **MEDIUM,
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "qk_norm": "rms_norm",
-}
-
-
 @pytest.mark.parametrize(
     ("layout", "teacher_parameters", "students"),
     [
-        (MEDIUM, 2_028_328_000, {"half": 1_008_559_168, "third": 668_636_224, "sixth": 328_713_280}),
-        (MEDIUM35, 2_243_171_520, {"half": 1_107_717_952, "third": 734_742_080, "sixth": 361_766_208}),
-        (LARGE35, 8_056_627_520, {"half": 4_009_633_600, "third": 2_518_635_840, "sixth": 1_240_637_760}),
+        (SD3_MEDIUM, 2_028_328_000, {"half": 1_008_559_168, "third": 668_636_224, "sixth": 328_713_280}),
+        (SD35_MEDIUM, 2_243_171_520, {"half": 1_107_717_952, "third": 734_742_080, "sixth": 361_766_208}),
+        (SD35_LARGE, 8_056_627_520, {"half": 4_009_633_600, "third": 2_518_635_840, "sixth": 1_240_637_760}),
     ],
     ids=["3-medium", "3.5-medium", "3.5-large"],
 )
@@ -675,7 +656,12 @@ def test_dry_run_tells_sizes_and_stops(run, sd3_teacher, tmp_path, capsys):
         lines = [line.rsplit(maxsplit=2) for line in text.splitlines() if line.startswith("  ") and "MiB" in line]
         return {name.strip(): float(size.replace(",", "")) for name, size, _ in lines}
 
-    assert "encoders' weights" not in dry_run() and "encoders' weights" in dry_run("--no-cache_latents")
+    assert "encoders' weights" not in dry_run()
+    pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_teacher)
+    texts = sum(getattr(pipeline, name).num_parameters() for name in TEXT_ENCODERS)
+    weights = dry_run("--no-cache_latents", "--mixed_precision", "bf16")["encoders' weights"]
+    assert weights == pytest.approx((4 * pipeline.vae.num_parameters() + 2 * texts) / 2**20, abs=0.06)
+    assert dry_run("--lambda_kd_feat", 0).keys() < dry_run().keys() >= {"features of both models (fp32)"}
     two, one = dry_run("--lora_rank", 2), dry_run("--lora_rank", 2, "--share_backbone")
     frozen = two.pop("frozen weights of the student")
     assert frozen == pytest.approx(
