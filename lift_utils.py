@@ -203,7 +203,7 @@ def make_kd_loss(
 
     Returns:
         A function of two predictions (B, C, *spatial) and the progress. It returns the mean loss, a differentiable
-        scalar, and its parts by name, scalars that stay on the device.
+        scalar, and what to log, scalars that stay on the device: its parts by name, and "kd_mse" whatever the kind.
     """
     if kind == "none":
         return None
@@ -222,7 +222,7 @@ def make_kd_loss(
             group_by=group_by,
         )
         logs = {"coarse": parts.coarse, "fine": parts.fine, "weight": parts.weight}
-        logs["teacher_finite"] = torch.isfinite(teacher_prediction).all().float()
+        logs |= _output_mse(student_prediction.detach(), teacher_prediction, progress)[1]
         for name, value in (("slope", parts.slope), ("intercept", parts.intercept)):
             logs |= {f"{name}_mean": value.mean(), f"{name}_std": value.std(correction=0)}
         return parts.fine if weighting == "fine_only" else parts.loss, logs
@@ -234,7 +234,7 @@ def _output_mse(
     student_prediction: torch.Tensor, teacher_prediction: torch.Tensor, progress: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     loss = F.mse_loss(student_prediction.float(), teacher_prediction.float())
-    return loss, {"teacher_finite": torch.isfinite(teacher_prediction).all().float()}
+    return loss, {"kd_mse": loss, "teacher_finite": torch.isfinite(teacher_prediction).all().float()}
 
 
 def fine_weighting(weighting: str, progress: float) -> str | float:

@@ -63,8 +63,10 @@ from common.data import (
 )
 from common.ending import Stopped, StopSignals
 from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
+from common.metrics import MetricsLog, mean_over_processes
+from common.pace import Due, count_steps, describe_start
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
-from common.reporting import MetricsLog, grid_path, plot_influence, sample_grid, sample_models, save_grid
+from common.reporting import grid_path, plot_influence, sample_grid, sample_models, save_grid
 from common.students import (
     check_groups,
     choose_once,
@@ -95,7 +97,6 @@ from common.training import (
     make_accelerator,
     make_dataloader,
     make_optimizer,
-    mean_of_parts,
     prepare_models,
     seed_step,
     trained_parameters,
@@ -936,6 +937,8 @@ def main(args: argparse.Namespace) -> None:
     else:
         encoders = Encoders(vae if args.vae != "none" else None, device, dtype)
     dataloader = make_dataloader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator)
+    length = args.max_train_steps, args.num_train_epochs, len(dataloader)
+    args.max_train_steps = count_steps(*length, accelerator)
 
     # ---- student
     teacher = load_part(source, DiTTransformer2DModel, "transformer") if source is not None else None
@@ -968,11 +971,13 @@ def main(args: argparse.Namespace) -> None:
         accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
     )
     first_step = load_train_state(output_dir, args.resume_from_checkpoint, train_state)
-    logger.info(
-        f"{len(dataset)} images, {len(dataloader)} batches an epoch, step {first_step} of {args.max_train_steps}"
-    )
+    checkpoints, grids = Due(args.checkpointing_steps), Due(args.validation_steps)
+    data = len(dataset), len(dataloader), args.train_batch_size
+    due = args.max_train_steps, checkpoints, args.checkpoints_total_limit, grids
+    describe_start(accelerator, train_state, teacher_model, data, *due)
     images = args.train_batch_size * args.gradient_accumulation_steps
-    metrics = MetricsLog(output_dir, accelerator, tracked_flags(args), args.max_train_steps, first_step, images)
+    size = args.max_train_steps, first_step, images
+    metrics = MetricsLog(output_dir, accelerator, tracked_flags(args), *size, train_state.means)
 
     # ---- what a step and a validation do
     losses_of = partial(
@@ -999,6 +1004,8 @@ def main(args: argparse.Namespace) -> None:
     batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps, stop)
     stop.let_steps_finish()
     try:
+        if first_step == 0 and accelerator.is_main_process:  # something to compare with, and a test of the sampling
+            stop.attempt(validate, step=0)
         for step in range(first_step + 1, args.max_train_steps + 1):
             micro_steps = []
             for micro_step in range(args.gradient_accumulation_steps):
@@ -1009,27 +1016,24 @@ def main(args: argparse.Namespace) -> None:
                     loss, logs = losses_of(batch, step / args.max_train_steps)
                     accelerator.backward(loss)
                 micro_steps.append({name: value.detach() for name, value in logs.items()})
-            losses = mean_of_parts(micro_steps)
+            losses = mean_over_processes(micro_steps, accelerator)
             grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-            guarded_step(optimizer, accelerator.reduce(losses["loss"], "mean"), grad_norm, skipped)
+            guarded_step(optimizer, losses["loss"], grad_norm, skipped)
             lr_scheduler.step()
             optimizer.zero_grad()
             if ema is not None:
                 ema.step(trained)
-            metrics.progress_bar.update()
+            metrics.add({**losses, "grad_norm": grad_norm})
 
             last = step == args.max_train_steps
-            if step % args.logging_steps == 0 or last:
-                tensors = {**losses, "grad_norm": grad_norm, "skipped": skipped[0], "skipped_in_a_row": skipped[1]}
-                row = metrics.write(step, tensors, lr_scheduler.get_last_lr()[0])
-                check_skipped(row, step, last)
-            # A bad step's weights may be ruined: they are not to take the place of the last good ones.
-            if (step % args.checkpointing_steps == 0 and not skipped[1]) or last:
-                if accelerator.is_main_process:
+            if step % args.logging_steps == 0 or step == 1 or last:
+                check_skipped(metrics.write(step, skipped, lr_scheduler.get_last_lr()[0]), step, last)
+            if accelerator.is_main_process:  # the others wait for it in their next step
+                # A bad step's weights may be ruined: they are not to take the place of the last good ones.
+                if checkpoints.now(step, bad=skipped[1]) or last:
                     save_train_state(output_dir, train_state, args.checkpoints_total_limit)
-                accelerator.wait_for_everyone()
-            if step % args.validation_steps == 0 and not last and accelerator.is_main_process:
-                stop.attempt(validate, step=step)
+                if grids.now(step) and not last:
+                    stop.attempt(validate, step=step)
         if accelerator.is_main_process and not grid_path(output_dir, args.max_train_steps).exists():
             stop.attempt(validate, step=args.max_train_steps)
     except Stopped as stopped:

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.arguments import fail
 from common.costs import profile_forward
-from common.reporting import read_metrics
+from common.metrics import read_metrics
 
 import train_lift_sd21
 from device import describe_device

@@ -28,7 +28,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.checkpoints import list_checkpoints
-from common.reporting import grid_path, read_metrics
+from common.metrics import read_metrics
+from common.reporting import grid_path
 
 from fork_server import start_run
 from tiny_models import save_dit_pipeline, save_pixel_pipeline, save_sd3_pipeline, save_sd_pipeline

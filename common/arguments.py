@@ -117,6 +117,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     training.add_argument("--train_batch_size", type=int, default=4, help="images per device and micro-batch")
     training.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per step")
     training.add_argument("--max_train_steps", type=int, default=50_000, help="optimizer steps of the whole run")
+    training.add_argument(
+        "--num_train_epochs", type=float, help="passes over the images, in place of --max_train_steps"
+    )
     training.add_argument("--learning_rate", type=float, default=5e-5, help="peak learning rate")
     training.add_argument(
         "--lr_scheduler",
@@ -147,14 +150,18 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     training.add_argument("--compile", action="store_true", help="torch.compile teacher and student")
 
     logs = parser.add_argument_group("checkpoints, logs and the Hub")
-    logs.add_argument("--checkpointing_steps", type=int, default=5000, help="optimizer steps between checkpoints")
-    logs.add_argument("--checkpoints_total_limit", type=int, help="keep only this many checkpoints, the newest")
+    logs.add_argument(
+        "--checkpointing_steps", type=int, help="optimizer steps between checkpoints (default: half an hour)"
+    )
+    logs.add_argument("--checkpoints_total_limit", type=int, default=3, help="keep this many checkpoints, the newest")
     logs.add_argument(
         "--resume_from_checkpoint", help='a checkpoint folder, or "latest" (starts anew if there is none)'
     )
     logs.add_argument("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl")
     logs.add_argument("--report_to", default="tensorboard", help='a tracker of Accelerate, "all" or "none"')
-    logs.add_argument("--validation_steps", type=int, default=5000, help="optimizer steps between sample grids")
+    logs.add_argument(
+        "--validation_steps", type=int, help="optimizer steps between sample grids (default: half an hour)"
+    )
     logs.add_argument("--push_to_hub", action="store_true", help="upload the student (log in first: hf auth login)")
     logs.add_argument("--hub_model_id", help="repository to push to (default: the output folder's name)")
     logs.add_argument("--hub_private_repo", action="store_true", help="make that repository private")
@@ -201,6 +208,8 @@ def check_args(args: argparse.Namespace) -> None:
         weights = {name: value for name, value in weights.items() if name == "lambda_task"}
     if "lambda_task" in weights and not any(weights.values()):
         fail(f"--lambda_task 0 with --kd_loss {args.kd_loss} leaves nothing to learn from; raise one of the weights")
+    if args.dry_run and args.num_train_epochs is not None:
+        fail(f"--num_train_epochs {args.num_train_epochs} with --dry_run, which reads no data; pass --max_train_steps")
     if not args.dry_run:
         if (args.dataset_name is None) == (args.train_data_dir is None):
             fail("--dataset_name or --train_data_dir must say where the images are: pass one of them")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.arguments import fail, first_line
 from common.ending import Stopped
-from common.reporting import plot_curves, read_metrics
+from common.metrics import plot_curves, read_metrics
 
 import torch
 from diffusers import DiffusionPipeline

@@ -53,6 +53,7 @@ RANGES = {
     **dict.fromkeys(("lambda_task", "lambda_kd_output", "lambda_kd_feat", "guidance_scale"), NOT_NEGATIVE),
     **dict.fromkeys(("dataloader_num_workers", "num_workers"), PROCESSES),
     **dict.fromkeys(("logit_mean", "mode_scale"), ANY),
+    "num_train_epochs": POSITIVE,
     "seed": SEED,
     "group_size": Range(2),
     "max_sequence_length": Range(1, 512),  # what StableDiffusion3Pipeline takes

@@ -9,8 +9,9 @@
 """What does a run need to go on exactly, and how is it put into a checkpoint and taken out of it?"""
 
 import json
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,42 @@ from lift_utils import FeatureModel
 logger = get_logger(__name__)
 
 
+class RunningMeans:
+    """Means of what each step logs, from one row of metrics.jsonl to the next, equal on all processes.
+
+    They stay on the device until they are read. A value that is not finite does not count: `skipped` tells of it.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sums: torch.Tensor | None = None  # of the values by name, and below them how many they are
+        self.saved: dict[str, Any] = {}
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Count a step's scalars in. The names are the same in each step."""
+        row = torch.stack([value.detach().float() for value in values.values()])
+        finite = torch.isfinite(row)
+        step = torch.stack([torch.where(finite, row, 0), finite.float()])
+        if self.sums is None:
+            before = zip(*(self.saved.get(name, (0.0, 0.0)) for name in values))
+            self.names, self.sums = list(values), torch.tensor(list(before), device=row.device)
+        self.sums += step
+
+    def read(self) -> dict[str, float]:
+        """The means, NaN where no value was finite, in a single read from the device; the next ones start anew."""
+        sums, counts = self.sums.tolist()
+        self.sums.zero_()
+        return {name: total / count if count else math.nan for name, total, count in zip(self.names, sums, counts)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sum and count of each value, for a checkpoint between two rows."""
+        return self.saved if self.sums is None else dict(zip(self.names, zip(*self.sums.tolist())))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a [`state_dict`]."""
+        self.saved, self.sums = state, None
+
+
 @dataclass
 class TrainState:
     """All that a run needs to continue exactly. Random states are not in it: see [`common.training.seed_step`]."""
@@ -41,6 +78,7 @@ class TrainState:
     ema: EMAModel | None
     scaler: torch.amp.GradScaler | None
     skipped: torch.Tensor  # (2,): steps skipped in all and in a row, see `common.training.guarded_step`
+    means: RunningMeans = field(default_factory=RunningMeans)  # of the steps since the last row of metrics.jsonl
     saved: int = 0  # the step of the newest checkpoint
 
     @property
@@ -67,6 +105,7 @@ def save_train_state(output_dir: Path, train_state: TrainState, limit: int | Non
         "lr_scheduler": train_state.lr_scheduler.state_dict(),
         "scaler": train_state.scaler and train_state.scaler.state_dict(),
         "skipped": train_state.skipped.tolist(),
+        "means": train_state.means.state_dict(),
     }
     if train_state.ema is not None:
         tensors["ema"] = {str(index): tensor for index, tensor in enumerate(train_state.ema.shadow_params)}
@@ -141,6 +180,7 @@ def load_train_state(output_dir: Path, resume_from: str | None, train_state: Tra
     if train_state.scaler is not None and state["scaler"]:
         train_state.scaler.load_state_dict(state["scaler"])
     train_state.skipped.copy_(torch.tensor(state["skipped"]))
+    train_state.means.load_state_dict(state["means"])
     if train_state.ema is not None:
         for index, parameter in enumerate(train_state.ema.shadow_params):
             parameter.copy_(tensors["ema"][str(index)])

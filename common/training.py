@@ -230,11 +230,6 @@ def endless_batches(
         epoch, skip = epoch + 1, 0
 
 
-def mean_of_parts(micro_steps: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Each logged scalar, averaged over the micro-batches of a step; it stays on the device."""
-    return {name: torch.stack([parts[name] for parts in micro_steps]).mean() for name in micro_steps[0]}
-
-
 # A run ends when this many steps in a row had no finite loss and gradient.
 MAX_SKIPPED_IN_A_ROW = 20
 

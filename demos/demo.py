@@ -48,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
 from common.arguments import HelpFormatter, fail
-from common.reporting import read_metrics
+from common.metrics import read_metrics
 
 import evaluate
 import generate

@@ -51,7 +51,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.arguments import HelpFormatter, check_values, fail, first_line
 from common.costs import profile_forward
 from common.data import open_image
-from common.reporting import labelled_grid, plot_curves, read_metrics
+from common.metrics import plot_curves, read_metrics
+from common.reporting import labelled_grid
 from common.teachers import vae_factor
 
 import generate

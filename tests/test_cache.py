@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import common.cache
 import common.hub
-from common.reporting import read_metrics
+from common.metrics import read_metrics
 from common.teachers import TeacherSource
 from common.training import seed_step
 

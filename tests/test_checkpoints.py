@@ -22,7 +22,7 @@ from common.checkpoints import (
     save_checkpoint,
     sweep,
 )
-from common.reporting import read_metrics
+from common.metrics import read_metrics
 from common.train_state import flatten_optimizer
 from common.training import guarded_step, make_optimizer, seed_step
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from common.arguments import end_in_one_line
 from common.checkpoints import list_checkpoints, load_checkpoint
+from common.metrics import read_metrics
 from common.ranges import RANGES, Range
-from common.reporting import read_metrics
 
 import pytest
 import torch
