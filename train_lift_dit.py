@@ -970,13 +970,13 @@ def main(args: argparse.Namespace) -> None:
     train_state = TrainState(
         accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
     )
-    first_step = load_train_state(output_dir, args.resume_from_checkpoint, train_state)
+    resume = args.resume_from_checkpoint, args.discard_later_checkpoints
+    first_step = load_train_state(output_dir, *resume, train_state)
     checkpoints, grids = Due(args.checkpointing_steps), Due(args.validation_steps)
     data = len(dataset), len(dataloader), args.train_batch_size
     due = args.max_train_steps, checkpoints, args.checkpoints_total_limit, grids
     describe_start(accelerator, train_state, teacher_model, data, *due)
-    images = args.train_batch_size * args.gradient_accumulation_steps
-    size = args.max_train_steps, first_step, images
+    size = args.max_train_steps, first_step, args.train_batch_size * args.gradient_accumulation_steps
     metrics = MetricsLog(output_dir, accelerator, tracked_flags(args), *size, train_state.means)
 
     # ---- what a step and a validation do

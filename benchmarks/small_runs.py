@@ -311,7 +311,7 @@ def differences(run: Path, whole: Path) -> list[str]:
             for path in folder.rglob("*")
             if path.is_file() and not re.fullmatch(r"checkpoint-\d+", path.relative_to(folder).parts[0])
         }
-        | {f"{last}/{path.name}": path for path in (folder / last).glob("*")}
+        | {str(path.relative_to(folder)): path for path in (folder / last).rglob("*") if path.is_file()}
         for folder in (run, whole)
     ]
     ours, theirs = files

@@ -157,6 +157,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     logs.add_argument(
         "--resume_from_checkpoint", help='a checkpoint folder, or "latest" (starts anew if there is none)'
     )
+    logs.add_argument(
+        "--discard_later_checkpoints", action="store_true", help="resume from an older one and remove the newer ones"
+    )
     logs.add_argument("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl")
     logs.add_argument("--report_to", default="tensorboard", help='a tracker of Accelerate, "all" or "none"')
     logs.add_argument(

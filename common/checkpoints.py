@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 
 # What a whole checkpoint has at least.
-FILES = {"state.json", "student.safetensors", "optimizer.safetensors"}
+FILES = {"state.json", "optimizer.safetensors"}
 
 # The lock that this process holds, open for as long as it does, and the output folder if it was not there before.
 LOCKS: list[tuple[TextIO, Path | None]] = []
@@ -96,7 +96,12 @@ def unlock_output() -> None:
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Folders named `checkpoint-<step>`, oldest first."""
     folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(folders, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name, 0 where it has another name."""
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint.name[11:].isdecimal() else 0
 
 
 def sweep(output_dir: Path) -> None:
@@ -106,16 +111,22 @@ def sweep(output_dir: Path) -> None:
 
 
 def save_checkpoint(
-    output_dir: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any], limit: int | None
+    output_dir: Path,
+    step: int,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    state: dict[str, Any],
+    limit: int | None,
+    texts: dict[str, str] | None = None,
 ) -> Path:
     """Write `checkpoint-<step>` so that a kill cannot corrupt it, then delete the oldest beyond `limit`.
 
     Checkpoints of later steps go too: they are damaged, or of a course that this run has left.
 
     Args:
-        tensors: One safetensors file per entry.
+        tensors: One safetensors file per entry, whose name may be in a folder.
         state: Everything else, JSON-serialisable.
         limit: How many checkpoints to keep; `None` keeps all.
+        texts: More files, with what they hold.
     """
     folder, temporary = output_dir / f"checkpoint-{step}", output_dir / f".tmp-{step}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -124,12 +135,18 @@ def save_checkpoint(
         for name, group in tensors.items():
             # Optimizers may share one tensor between entries, which safetensors refuses: copy each.
             copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in group.items()}
-            save_file(copies, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state))
-        files = list(temporary.iterdir())
-        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in files}
+            path = temporary / f"{name}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            save_file(copies, path, metadata={"format": "pt"})
+        for name, text in {"state.json": json.dumps(state), **(texts or {})}.items():
+            (temporary / name).write_text(text)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        manifest = {
+            path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+            for path in files
+        }
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        for path in [*temporary.iterdir(), temporary]:
+        for path in [*temporary.rglob("*"), temporary]:
             flush(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -167,16 +184,20 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], d
     if not manifest.keys() >= FILES:
         raise ValueError(f"{folder} is incomplete: its manifest lacks {', '.join(sorted(FILES - manifest.keys()))}")
     try:
-        tensors = {Path(name).stem: load_file(folder / name) for name in manifest if name.endswith(".safetensors")}
+        names = [name.removesuffix(".safetensors") for name in manifest if name.endswith(".safetensors")]
+        tensors = {name: load_file(folder / f"{name}.safetensors") for name in names}
     except SafetensorError as error:  # something else was put there, with a manifest that fits
         raise ValueError(f"{folder} holds files that are no safetensors: {error}") from error
     return tensors, json.loads((folder / "state.json").read_text())
 
 
-def find_checkpoint(output_dir: Path, resume_from: str) -> tuple[dict, dict] | None:
+def find_checkpoint(output_dir: Path, resume_from: str, discard_later: bool = False) -> tuple[dict, dict] | None:
     """The contents of the checkpoint that `--resume_from_checkpoint` asks for; `None` where "latest" finds none.
 
-    "latest" passes over damaged checkpoints, and says so; one that is named must be whole.
+    "latest" passes over damaged checkpoints, and says so; one that is named must be whole, and the newest.
+
+    Args:
+        discard_later: Whether there may be newer ones, which the run will remove.
     """
     if resume_from != "latest":
         candidates = [path for path in (output_dir / resume_from, Path(resume_from)) if path.is_dir()][:1]
@@ -187,6 +208,12 @@ def find_checkpoint(output_dir: Path, resume_from: str) -> tuple[dict, dict] | N
     else:
         candidates = reversed(list_checkpoints(output_dir))
     for folder in candidates:
+        newest = list_checkpoints(output_dir)[-1:]
+        if resume_from != "latest" and not discard_later and newest and step_of(folder) < step_of(newest[0]):
+            fail(
+                f"--resume_from_checkpoint {resume_from} is older than {newest[0].name}, which would be lost with the "
+                "metrics since; pass latest, or --discard_later_checkpoints to lose them"
+            )
         try:
             return load_checkpoint(folder)
         except ValueError as error:

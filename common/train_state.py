@@ -31,6 +31,8 @@ from lift_utils import FeatureModel
 
 logger = get_logger(__name__)
 
+WEIGHTS = "diffusion_pytorch_model"  # of a model, as Diffusers names its file
+
 
 class RunningMeans:
     """Means of what each step logs, from one row of metrics.jsonl to the next, equal on all processes.
@@ -95,12 +97,12 @@ def save_train_state(output_dir: Path, train_state: TrainState, limit: int | Non
     Args:
         limit: How many checkpoints to keep; `None` keeps all.
     """
-    step = train_state.step
+    step, model = train_state.step, train_state.student.model
     moments, optimizer = flatten_optimizer(train_state.optimizer)
-    tensors = {"student": train_state.student.state_dict(), "optimizer": moments}
+    weights = student_files(train_state.student, train_state.ema)
     state = {
         "step": step,
-        "config": dict(train_state.student.model.config),
+        "config": {key: value for key, value in model.config.items() if not key.startswith("_")},
         "optimizer": optimizer,
         "lr_scheduler": train_state.lr_scheduler.state_dict(),
         "scaler": train_state.scaler and train_state.scaler.state_dict(),
@@ -108,13 +110,42 @@ def save_train_state(output_dir: Path, train_state: TrainState, limit: int | Non
         "means": train_state.means.state_dict(),
     }
     if train_state.ema is not None:
-        tensors["ema"] = {str(index): tensor for index, tensor in enumerate(train_state.ema.shadow_params)}
         state["ema_step"] = train_state.ema.optimization_step
-    for name in tensors.keys() & {"student", "ema"}:
-        check_finite(tensors[name], name, step)
+    for name, tensors in weights.items():
+        check_finite(tensors, "ema" if "_ema/" in name else "student", step)
+    configs = {
+        f"{Path(name).parent}/config.json": model.to_json_string() for name in weights if name.endswith(WEIGHTS)
+    }
     # A bad step's weights may be ruined: they are not to drive out the last good ones.
-    save_checkpoint(output_dir, step, tensors, state, None if train_state.skipped[1] else limit)
+    kept = None if train_state.skipped[1] else limit
+    save_checkpoint(output_dir, step, {**weights, "optimizer": moments}, state, kept, configs)
     train_state.saved = step
+
+
+def student_files(student: FeatureModel, ema: EMAModel | None) -> dict[str, dict[str, torch.Tensor]]:
+    """The student's own tensors by the files of a checkpoint, which Diffusers loads.
+
+    The model is in "unet" or "transformer", with averaged weights in "unet_ema" or "transformer_ema". Under LoRA it is
+    the model without adapters, which are in "lora" and "lora_ema" as `load_lora_weights` takes them. The projections
+    of features, which belong to no model, are in "projections".
+    """
+    model = student.model
+    part = "unet" if "UNet" in type(model).__name__ else "transformer"
+    weights = model.state_dict()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    averages = {"_ema": dict(zip(trained, ema.shadow_params))} if ema is not None else {}
+    files = {}
+    for suffix, changed in {"": {}, **averages}.items():
+        held = {**weights, **changed}
+        adapters = {name: tensor for name, tensor in held.items() if ".lora_" in name}
+        if not adapters or not suffix:
+            own = {name.replace(".base_layer.", "."): held[name] for name in held.keys() - adapters.keys()}
+            files[f"{part}{suffix}/{WEIGHTS}"] = dict(sorted(own.items()))
+        if adapters:
+            named = {f"{part}.{name.replace('.default.', '.')}": tensor for name, tensor in adapters.items()}
+            files[f"lora{suffix}/pytorch_lora_weights"] = named
+    projections = student.projections.state_dict()
+    return {**files, "projections": projections} if projections else files
 
 
 def check_finite(weights: dict[str, torch.Tensor], name: str, step: int) -> None:
@@ -152,26 +183,34 @@ def save_and_leave(
     sys.exit(stopped.code)
 
 
-def load_train_state(output_dir: Path, resume_from: str | None, train_state: TrainState) -> int:
-    """Continue from the checkpoint that `--resume_from_checkpoint` asks for; returns the number of steps done."""
-    found = find_checkpoint(output_dir, resume_from) if resume_from else None
+@torch.no_grad()
+def load_train_state(output_dir: Path, resume_from: str | None, discard_later: bool, train_state: TrainState) -> int:
+    """Continue from the checkpoint that `--resume_from_checkpoint` asks for; returns the number of steps done.
+
+    Args:
+        discard_later: Whether there may be newer ones, which the run will remove.
+    """
+    found = find_checkpoint(output_dir, resume_from, discard_later) if resume_from else None
     if found is None:
         return 0
     tensors, state = found
     config = json.loads(json.dumps(dict(train_state.student.model.config)))
     different = [key for key in config if not key.startswith("_") and config[key] != state["config"].get(key)]
+    weights, moments = student_files(train_state.student, train_state.ema), tensors.pop("optimizer")
     saved, expected = (
-        {key: tensor.shape for key, tensor in weights.items()}
-        for weights in (tensors["student"], train_state.student.state_dict())
+        {name: {key: tensor.shape for key, tensor in file.items()} for name, file in files.items()}
+        for files in (tensors, weights)
     )
-    if different or saved != expected or ("ema" in tensors) != (train_state.ema is not None):
+    if different or saved != expected:
         what = ", ".join(different) or "the features, adapters or averaged weights"
         fail(f"--resume_from_checkpoint {resume_from} is of another student ({what} differ); pass the run's own flags")
     kind = state["optimizer"]["kind"]
     if kind != flatten_optimizer(train_state.optimizer)[1]["kind"]:
         fail(f"--resume_from_checkpoint {resume_from} is of {kind}; pass --use_8bit_adam as the run did, or leave it")
-    train_state.student.load_state_dict(tensors["student"])
-    restore_optimizer(train_state.optimizer, tensors["optimizer"], state["optimizer"])
+    for name, file in weights.items():
+        for key, tensor in file.items():
+            tensor.copy_(tensors[name][key])
+    restore_optimizer(train_state.optimizer, moments, state["optimizer"])
     # The place in the schedule is the checkpoint's, the learning rate is this run's: it may have been lowered.
     scheduler = train_state.lr_scheduler
     scheduler.load_state_dict({**state["lr_scheduler"], "base_lrs": scheduler.base_lrs})
@@ -182,8 +221,6 @@ def load_train_state(output_dir: Path, resume_from: str | None, train_state: Tra
     train_state.skipped.copy_(torch.tensor(state["skipped"]))
     train_state.means.load_state_dict(state["means"])
     if train_state.ema is not None:
-        for index, parameter in enumerate(train_state.ema.shadow_params):
-            parameter.copy_(tensors["ema"][str(index)])
         train_state.ema.optimization_step = state["ema_step"]
     train_state.saved = state["step"]
     return state["step"]

@@ -39,9 +39,10 @@ import train_lift_unet
 SHORT = [
     *("--train_batch_size", 40, "--logging_steps", 1, "--checkpointing_steps", 1, "--dataloader_num_workers", 0),
     *("--num_validation_images", 1, "--num_inference_steps", 1, "--report_to", "none", "--learning_rate", 1e-3),
-    *("--validation_steps", 3, "--max_train_steps", 5),
+    *("--validation_steps", 3, "--max_train_steps", 5, "--checkpoints_total_limit", 100),
 ]
 LATEST = ("--resume_from_checkpoint", "latest")
+FIRST = ("--resume_from_checkpoint", "checkpoint-1")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,8 +92,9 @@ def whole(distil, finished, tmp_path_factory) -> Path:
 
 def interrupt(whole: Path, folder: Path, step: int) -> Path:
     """A copy of a run as it is when it was killed after `step`, but with metrics that had got further."""
-    later = shutil.ignore_patterns("unet", "scheduler", "README.md", "*.png", "model_index.json")
-    shutil.copytree(whole, folder, ignore=later)
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("README.md", "*.png", "model_index.json"))
+    for later in ("unet", "scheduler"):
+        shutil.rmtree(folder / later)
     for checkpoint in list_checkpoints(folder):
         if checkpoint.name != f"checkpoint-{step}":
             shutil.rmtree(checkpoint)
@@ -120,7 +122,8 @@ def assert_same_result(ours: Path, theirs: Path, steps: int) -> None:
         {key: value for key, value in digest(run / last).items() if "json" not in key} for run in (ours, theirs)
     ]
     assert weights[0] == weights[1]
-    assert weights[0].keys() == {"student.safetensors", "ema.safetensors", "optimizer.safetensors"}
+    models = {f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("unet", "unet_ema")}
+    assert weights[0].keys() == models | {"optimizer.safetensors", "projections.safetensors"}
     states = [json.loads((run / last / "state.json").read_text()) for run in (ours, theirs)]
     assert states[0] == states[1]
     assert states[0]["step"] == states[0]["lr_scheduler"]["last_epoch"] == steps
@@ -204,7 +207,7 @@ def test_the_oldest_go_and_nothing_is_pickled(distil):
     assert not list(folder.glob(".*"))
     files = [path for path in folder.rglob("*") if path.is_file() and "logs" not in path.parts]
     assert {path.suffix for path in files} == {".safetensors", ".json", ".jsonl", ".png", ".md"}
-    checkpoint = {path.suffix for path in (folder / "checkpoint-4").iterdir()}
+    checkpoint = {path.suffix for path in (folder / "checkpoint-4").rglob("*") if path.is_file()}
     assert checkpoint == {".safetensors", ".json"}
     for path in (path for path in folder.rglob("*") if path.is_file()):
         # A pickle of protocol 2 to 5, or the zip file that torch.save makes.
@@ -364,7 +367,7 @@ def test_damage_is_found(tmp_path, capsys, name, damage):
         with pytest.raises(SystemExit, match=r"^error: --resume_from_checkpoint \S*checkpoint-10: .*latest") as error:
             find_checkpoint(tmp_path, named)
         assert "\n" not in str(error.value)
-    assert find_checkpoint(tmp_path, "checkpoint-2")[1] == {"step": 2}
+    assert find_checkpoint(tmp_path, "checkpoint-2", discard_later=True)[1] == {"step": 2}
 
 
 def test_every_bit_of_the_manifest_is_guarded(tmp_path):
@@ -411,7 +414,9 @@ def test_a_lower_learning_rate_is_obeyed(distil):
     distil("student", "--max_train_steps", 3, *flags)
     folder = distil("student", *flags, *LATEST, "--learning_rate", 1e-5)
     assert [row["lr"] for row in rows(folder)] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-5, 1e-5])
-    weights = [load_file(folder / f"checkpoint-{step}" / "student.safetensors") for step in (2, 3, 4)]
+    weights = [
+        load_file(folder / f"checkpoint-{step}" / "unet/diffusion_pytorch_model.safetensors") for step in (2, 3, 4)
+    ]
     moved = [
         max((after[key] - before[key]).abs().max() for key in after) for before, after in itertools.pairwise(weights)
     ]
@@ -435,7 +440,8 @@ def test_latest_is_of_the_course_the_run_took(tmp_path, limit):
         ([*LATEST, "--student", 0.25], "latest is of another student.*block_out_channels"),
         ([*LATEST, "--no-use_ema"], "latest is of another student"),
         ([*LATEST, "--lambda_kd_feat", 0], "latest is of another student"),
-        (["--resume_from_checkpoint", "checkpoint-1", "--resolution", 32], "checkpoint-1 is of another student"),
+        ([*FIRST, "--resolution", 32, "--discard_later_checkpoints"], "checkpoint-1 is of another student"),
+        (FIRST, "checkpoint-1 is older than checkpoint-5, .*; pass latest, or --discard_later_checkpoints"),
         ([*LATEST, "--use_8bit_adam"], "latest is of AdamW; .*--use_8bit_adam"),
         (["--resume_from_checkpoint", "checkpoint-7"], "--resume_from_checkpoint checkpoint-7 is no folder"),
     ],
@@ -551,7 +557,7 @@ def test_a_run_that_diverges_ends_and_can_go_on(distil, whole, tmp_path):
     for checkpoint in list_checkpoints(folder):
         load_checkpoint(checkpoint)
     assert digest(folder / "checkpoint-2") == digest(whole / "checkpoint-2")
-    distil("student", "--resume_from_checkpoint", "checkpoint-2")
+    distil("student", "--resume_from_checkpoint", "checkpoint-2", "--discard_later_checkpoints")
     assert_same_result(folder, whole, 5)
 
 

@@ -489,7 +489,7 @@ DAMAGED_DATA = [
 
 RESUME = "--resume_from_checkpoint"
 LATEST = f"{RESUME} latest --max_train_steps 3"
-UNLISTED = {"checkpoint-2/manifest.json": "{}", "checkpoint-2/student.safetensors": 99}
+UNLISTED = {"checkpoint-2/manifest.json": "{}", "checkpoint-2/unet/diffusion_pytorch_model.safetensors": 99}
 NONE_WHOLE = {"checkpoint-1/manifest.json": None, "checkpoint-2/manifest.json": None}
 PLAIN = {"checkpoint-1": None, "checkpoint-2": None}
 NAMED = f"{RESUME} checkpoint-2 --max_train_steps 3"
@@ -503,23 +503,28 @@ DAMAGED_RUNS = [
     (UNET, {}, f"{LATEST} --student 0.25", "latest is of another student", "block_out_channels"),
     (SD3, {}, f"{LATEST} --student third", "is of another student", "num_layers"),
     (CAPTIONED, {}, f"{LATEST} --lora_rank 2", "is of another student", "adapters", "pass the run's own flags"),
-    (UNET, {}, f"{RESUME} checkpoint-1 --resolution 32", "checkpoint-1 is of another student", "sample_size"),
+    (UNET, {}, f"{RESUME} checkpoint-1 --resolution 32", "checkpoint-1 is older than checkpoint-2"),
     (UNET, {}, f"{LATEST} --use_8bit_adam", "is of AdamW", "--use_8bit_adam"),
     (UNET, {}, f"{RESUME} {{it}}/metrics.jsonl", "is no folder"),
     (UNET, {}, f"{RESUME} {{it}}", "incomplete"),
-    (UNET, {}, f"{RESUME} {{it}}/checkpoint-2/student.safetensors", "is no folder"),
+    (UNET, {}, f"{RESUME} {{it}}/checkpoint-2/unet/diffusion_pytorch_model.safetensors", "is no folder"),
     (UNET, {"checkpoint-2/manifest.json": None}, NAMED, "incomplete", "latest"),
     (UNET, {"checkpoint-2/manifest.json": "{"}, NAMED, "latest"),
     (UNET, {"checkpoint-2/manifest.json": b"\xff"}, NAMED, "latest"),
     (UNET, {"checkpoint-2/manifest.json": "[]"}, NAMED, "incomplete", "latest"),
     (UNET, {"checkpoint-2/manifest.json": "7"}, NAMED, "incomplete", "latest"),
     (UNET, UNLISTED, NAMED, "incomplete", "latest"),
-    (UNET, {"checkpoint-2/manifest.json": {"student.safetensors": ...}}, NAMED, "student.safetensors", "latest"),
+    (
+        UNET,
+        {"checkpoint-2/manifest.json": {"unet/diffusion_pytorch_model.safetensors": ...}},
+        NAMED,
+        "another student",
+    ),
     (UNET, {"checkpoint-2/manifest.json": {"state.json": {"bytes": "x"}}}, NAMED, "latest"),
     (UNET, {"checkpoint-2/manifest.json": {"../../file": {"bytes": 0, "sha256": ""}}}, NAMED, "latest"),
-    (UNET, {"checkpoint-2/student.safetensors": 99}, NAMED, "damaged", "latest"),
+    (UNET, {"checkpoint-2/unet/diffusion_pytorch_model.safetensors": 99}, NAMED, "damaged", "latest"),
     (UNET, {"checkpoint-2/optimizer.safetensors": flip_last_bit}, NAMED, "damaged", "latest"),
-    (UNET, {"checkpoint-2/ema.safetensors": None}, NAMED, "incomplete", "latest"),
+    (UNET, {"checkpoint-2/unet_ema/config.json": None}, NAMED, "incomplete", "latest"),
     (UNET, {"checkpoint-2/state.json": "{"}, NAMED, "damaged", "latest"),
     (UNET, PLAIN, "--pretrained_teacher_model {it}", "--output_dir {it}", "--pretrained_teacher_model"),
     (SD, PLAIN, "--pretrained_teacher_model {it} --student whole", "--output_dir {it}", "--pretrained_teacher_model"),

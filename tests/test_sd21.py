@@ -408,11 +408,13 @@ def test_the_loss_falls_and_the_average_is_saved(distil):
     first, last = slice(0, 3), slice(-8, None)
     assert mean("loss", last) < 0.7 * mean("loss", first)
     assert mean("coarse", last) < mean("coarse", first) and mean("weight", last) > mean("weight", first)
-    trained = load_file(folder / "checkpoint-40" / "student.safetensors")
-    averaged = load_file(folder / "checkpoint-40" / "ema.safetensors")
-    names = list(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
-    assert same(weights(folder), {name: averaged[str(index)] for index, name in enumerate(names)})
-    assert not any(torch.equal(trained[f"model.{name}"], weights(folder)[name]) for name in names if "conv1" in name)
+    saved = weights(folder)
+    trained, averaged = (
+        UNet2DConditionModel.from_pretrained(folder / "checkpoint-40", subfolder=subfolder).state_dict()
+        for subfolder in ("unet", "unet_ema")  # as in a pipeline
+    )
+    assert same(saved, averaged)
+    assert not any(torch.equal(trained[name], saved[name]) for name in saved if "conv1" in name)
 
 
 @pytest.mark.parametrize("preset", ["bk_tiny", "inside"])
@@ -575,7 +577,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distil, tmp_path, flags):
     flags += ["--train_batch_size", 20]  # two batches an epoch, eight images wait for another epoch
     whole = distil(*flags, output_dir=tmp_path / "whole")
     resumed = tmp_path / "resumed"
-    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("unet", "vae", "lora", "checkpoint-3", "*.json"))
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("vae", "checkpoint-3", "model_index.json"))
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2", dirs_exist_ok=True)
     distil(*flags, "--resume_from_checkpoint", "latest", output_dir=resumed)
     assert digest(resumed / "checkpoint-3") == digest(whole / "checkpoint-3")
@@ -601,10 +603,9 @@ def test_lora_trains_adapters_and_saves_both_forms(distil, sd_teacher):
     assert all(value.any() and value.dtype == torch.float32 and 2 in value.shape for value in adapter.values())
 
     checkpoint = folder / "checkpoint-3"
-    trained = load_file(checkpoint / "student.safetensors")
-    averaged = [*load_file(checkpoint / "ema.safetensors").values()]
-    assert len(averaged) == len(adapter) == sum("lora_" in name for name in trained)
-    assert all(any(torch.equal(value, average) for average in averaged) for value in adapter.values())
+    assert same(load_file(checkpoint / "lora_ema" / "pytorch_lora_weights.safetensors"), adapter)
+    assert load_file(checkpoint / "lora" / "pytorch_lora_weights.safetensors").keys() == adapter.keys()
+    assert same(weights(checkpoint), base) and not (checkpoint / "unet_ema").exists()  # the base is stored once
     moments = load_file(checkpoint / "optimizer.safetensors")
     assert sum(key.endswith(".exp_avg") for key in moments) == len(adapter)
     assert len(metrics(folder)) == 3 and all(row["feat"] > 0 and row["grad_norm"] > 0 for row in metrics(folder))
