@@ -125,6 +125,7 @@ EXPECTED = (
     f"pass a Stable Diffusion 1.x/2.x pipeline: a folder, or a Hub id such as {TEACHER} "
     "(stabilityai's own 2.x repositories are gone)"
 )
+CONVERTER = "StableDiffusionPipeline"  # of a teacher in a single file
 PARTS = {  # of the pipeline, and their classes where no other will do
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
@@ -700,7 +701,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
     stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
-    source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED)
+    source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED, CONVERTER)
     sampler = check_pipeline(source)
     teacher_shape = load_skeleton(source, UNet2DConditionModel, "unet")
     vae_shape = load_skeleton(source, AutoencoderKL, "vae")

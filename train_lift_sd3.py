@@ -137,6 +137,7 @@ logger = get_logger(__name__)
 
 TEACHER = "stabilityai/stable-diffusion-3-medium-diffusers"
 EXPECTED = f"pass a Stable Diffusion 3 or 3.5 pipeline: a folder, or a Hub id such as {TEACHER}"
+CONVERTER = "StableDiffusion3Pipeline"  # of a teacher in a single file
 # Of the pipeline, and their classes where no other will do. Text encoders may be absent.
 PARTS = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL", "scheduler": None}
 TEXT_PARTS = {name: part.model.__name__ for name, part in TEXT_ENCODERS.items()}
@@ -851,7 +852,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
     stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
-    source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED)
+    source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED, CONVERTER)
     sampler, text_encoders = check_pipeline(source, args.no_t5)
     teacher_shape = load_skeleton(source, SD3Transformer2DModel, "transformer")
     vae_shape = load_skeleton(source, AutoencoderKL, "vae")
