@@ -373,7 +373,8 @@ def make_dataset(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple[da
     if args.train_data_dir is not None:
         report_unlisted(dataset, args.image_column, source, args.max_unreadable)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
-    dataset = drop_unreadable(dataset, args.image_column, source, args.max_unreadable, args.dataloader_num_workers)
+    how = args.max_unreadable, args.dataloader_num_workers, args.resolution
+    dataset = drop_unreadable(dataset, args.image_column, source, *how)
     dataset = drop_uncaptioned(dataset, **columns, source=source, max_unreadable=args.max_unreadable)
     contents = {"data": dataset._fingerprint, "image": args.image_column, "caption": args.caption_column}
 

@@ -469,7 +469,8 @@ def make_dataset(args: argparse.Namespace, tokenizers: dict) -> tuple[datasets.D
     if args.train_data_dir is not None:
         report_unlisted(dataset, image, source, args.max_unreadable)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
-    dataset = drop_unreadable(dataset, image, source, args.max_unreadable, args.dataloader_num_workers)
+    how = args.max_unreadable, args.dataloader_num_workers, args.resolution
+    dataset = drop_unreadable(dataset, image, source, *how)
     dataset = drop_uncaptioned(dataset, image, caption, source, args.max_unreadable)
     contents = {"data": dataset._fingerprint, "image": image, "caption": caption}
 

@@ -82,9 +82,9 @@ def drop_uncaptioned(
 
 
 def drop_unreadable(
-    dataset: datasets.Dataset, column: str, source: str, max_unreadable: float, num_workers: int
+    dataset: datasets.Dataset, column: str, source: str, max_unreadable: float, num_workers: int, size: int
 ) -> datasets.Dataset:
-    """The dataset without the images that do not decode; see [`drop_rows`].
+    """The dataset without the images that do not decode, see [`drop_rows`]; it says how many will be enlarged.
 
     The check decodes each image once. `datasets` keeps its result, so later runs on the same files do not repeat it.
 
@@ -94,15 +94,21 @@ def drop_unreadable(
         source: The flag and value the data came from, for messages.
         max_unreadable: The largest share of the images that may be dropped.
         num_workers: Processes that decode, 0 for this one.
+        size: Side of the training images.
     """
     checked = dataset.map(
-        _is_readable,
+        _shorter_side,
         input_columns=column,
         remove_columns=dataset.column_names,
         num_proc=num_workers or None,
         desc="Checking images",
     )
-    unreadable = [index for index, readable in enumerate(checked["readable"]) if not readable]
+    sides = list(checked["side"])
+    small = [side for side in sides if 0 < side < size]
+    if small:
+        found = f"{len(small)} of {len(sides)} images ({len(small) / len(sides):.1%}) are smaller than {size} pixels"
+        logger.warning(f"{found} and will be enlarged; the smallest side is {min(small)}")
+    unreadable = [index for index, side in enumerate(sides) if side == 0]
     return drop_rows(dataset, unreadable, column, "cannot be read", source, max_unreadable)
 
 
@@ -222,12 +228,12 @@ def open_image(record: dict[str, Any], mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _is_readable(record: dict[str, Any]) -> dict[str, bool]:
+def _shorter_side(record: dict[str, Any]) -> dict[str, int]:
+    """In pixels; 0 of an image that does not decode."""
     try:
-        open_image(record, "RGB")
+        return {"side": min(open_image(record, "RGB").size)}
     except Exception:  # decoders raise anything on damaged files
-        return {"readable": False}
-    return {"readable": True}
+        return {"side": 0}
 
 
 def load_pixels(records: list[dict[str, Any]], mode: str, size: int) -> list[torch.Tensor]:
