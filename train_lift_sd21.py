@@ -15,9 +15,10 @@ pipeline: `StableDiffusionPipeline.from_pretrained`. The smallest published stud
     accelerate launch --mixed_precision fp16 train_lift_sd21.py --student bk_tiny --train_data_dir images \\
         --cache_latents --use_8bit_adam --gradient_checkpointing --output_dir sd21-bk-tiny
 
-`images` holds pictures and a metadata.jsonl with a line {"file_name": "a.jpg", "text": "a caption"} for each. The
-teacher's scheduler says whether the models predict noise or velocity. Stability AI took its 2.x repositories off the
-Hub in November 2025; the default teacher is a mirror of stable-diffusion-2-1-base.
+`images` holds pictures and a metadata.jsonl with a line {"file_name": "a.jpg", "text": "a caption"} for each, or
+beside each a.jpg a file a.txt with its caption. The teacher's scheduler says whether the models predict noise or
+velocity. Stability AI took its 2.x repositories off the Hub in November 2025; the default teacher is a mirror of
+stable-diffusion-2-1-base.
 
 On a CPU, in minutes: demos/fashion_sd21.py trains a small autoencoder, a text encoder and a teacher for images of 32
 pixels, and distils it with this script.
@@ -41,20 +42,10 @@ from common.arguments import (
     tracked_flags,
 )
 from common.cache import cache_encodings, identify
+from common.captions import count_longer, drop_uncaptioned, load_captioned, read_prompts
 from common.checkpoints import prepare_output
 from common.costs import dtype_of, estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
-from common.data import (
-    choose_samples,
-    count_longer,
-    drop_uncaptioned,
-    drop_unreadable,
-    flip_rows,
-    flip_views,
-    load_images,
-    load_pixels,
-    random_flips,
-    report_unlisted,
-)
+from common.data import choose_samples, drop_unreadable, flip_rows, flip_views, load_pixels, random_flips
 from common.ending import Stopped, StopSignals
 from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
 from common.pruning import prune_width
@@ -229,6 +220,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**RECIPE)
     args = parser.parse_args(input_args)
     check_args(args)
+    args.validation_prompts = read_prompts(args.validation_prompts)
     return args
 
 
@@ -369,9 +361,7 @@ def make_dataset(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple[da
     """
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
-    dataset, source = load_images(*folders, columns)
-    if args.train_data_dir is not None:
-        report_unlisted(dataset, args.image_column, source, args.max_unreadable)
+    dataset, source = load_captioned(*folders, columns, args.max_unreadable)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
     how = args.max_unreadable, args.dataloader_num_workers, args.resolution
     dataset = drop_unreadable(dataset, args.image_column, source, *how)

@@ -20,10 +20,11 @@ and on 12 GB, with one set of weights for teacher and student:
     accelerate launch --mixed_precision bf16 train_lift_sd3.py --student half --train_data_dir images \\
         --resolution 512 --lora_rank 64 --share_backbone --no_t5 --gradient_checkpointing --output_dir sd3-half-lora
 
-`images` holds pictures and a metadata.jsonl with a line {"file_name": "a.jpg", "text": "a caption"} for each. The VAE
-and the text encoders run once, beforehand, one after the other; none of them is in memory during training. The default
-teacher is gated: accept its terms on the Hub, then log in with `hf auth login`. Without distillation the script trains
-a pipeline's own transformer: `--kd_loss none --student whole --student_init random`.
+`images` holds pictures and a metadata.jsonl with a line {"file_name": "a.jpg", "text": "a caption"} for each, or
+beside each a.jpg a file a.txt with its caption. The VAE and the text encoders run once, beforehand, one after the
+other; none of them is in memory during training. The default teacher is gated: accept its terms on the Hub, then log
+in with `hf auth login`. Without distillation the script trains a pipeline's own transformer:
+`--kd_loss none --student whole --student_init random`.
 """
 
 import argparse
@@ -45,19 +46,10 @@ from common.arguments import (
     tracked_flags,
 )
 from common.cache import JoinedDataset, cache_encodings, identify
+from common.captions import drop_uncaptioned, load_captioned, read_prompts
 from common.checkpoints import prepare_output
 from common.costs import dtype_of, estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
-from common.data import (
-    choose_samples,
-    drop_uncaptioned,
-    drop_unreadable,
-    flip_rows,
-    flip_views,
-    load_images,
-    load_pixels,
-    random_flips,
-    report_unlisted,
-)
+from common.data import choose_samples, drop_unreadable, flip_rows, flip_views, load_pixels, random_flips
 from common.ending import Stopped, StopSignals
 from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
@@ -226,6 +218,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**RECIPE)
     args = parser.parse_args(input_args)
     check_args(args)
+    args.validation_prompts = read_prompts(args.validation_prompts)
     check_script_args(args)
     return args
 
@@ -465,9 +458,8 @@ def make_dataset(args: argparse.Namespace, tokenizers: dict) -> tuple[datasets.D
     """
     image, caption = args.image_column, args.caption_column
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
-    dataset, source = load_images(*folders, {"image_column": image, "caption_column": caption})
-    if args.train_data_dir is not None:
-        report_unlisted(dataset, image, source, args.max_unreadable)
+    columns = {"image_column": image, "caption_column": caption}
+    dataset, source = load_captioned(*folders, columns, args.max_unreadable)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
     how = args.max_unreadable, args.dataloader_num_workers, args.resolution
     dataset = drop_unreadable(dataset, image, source, *how)
@@ -475,7 +467,6 @@ def make_dataset(args: argparse.Namespace, tokenizers: dict) -> tuple[datasets.D
     contents = {"data": dataset._fingerprint, "image": image, "caption": caption}
 
     report_long_captions(list(dataset[caption]), tokenizers)
-    columns = {"image_column": image, "caption_column": caption}
     transform = partial(load_examples, **columns, size=args.resolution, tokenizers=tokenizers)
     return dataset.with_transform(transform), contents
 
