@@ -453,7 +453,8 @@ def make_dataset(
     dataset, source = load_images(*folders, columns)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
     numbers, found = number_classes(dataset, args.label_column, num_classes)
-    dataset = drop_unreadable(dataset, args.image_column, source, args.max_unreadable, args.dataloader_num_workers)
+    how = args.max_unreadable, args.dataloader_num_workers, resolution
+    dataset = drop_unreadable(dataset, args.image_column, source, *how)
     contents = {"data": dataset._fingerprint, "image": args.image_column, "label": args.label_column}
     mode = "L" if channels == 1 else "RGB"
     load = partial(load_examples, **columns, numbers=numbers, mode=mode, size=resolution)

@@ -15,9 +15,10 @@ pipeline: `StableDiffusionPipeline.from_pretrained`. The smallest published stud
     accelerate launch --mixed_precision fp16 train_lift_sd21.py --student bk_tiny --train_data_dir images \\
         --cache_latents --use_8bit_adam --gradient_checkpointing --output_dir sd21-bk-tiny
 
-`images` holds pictures and a metadata.jsonl with a line {"file_name": "a.jpg", "text": "a caption"} for each. The
-teacher's scheduler says whether the models predict noise or velocity. Stability AI took its 2.x repositories off the
-Hub in November 2025; the default teacher is a mirror of stable-diffusion-2-1-base.
+`images` holds pictures and a metadata.jsonl with a line {"file_name": "a.jpg", "text": "a caption"} for each, or
+beside each a.jpg a file a.txt with its caption. The teacher's scheduler says whether the models predict noise or
+velocity. Stability AI took its 2.x repositories off the Hub in November 2025; the default teacher is a mirror of
+stable-diffusion-2-1-base.
 
 On a CPU, in minutes: demos/fashion_sd21.py trains a small autoencoder, a text encoder and a teacher for images of 32
 pixels, and distils it with this script.
@@ -41,20 +42,10 @@ from common.arguments import (
     tracked_flags,
 )
 from common.cache import cache_encodings, identify
+from common.captions import count_longer, drop_uncaptioned, load_captioned, read_prompts
 from common.checkpoints import prepare_output
 from common.costs import dtype_of, estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
-from common.data import (
-    choose_samples,
-    count_longer,
-    drop_uncaptioned,
-    drop_unreadable,
-    flip_rows,
-    flip_views,
-    load_images,
-    load_pixels,
-    random_flips,
-    report_unlisted,
-)
+from common.data import choose_samples, drop_unreadable, flip_rows, flip_views, load_pixels, random_flips
 from common.ending import Stopped, StopSignals
 from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
 from common.metrics import MetricsLog, mean_over_processes
@@ -126,6 +117,7 @@ EXPECTED = (
     f"pass a Stable Diffusion 1.x/2.x pipeline: a folder, or a Hub id such as {TEACHER} "
     "(stabilityai's own 2.x repositories are gone)"
 )
+CONVERTER = "StableDiffusionPipeline"  # of a teacher in a single file
 PARTS = {  # of the pipeline, and their classes where no other will do
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
@@ -229,6 +221,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**RECIPE)
     args = parser.parse_args(input_args)
     check_args(args)
+    args.validation_prompts = read_prompts(args.validation_prompts)
     return args
 
 
@@ -369,11 +362,10 @@ def make_dataset(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple[da
     """
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
-    dataset, source = load_images(*folders, columns)
-    if args.train_data_dir is not None:
-        report_unlisted(dataset, args.image_column, source, args.max_unreadable)
+    dataset, source = load_captioned(*folders, columns, args.max_unreadable)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
-    dataset = drop_unreadable(dataset, args.image_column, source, args.max_unreadable, args.dataloader_num_workers)
+    how = args.max_unreadable, args.dataloader_num_workers, args.resolution
+    dataset = drop_unreadable(dataset, args.image_column, source, *how)
     dataset = drop_uncaptioned(dataset, **columns, source=source, max_unreadable=args.max_unreadable)
     contents = {"data": dataset._fingerprint, "image": args.image_column, "caption": args.caption_column}
 
@@ -701,7 +693,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
     stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
-    source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED)
+    source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED, CONVERTER)
     sampler = check_pipeline(source)
     teacher_shape = load_skeleton(source, UNet2DConditionModel, "unet")
     vae_shape = load_skeleton(source, AutoencoderKL, "vae")

@@ -20,10 +20,11 @@ and on 12 GB, with one set of weights for teacher and student:
     accelerate launch --mixed_precision bf16 train_lift_sd3.py --student half --train_data_dir images \\
         --resolution 512 --lora_rank 64 --share_backbone --no_t5 --gradient_checkpointing --output_dir sd3-half-lora
 
-`images` holds pictures and a metadata.jsonl with a line {"file_name": "a.jpg", "text": "a caption"} for each. The VAE
-and the text encoders run once, beforehand, one after the other; none of them is in memory during training. The default
-teacher is gated: accept its terms on the Hub, then log in with `hf auth login`. Without distillation the script trains
-a pipeline's own transformer: `--kd_loss none --student whole --student_init random`.
+`images` holds pictures and a metadata.jsonl with a line {"file_name": "a.jpg", "text": "a caption"} for each, or
+beside each a.jpg a file a.txt with its caption. The VAE and the text encoders run once, beforehand, one after the
+other; none of them is in memory during training. The default teacher is gated: accept its terms on the Hub, then log
+in with `hf auth login`. Without distillation the script trains a pipeline's own transformer:
+`--kd_loss none --student whole --student_init random`.
 """
 
 import argparse
@@ -45,19 +46,10 @@ from common.arguments import (
     tracked_flags,
 )
 from common.cache import JoinedDataset, cache_encodings, identify
+from common.captions import drop_uncaptioned, load_captioned, read_prompts
 from common.checkpoints import prepare_output
 from common.costs import dtype_of, estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
-from common.data import (
-    choose_samples,
-    drop_uncaptioned,
-    drop_unreadable,
-    flip_rows,
-    flip_views,
-    load_images,
-    load_pixels,
-    random_flips,
-    report_unlisted,
-)
+from common.data import choose_samples, drop_unreadable, flip_rows, flip_views, load_pixels, random_flips
 from common.ending import Stopped, StopSignals
 from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
 from common.metrics import MetricsLog, mean_over_processes
@@ -138,6 +130,7 @@ logger = get_logger(__name__)
 
 TEACHER = "stabilityai/stable-diffusion-3-medium-diffusers"
 EXPECTED = f"pass a Stable Diffusion 3 or 3.5 pipeline: a folder, or a Hub id such as {TEACHER}"
+CONVERTER = "StableDiffusion3Pipeline"  # of a teacher in a single file
 # Of the pipeline, and their classes where no other will do. Text encoders may be absent.
 PARTS = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL", "scheduler": None}
 TEXT_PARTS = {name: part.model.__name__ for name, part in TEXT_ENCODERS.items()}
@@ -226,6 +219,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**RECIPE)
     args = parser.parse_args(input_args)
     check_args(args)
+    args.validation_prompts = read_prompts(args.validation_prompts)
     check_script_args(args)
     return args
 
@@ -465,16 +459,15 @@ def make_dataset(args: argparse.Namespace, tokenizers: dict) -> tuple[datasets.D
     """
     image, caption = args.image_column, args.caption_column
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
-    dataset, source = load_images(*folders, {"image_column": image, "caption_column": caption})
-    if args.train_data_dir is not None:
-        report_unlisted(dataset, image, source, args.max_unreadable)
+    columns = {"image_column": image, "caption_column": caption}
+    dataset, source = load_captioned(*folders, columns, args.max_unreadable)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
-    dataset = drop_unreadable(dataset, image, source, args.max_unreadable, args.dataloader_num_workers)
+    how = args.max_unreadable, args.dataloader_num_workers, args.resolution
+    dataset = drop_unreadable(dataset, image, source, *how)
     dataset = drop_uncaptioned(dataset, image, caption, source, args.max_unreadable)
     contents = {"data": dataset._fingerprint, "image": image, "caption": caption}
 
     report_long_captions(list(dataset[caption]), tokenizers)
-    columns = {"image_column": image, "caption_column": caption}
     transform = partial(load_examples, **columns, size=args.resolution, tokenizers=tokenizers)
     return dataset.with_transform(transform), contents
 
@@ -852,7 +845,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
     stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
-    source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED)
+    source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED, CONVERTER)
     sampler, text_encoders = check_pipeline(source, args.no_t5)
     teacher_shape = load_skeleton(source, SD3Transformer2DModel, "transformer")
     vae_shape = load_skeleton(source, AutoencoderKL, "vae")

@@ -353,7 +353,7 @@ def make_dataset(args: argparse.Namespace, channels: int, resolution: int) -> da
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
     dataset, source = load_images(*folders, {"image_column": column}, drop_labels=True)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
-    dataset = drop_unreadable(dataset, column, source, args.max_unreadable, args.dataloader_num_workers)
+    dataset = drop_unreadable(dataset, column, source, args.max_unreadable, args.dataloader_num_workers, resolution)
     mode = "L" if channels == 1 else "RGB"
     return dataset.with_transform(partial(load_examples, column=column, mode=mode, size=resolution))
 

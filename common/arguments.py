@@ -175,7 +175,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
 def add_caption_arguments(groups: dict[str, argparse._ArgumentGroup]) -> None:
     """Add the flags that scripts which train on captions share, to the groups of [`add_shared_arguments`]."""
     data, kd, training, logs = (groups[name] for name in ("data", "distillation", "training", "logging"))
-    data.add_argument("--train_data_dir", help="folder of images with captions in its metadata.jsonl")
+    data.add_argument("--train_data_dir", help="folder of images with captions: metadata.jsonl, or a.txt beside a.jpg")
     data.add_argument("--caption_column", default="text", help="column of the captions")
     data.add_argument("--resolution", type=int, help="side of the training images (default: the teacher's)")
     data.add_argument(
@@ -186,7 +186,9 @@ def add_caption_arguments(groups: dict[str, argparse._ArgumentGroup]) -> None:
     kd.add_argument("--lambda_kd_output", type=float, default=1.0, help="weight of the output term")
     training.add_argument("--lora_rank", type=int, default=0, help="train LoRA adapters of this rank, not the weights")
     logs.add_argument(
-        "--validation_prompts", nargs="+", help="rows of the sample grid (default: captions of the first four images)"
+        "--validation_prompts",
+        nargs="+",
+        help="rows of the sample grid, or a .txt file with one a line (default: captions of the first four images)",
     )
     logs.add_argument("--num_inference_steps", type=int, default=28, help="steps of the teacher's sampler per sample")
     logs.add_argument("--guidance_scale", type=float, default=7.0, help="classifier-free guidance of the samples")

@@ -6,11 +6,9 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""Where do the images, captions and labels come from, and which of them can be used?"""
+"""Where do the images and labels come from, and which of them can be used?"""
 
 import io
-import os
-from collections.abc import Callable
 from typing import Any
 
 from common.arguments import fail, first_line
@@ -18,7 +16,6 @@ from common.arguments import fail, first_line
 import datasets
 import torch
 from accelerate.logging import get_logger
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
@@ -53,6 +50,8 @@ def load_images(
             dataset = datasets.load_dataset(dataset_name, dataset_config_name, split="train", cache_dir=cache_dir)
         else:
             source, hint = f"--train_data_dir {train_data_dir}", ", or give it in the folder's metadata.jsonl"
+            if "caption_column" in columns:
+                hint += ", or in a .txt file beside each image"
             dataset = datasets.load_dataset(
                 "imagefolder", data_dir=train_data_dir, split="train", cache_dir=cache_dir, **options
             )
@@ -73,18 +72,10 @@ def choose_samples(dataset: datasets.Dataset, count: int | None, seed: int) -> d
     return dataset.shuffle(seed=seed).select(range(count))
 
 
-def drop_uncaptioned(
-    dataset: datasets.Dataset, image_column: str, caption_column: str, source: str, max_unreadable: float
-) -> datasets.Dataset:
-    """The dataset without the images whose caption is missing or empty; see [`drop_rows`]."""
-    empty = [row for row, text in enumerate(dataset[caption_column]) if not (text or "").strip()]
-    return drop_rows(dataset, empty, image_column, "have no caption", source, max_unreadable)
-
-
 def drop_unreadable(
-    dataset: datasets.Dataset, column: str, source: str, max_unreadable: float, num_workers: int
+    dataset: datasets.Dataset, column: str, source: str, max_unreadable: float, num_workers: int, size: int
 ) -> datasets.Dataset:
-    """The dataset without the images that do not decode; see [`drop_rows`].
+    """The dataset without the images that do not decode, see [`drop_rows`]; it says how many will be enlarged.
 
     The check decodes each image once. `datasets` keeps its result, so later runs on the same files do not repeat it.
 
@@ -94,15 +85,21 @@ def drop_unreadable(
         source: The flag and value the data came from, for messages.
         max_unreadable: The largest share of the images that may be dropped.
         num_workers: Processes that decode, 0 for this one.
+        size: Side of the training images.
     """
     checked = dataset.map(
-        _is_readable,
+        _shorter_side,
         input_columns=column,
         remove_columns=dataset.column_names,
         num_proc=num_workers or None,
         desc="Checking images",
     )
-    unreadable = [index for index, readable in enumerate(checked["readable"]) if not readable]
+    sides = list(checked["side"])
+    small = [side for side in sides if 0 < side < size]
+    if small:
+        found = f"{len(small)} of {len(sides)} images ({len(small) / len(sides):.1%}) are smaller than {size} pixels"
+        logger.warning(f"{found} and will be enlarged; the smallest side is {min(small)}")
+    unreadable = [index for index, side in enumerate(sides) if side == 0]
     return drop_rows(dataset, unreadable, column, "cannot be read", source, max_unreadable)
 
 
@@ -186,27 +183,12 @@ def drop_rows(
         return dataset
     paths = [(dataset[index][column] or {}).get("path") for index in rows[:10]]
     names = ", ".join(path or f"row {index}" for path, index in zip(paths, rows))
-    _report_dropped(len(rows), len(dataset), names, problem, source, max_unreadable)
+    report_dropped(len(rows), len(dataset), names, problem, source, max_unreadable)
     return dataset.select(sorted(set(range(len(dataset))) - set(rows)))
 
 
-def report_unlisted(dataset: datasets.Dataset, column: str, source: str, max_unreadable: float) -> None:
-    """Name the images that a folder holds and its metadata does not list: `datasets` drops them in silence.
-
-    Args:
-        dataset: The undecoded images of a folder; see [`drop_rows`] for the rest.
-    """
-    listed = {record["path"] for record in dataset[column]}
-    folders = sorted(filter(os.path.isdir, {os.path.dirname(path) for path in listed}))  # not inside archives
-    found = (os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder)))
-    suffixes = tuple(ImageFolder.EXTENSIONS)
-    unlisted = [path for path in found if path.lower().endswith(suffixes) and path not in listed]
-    if unlisted:
-        total, names = len(listed) + len(unlisted), ", ".join(unlisted[:10])
-        _report_dropped(len(unlisted), total, names, "have no caption", source, max_unreadable)
-
-
-def _report_dropped(count: int, total: int, names: str, problem: str, source: str, max_unreadable: float) -> None:
+def report_dropped(count: int, total: int, names: str, problem: str, source: str, max_unreadable: float) -> None:
+    """Say which images are skipped; too many of them end the run. See [`drop_rows`]."""
     if count > max_unreadable * total:
         found = f"{count} of {total} images {problem}: {names}"
         fail(f"{source}: {found}; repair or remove them, or raise --max_unreadable {max_unreadable}")
@@ -222,24 +204,18 @@ def open_image(record: dict[str, Any], mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _is_readable(record: dict[str, Any]) -> dict[str, bool]:
+def _shorter_side(record: dict[str, Any]) -> dict[str, int]:
+    """In pixels; 0 of an image that does not decode."""
     try:
-        open_image(record, "RGB")
+        return {"side": min(open_image(record, "RGB").size)}
     except Exception:  # decoders raise anything on damaged files
-        return {"readable": False}
-    return {"readable": True}
+        return {"side": 0}
 
 
 def load_pixels(records: list[dict[str, Any]], mode: str, size: int) -> list[torch.Tensor]:
     """Decode undecoded records, resize the shorter side and crop the centre: uint8 tensors (channels, size, size)."""
     transform = v2.Compose([v2.Resize(size, v2.InterpolationMode.LANCZOS), v2.CenterCrop(size), v2.PILToTensor()])
     return [transform(open_image(record, mode)) for record in records]
-
-
-def count_longer(captions: list[str], tokenizer: Callable, limit: int) -> int:
-    """How many captions have more than `limit` tokens."""
-    batches = (captions[start : start + 10_000] for start in range(0, len(captions), 10_000))
-    return sum(len(ids) > limit for batch in batches for ids in tokenizer(batch, verbose=False)["input_ids"])
 
 
 def flip_views(images: torch.Tensor, both: bool) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from common.arguments import fail
 from common.cache import JoinedDataset, identify
-from common.data import count_longer
+from common.captions import count_longer
 from common.teachers import TeacherSource, load_from, load_frozen, load_part
 
 import datasets

@@ -44,11 +44,18 @@ class TeacherSource(NamedTuple):
     revision: str | None  # --teacher_revision
     variant: str | None  # --variant
     expected: str  # the remedy where something else is there, e.g. "pass a DDPM pipeline"
+    converter: str | None = None  # the pipeline class of Diffusers that reads a single file, if one does
 
 
 def load_from(source: TeacherSource, load: Callable, **options: Any) -> Any:
     """`load(source.path, **options)`, a `from_pretrained` or `load_config`; its error says what is wrong."""
     path, folder = source.path, Path(source.path)
+    if folder.is_file():
+        remedy = source.expected
+        if source.converter is not None:
+            convert = f"{source.converter}.from_single_file({path!r}).save_pretrained('teacher')"
+            remedy = f"convert it once in Python, by diffusers.{convert}, then pass the folder teacher"
+        fail(f"--pretrained_teacher_model {path} is a single file and no folder; {remedy}")
     if not folder.is_dir() and (folder.is_absolute() or path.startswith(".") or path.count("/") > 1):
         fail(f"--pretrained_teacher_model {path} is no folder; {source.expected}")
     try:

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 import train_lift_unet
@@ -287,6 +288,31 @@ def test_images_are_checked_once(load, damaged, monkeypatch):
     assert len(load(*flags)) == 16 and len(opened) == 20
     halves().save(damaged / "zero.png")
     assert len(load(*flags)) == 17 and len(opened) == 40
+
+
+# -------------------------------------------------------------------------------------------------------- small images
+
+
+def test_images_that_will_be_enlarged_are_counted(load, images, tmp_path, caplog):
+    """The shorter side decides, of the image as it stands upright; one that cannot be read is not small."""
+    PartialState()  # which the logger needs
+    folder = shutil.copytree(images, tmp_path / "mixed")
+    halves(40, 12).save(folder / "wide.png")
+    halves(9, 40).save(folder / "tall.png")
+    (folder / "torn.png").write_bytes(b"no image")
+
+    def said(*flags, **options) -> list[str]:
+        caplog.clear()
+        load("--train_data_dir", folder, "--max_unreadable", 0.1, *flags, **options)
+        return [record.getMessage().removeprefix("[RANK 0] ") for record in caplog.records]
+
+    for _ in range(2):  # the second time by what the first has kept
+        assert said() == [
+            "2 of 99 images (2.0%) are smaller than 16 pixels and will be enlarged; the smallest side is 9"
+        ]
+    assert said(resolution=8) == []
+    (line,) = said(resolution=32)
+    assert line.startswith("98 of 99 images (99.0%) are smaller than 32 pixels")
 
 
 # ------------------------------------------------------------------------------------------------------------ the flip

@@ -152,6 +152,10 @@ INPUTS: dict[str, Callable[[Path], Any] | dict | str | bytes] = {
     "other_npz": lambda path: np.savez(path, mu=np.zeros(5), sigma=np.eye(5)),
     "keyed_npz": lambda path: np.savez(path, mu=np.zeros(12), sigma=np.eye(12), key=np.array("[1]")),
     "torn_npz": b"PK\x03\x04",
+    "one_safetensors": b"\x80\xff\x00",
+    "blank_txt": "\n \n",
+    "binary_txt": b"\x80\xff\x00",
+    "folder_txt": lambda path: write_tree({"a": ""}, path),
     "prompts": "a bag\na sneaker\n",
     "gap": "a bag\n\na sneaker\n",
     "prompted": {**COLOURED, "manifest.json": {"num_images": 6, "prompts": ["a bag"]}},
@@ -482,6 +486,12 @@ DAMAGED_DATA = [
     (CAPTIONED, {"0.png": None}, "", "--train_data_dir {it}", "1 of 6 images cannot be read", "0.png"),
     (SD, {"0.png": 60, "1.png": 60}, "--max_unreadable 0.2", "2 of 6 images cannot be read", "1.png"),
     ((UNET, SD), {}, "--output_dir {it}", "--output_dir {it}", "--train_data_dir"),
+    (SD, {"metadata.jsonl": None, "0.txt": "a bag"}, "", "5 of 6 images have no caption: {it}/1.png, {it}/2.png"),
+    (SD3, {"metadata.jsonl": None, "0.txt": b"\xff\xfea"}, "", "{it}/0.txt cannot be read: 'utf-8' codec"),
+    (SD, {"metadata.jsonl": None, "0.txt": Path.mkdir, "1.txt": "a bag"}, "", "{it}/0.txt cannot be read: [Errno 21]"),
+    (CAPTIONED, {"metadata.jsonl": None, "0.txt": " "}, COLUMN, "text is not in the data", ".txt file beside each"),
+    (SD, {"metadata.jsonl": None, "0.txt": "a bag"}, "--caption_column image", "pass a column of strings"),
+    (SD, {"metadata.jsonl": None, "0.txt": "a bag"}, "--image_column x", "--image_column x is not in the data"),
     (UNET, {"0.png": "no image"}, "", "1 of 6 images cannot be read", "or raise --max_unreadable 0.01"),
     (DIT, {"coat/0.png": 60}, "", "--train_data_dir {it}", "1 of 6 images cannot be read", "coat/0.png"),
     (DIT, {"bag/metadata.jsonl": "{"}, "", "--train_data_dir {it} does not load"),
@@ -660,11 +670,18 @@ CASES = [
     (SD3, "--resolution 128", "more patches than the teacher's 8; pass 64 at most"),
     (UNET, "--group_size 24", "--group_size 24", "does not divide the 256 elements"),
     (LATENT, "--group_size 24", "--group_size 24", "does not divide the 64 elements"),
+    # prompts
+    (CAPTIONED, "--validation_prompts none.txt", "--validation_prompts none.txt is no file; pass a text file"),
+    (SD, "--validation_prompts {folder_txt}", "--validation_prompts {folder_txt} is no file"),
+    (SD3, "--validation_prompts bag {blank_txt}", "--validation_prompts {blank_txt} is empty; put a prompt on"),
+    (SD, "--validation_prompts {binary_txt}", "--validation_prompts {binary_txt} cannot be read: 'utf-8' codec"),
     # teachers
     (ALL, "--pretrained_teacher_model /no/such/teacher", "is no folder; pass a"),
     ((UNET, SD3), "--pretrained_teacher_model {empty}", "does not load"),
     ((UNET, SD), "--pretrained_teacher_model {digits}", "does not load"),
-    ((UNET, DIT), "--pretrained_teacher_model {file}"),
+    ((UNET, DIT), "--pretrained_teacher_model {file}", "is a single file and no folder; pass a"),
+    (SD, "--pretrained_teacher_model {one_safetensors}", "diffusers.StableDiffusionPipeline.from_single_file("),
+    (SD3, "--pretrained_teacher_model {one_safetensors}", "diffusers.StableDiffusion3Pipeline.from_single_file("),
     ((SD, DIT), "--pretrained_teacher_model nobody/nothing", "does not load"),
     (UNET, "--pretrained_teacher_model nobody", "does not load"),
     (SD3, "--pretrained_teacher_model a/b/c/d", "is no folder"),
@@ -907,7 +924,7 @@ class Laboratory:
             return self.earlier_run(script, name)
         if name == "generated":
             return self.earlier_run(GENERATE, "run")
-        path = self.root / re.sub(r"_(json|npz|pt)$", r".\1", name)
+        path = self.root / re.sub(r"_(json|npz|pt|txt|safetensors)$", r".\1", name)
         if not path.exists():
             content = INPUTS[name]
             if callable(content):

@@ -1,0 +1,119 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Which captions and prompts are there beside the images, and which images have no caption?"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from common.arguments import fail, first_line
+from common.data import drop_rows, load_images, report_dropped
+
+import datasets
+from accelerate.logging import get_logger
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+
+logger = get_logger(__name__)
+
+
+def load_captioned(
+    dataset_name: str | None,
+    dataset_config_name: str | None,
+    train_data_dir: str | None,
+    cache_dir: str | None,
+    columns: dict[str, str],
+    max_unreadable: float,
+) -> tuple[datasets.Dataset, str]:
+    """[`load_images`] with captions. A folder without metadata may have them in a `.txt` file beside each image.
+
+    Args:
+        columns: The values of the flags "image_column" and "caption_column".
+        max_unreadable: The largest share of the images that metadata may leave out.
+
+    Returns:
+        The dataset, and the flag it came from with its value. A caption whose file is missing is `None`.
+    """
+    folders = dataset_name, dataset_config_name, train_data_dir, cache_dir
+    if train_data_dir is None:
+        return load_images(*folders, columns)
+    image, caption = columns["image_column"], columns["caption_column"]
+    names = (name for *_, names in os.walk(train_data_dir) for name in names)
+    kinds = {name if name in ImageFolder.METADATA_FILENAMES else os.path.splitext(name)[1] for name in names}
+    metadata, has_texts = sorted(kinds.intersection(ImageFolder.METADATA_FILENAMES)), ".txt" in kinds
+    if has_texts and not metadata and caption != image:
+        dataset, source = load_images(*folders, {"image_column": image}, drop_labels=True)
+        captions = [_read_caption(os.path.splitext(record["path"])[0] + ".txt", source) for record in dataset[image]]
+        if any(captions):
+            # The fingerprint that `datasets` gives to the result follows the captions: no cache outlives a change.
+            return dataset.add_column(caption, captions, feature=datasets.Value("string")), source
+    dataset, source = load_images(*folders, columns)
+    if has_texts:
+        logger.info(f"{source}: the captions are those of {', '.join(metadata)}; .txt files are not read")
+    report_unlisted(dataset, image, source, max_unreadable)
+    return dataset, source
+
+
+def _read_caption(path: str, source: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").strip()  # Windows puts a mark at the beginning
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{source}: {path} cannot be read: {first_line(error)}; make it a text in UTF-8, or remove it")
+
+
+def read_prompts(given: list[str] | None) -> list[str] | None:
+    """The prompts of `--validation_prompts`. A value that ends in ".txt" is a file with a prompt on each line."""
+    prompts = []
+    for value in given or []:
+        if not value.endswith(".txt"):
+            prompts.append(value)
+            continue
+        subject, remedy = f"--validation_prompts {value}", "pass a text file in UTF-8 with a prompt on each line"
+        if not Path(value).is_file():
+            fail(f"{subject} is no file; {remedy}, or prompts that do not end in .txt")
+        try:
+            lines = [line.strip() for line in Path(value).read_text(encoding="utf-8-sig").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"{subject} cannot be read: {first_line(error)}; {remedy}")
+        if not any(lines):
+            fail(f"{subject} is empty; put a prompt on each line")
+        prompts += filter(None, lines)
+    return prompts or None
+
+
+def drop_uncaptioned(
+    dataset: datasets.Dataset, image_column: str, caption_column: str, source: str, max_unreadable: float
+) -> datasets.Dataset:
+    """The dataset without the images whose caption is missing or empty; see [`drop_rows`]."""
+    empty = [row for row, text in enumerate(dataset[caption_column]) if not (text or "").strip()]
+    return drop_rows(dataset, empty, image_column, "have no caption", source, max_unreadable)
+
+
+def report_unlisted(dataset: datasets.Dataset, column: str, source: str, max_unreadable: float) -> None:
+    """Name the images that a folder holds and its metadata does not list: `datasets` drops them in silence.
+
+    Args:
+        dataset: The undecoded images of a folder; see [`drop_rows`] for the rest.
+    """
+    listed = {record["path"] for record in dataset[column]}
+    folders = sorted(filter(os.path.isdir, {os.path.dirname(path) for path in listed}))  # not inside archives
+    found = (os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder)))
+    suffixes = tuple(ImageFolder.EXTENSIONS)
+    unlisted = [path for path in found if path.lower().endswith(suffixes) and path not in listed]
+    if unlisted:
+        total, names = len(listed) + len(unlisted), ", ".join(unlisted[:10])
+        report_dropped(len(unlisted), total, names, "have no caption", source, max_unreadable)
+
+
+def count_longer(captions: list[str], tokenizer: Callable, limit: int) -> int:
+    """How many captions have more than `limit` tokens."""
+    batches = (captions[start : start + 10_000] for start in range(0, len(captions), 10_000))
+    return sum(len(ids) > limit for batch in batches for ids in tokenizer(batch, verbose=False)["input_ids"])
