@@ -21,6 +21,9 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
 
+CURVES = "loss", "task", "kd", "kd_mse", "feat", "coarse", "fine", "weight", "grad_norm"  # of the card
+
+
 def save_with_variant(pipeline: DiffusionPipeline, output_dir: Path, fp16_variant: bool) -> None:
     """Save a pipeline in float32, and where asked for its fp16 variant beside that; its models change in place."""
     models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
@@ -52,8 +55,7 @@ def write_model_card(
         teacher: Its folder or Hub id; `None` where there is none.
     """
     rows = read_metrics(output_dir / "metrics.jsonl")
-    keys = [key for key in ("loss", "task", "kd", "coarse", "fine", "weight") if key in rows[-1]]
-    plot_curves({"student": rows}, keys, output_dir / "curves.png")
+    plot_curves({"student": rows}, [key for key in CURVES if key in rows[-1]], output_dir / "curves.png")
     text = "\n".join(
         [
             f"# {output_dir.resolve().name}",

@@ -71,7 +71,7 @@ class MetricsLog:
             accelerator.init_trackers("lift", flags)
         hidden = not accelerator.is_local_main_process
         self.progress_bar = tqdm(total=steps, initial=first_step, desc="Steps", disable=hidden)
-        self.first_step = first_step
+        self.first_step, self.max_grad_norm = first_step, flags["max_grad_norm"]
         self.since = self.start = time.perf_counter(), first_step
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
@@ -98,7 +98,8 @@ class MetricsLog:
         """
         means = self.means.read()
         means["skipped"], means["skipped_in_a_row"] = skipped.tolist()
-        values = {name: value for name, value in means.items() if name not in UNLOGGED} | {"lr": learning_rate}
+        values = {name: value for name, value in means.items() if name not in UNLOGGED}
+        values |= {"lr": learning_rate, "max_grad_norm": self.max_grad_norm}
         then, last_step = self.since
         self.since = time.perf_counter(), step
         values["images_per_second"] = (step - last_step) * self.images_per_step / (self.since[0] - then)
@@ -149,7 +150,10 @@ def rewind_metrics(path: Path, step: int) -> None:
 
 
 def plot_curves(runs: dict[str, list[dict[str, float]]], keys: list[str], path: Path) -> None:
-    """One small plot per metric over the steps, up to four in a row, one line per run, to a PNG."""
+    """One small plot per metric over the steps, up to four in a row, one line per run, to a PNG.
+
+    A gradient norm has a dotted line at the norm to which it is clipped.
+    """
     from matplotlib.figure import Figure
 
     columns = min(4, len(keys))
@@ -165,6 +169,8 @@ def plot_curves(runs: dict[str, list[dict[str, float]]], keys: list[str], path: 
             if points:
                 marker = "." if len(points) < 2 else None
                 (lines[name],) = axis.plot(*zip(*points), color=f"C{index}", linewidth=1, marker=marker)
+                if key == "grad_norm":
+                    axis.axhline(logged[-1].get("max_grad_norm", math.nan), color=f"C{index}", linestyle=":")
         axis.set_title(key)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

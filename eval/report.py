@@ -61,7 +61,8 @@ from lift_utils import check_group_size
 from result_tables import COLUMNS, as_markdown, is_inception, judge, list_remarks, make_tables
 
 
-CURVES = ("loss", "task", "kd", "coarse", "fine", "weight", "slope_mean", "intercept_mean")
+# What is alike in all runs: "loss", "kd", "coarse" and "fine" mean something else under every --kd_loss.
+CURVES = ("task", "kd_mse", "feat", "grad_norm", "weight", "slope_mean", "intercept_mean")
 SMOOTHING = 0.1  # each point of a curve is the mean of the last 10 % of the rows before it
 NOISE = -1  # in place of an image's number: seeds the noise of the inputs
 FIGURE = {"type": ["number", "null"]}
