@@ -45,6 +45,7 @@ from common.arguments import (
     tracked_flags,
 )
 from common.cache import JoinedDataset, cache_encodings, identify
+from common.card import write_model_card
 from common.checkpoints import prepare_output
 from common.costs import dtype_of, estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
 from common.data import (
@@ -59,7 +60,7 @@ from common.data import (
     report_unlisted,
 )
 from common.ending import Stopped, StopSignals
-from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
+from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
 from common.reporting import MetricsLog, grid_path, plot_influence, sample_grid, sample_models, save_grid
 from common.sd3_text import (
@@ -789,7 +790,7 @@ def save_pipeline(
     length = f", max_sequence_length={args.max_sequence_length}" if args.max_sequence_length != 256 else ""
     usage += f'image = pipeline("a prompt"{length}).images[0]'
     kind, tags = "A text-to-image model", ["text-to-image"]
-    write_model_card(output_dir, kind, facts + describe_run(args), usage, tags, args.pretrained_teacher_model)
+    write_model_card(output_dir, kind, facts, describe_run(args), usage, tags)
 
 
 def print_dry_run(

@@ -582,6 +582,8 @@ CASES = [
     (REPORT, "--teacher ''"),
     (REPORT, "--students ''"),
     (REPORT, "--names ''"),
+    (ALL, "--license 'Apache 2.0'", "--license Apache 2.0 is no licence's id on the Hub; pass one such as"),
+    (SD, "--license ''"),
     # which student
     ((UNET, SD3), "--student nan", "unknown"),
     (ALL, "--student tiny", "--student tiny is unknown; pass ", ".json file"),
