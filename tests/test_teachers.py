@@ -7,7 +7,7 @@ import pickle
 import shutil
 from pathlib import Path
 
-import common.hub
+import common.card
 from common.finite import first_non_finite
 from common.teachers import (
     DDPM_NOISE,
@@ -91,7 +91,7 @@ def edit(path: Path, **changes) -> Path:
 @pytest.fixture
 def distil(run, request, tmp_path, monkeypatch):
     """`distil(kind, teacher, *flags, name="student")` runs two steps of a script and returns the output folder."""
-    monkeypatch.setattr(common.hub, "plot_curves", lambda *rest: None)  # they take half of the time
+    monkeypatch.setattr(common.card, "plot_curves", lambda *rest: None)  # they take half of the time
 
     def distil_from(kind: str, teacher: Path, *flags, name: str = "student") -> Path:
         _, data, usual, _ = SCRIPTS[kind]
