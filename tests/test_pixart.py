@@ -125,6 +125,22 @@ def test_what_does_not_fit_is_said(run, pixart, captioned, tmp_path, flags, says
         run("train_lift_pixart", *source, *SHORT, *flags)
 
 
+def test_a_teacher_of_the_hub_says_an_older_class(run, pixart, captioned, tmp_path, monkeypatch):
+    """Transformer2DModel, with fields that PixArt's has lost since. The student says today's."""
+    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
+    teacher = shutil.copytree(pixart, tmp_path / "teacher")
+    for path, changes in (
+        (teacher / "model_index.json", {"transformer": ["diffusers", "Transformer2DModel"]}),
+        (teacher / "transformer" / "config.json", {"_class_name": "Transformer2DModel", "num_vector_embeds": None}),
+    ):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    flags = ("--train_data_dir", captioned, "--output_dir", tmp_path / "student", *SHORT)
+    run("train_lift_pixart", "--pretrained_teacher_model", teacher, *flags)
+    index = json.loads((tmp_path / "student" / "model_index.json").read_text())
+    assert index["transformer"] == ["diffusers", "PixArtTransformer2DModel"]
+    assert PixArtSigmaPipeline.from_pretrained(tmp_path / "student").transformer.config.num_layers == 2
+
+
 def test_dry_run(run, pixart, capsys):
     run("train_lift_pixart", "--pretrained_teacher_model", pixart, "--student", "quarter", "--dry_run")
     assert re.search(r"student: [\d,]+ parameters, [\d,]+ MACs", capsys.readouterr().out)

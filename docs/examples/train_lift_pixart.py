@@ -117,10 +117,10 @@ from lift_utils import FeatureModel, KDLoss, make_kd_loss
 
 logger = get_logger(__name__)
 
-TEACHER = "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
+TEACHER = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
 EXPECTED = f"pass a PixArt-Sigma pipeline: a folder, or a Hub id such as {TEACHER}"
 PARTS = {  # of the pipeline, and their classes where no other will do
-    "transformer": "PixArtTransformer2DModel",
+    "transformer": None,
     "vae": "AutoencoderKL",
     "text_encoder": "T5EncoderModel",
     "tokenizer": None,
@@ -183,6 +183,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def check_pipeline(source: TeacherSource) -> type[SchedulerMixin]:
     """Refuse pipelines that this script does not distil; returns the sampler's class."""
     kinds = check_parts(source, PARTS)
+    if kinds["transformer"] not in ("PixArtTransformer2DModel", "Transformer2DModel"):  # the second is its old name
+        fail(f"--pretrained_teacher_model {source.path} has a {kinds['transformer']}; {source.expected}")
     sampler = kinds["scheduler"]
     if not hasattr(diffusers, sampler):
         fail(f"--pretrained_teacher_model {source.path} has an unknown scheduler, {sampler}; {source.expected}")
@@ -196,6 +198,7 @@ def check_teacher(
     config, latents = teacher.config, vae.config.latent_channels
     width = load_from(source, T5Config.from_pretrained, subfolder="text_encoder").d_model
     fits = config.in_channels == latents and config.out_channels in (latents, 2 * latents)
+    fits = fits and config.norm_type == "ada_norm_single"
     if not fits or teacher.use_additional_conditions or config.caption_channels != width:
         what = "takes resolution and aspect ratio (as PixArt-alpha's), or other latents or captions than these"
         fail(f"--pretrained_teacher_model {source.path}: its transformer {what}; {source.expected}")
@@ -232,7 +235,7 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
 
 
 def build_student(
-    teacher: PixArtTransformer2DModel, vae: AutoencoderKL, args: argparse.Namespace
+    teacher: PixArtTransformer2DModel, args: argparse.Namespace
 ) -> tuple[PixArtTransformer2DModel, dict]:
     """The student on the meta device, and its recipe with the pairs of the feature term. All models are skeletons."""
     recipe = read_student(args.student, teacher.config.num_layers)
@@ -644,7 +647,7 @@ def main(args: argparse.Namespace) -> None:
     vae_shape = load_skeleton(source, AutoencoderKL, "vae")
     args.resolution = args.resolution or teacher_shape.config.sample_size * vae_factor(vae_shape)
     check_teacher(teacher_shape, vae_shape, args.resolution, source)
-    student_shape, recipe = build_student(teacher_shape, vae_shape, args)
+    student_shape, recipe = build_student(teacher_shape, args)
     if args.dry_run:
         return print_dry_run(student_shape, teacher_shape, vae_shape, recipe, source, args)
     scheduler, tokenizer = load_noise_schedule(source, sampler), load_tokenizer(source, args.max_sequence_length)
