@@ -48,6 +48,7 @@ from common.arguments import (
     tracked_flags,
 )
 from common.cache import cache_encodings, identify
+from common.card import write_model_card
 from common.checkpoints import prepare_output
 from common.costs import dtype_of, estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
 from common.data import (
@@ -62,7 +63,7 @@ from common.data import (
     read_classes,
 )
 from common.ending import Stopped, StopSignals
-from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
+from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
@@ -860,7 +861,7 @@ def save_pipeline(
     usage = f'from diffusers import DiTPipeline\n\npipeline = DiTPipeline.from_pretrained("{name}")\n'
     usage += f"image = pipeline(class_labels=[0], guidance_scale={guidance}).images[0]"
     kind, tags = "A class-conditional diffusion transformer", ["class-conditional-image-generation"]
-    write_model_card(output_dir, kind, facts + describe_run(args), usage, tags, args.pretrained_teacher_model)
+    write_model_card(output_dir, kind, facts, describe_run(args), usage, tags)
 
 
 def print_dry_run(

@@ -43,11 +43,12 @@ from common.arguments import (
 )
 from common.cache import cache_encodings, identify
 from common.captions import count_longer, drop_uncaptioned, load_captioned, read_prompts
+from common.card import write_model_card
 from common.checkpoints import prepare_output
 from common.costs import dtype_of, estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
 from common.data import choose_samples, drop_unreadable, flip_rows, flip_views, load_pixels, random_flips
 from common.ending import Stopped, StopSignals
-from common.hub import create_hub_repo, push_to_hub, save_with_variant, write_model_card
+from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.pruning import prune_width
@@ -638,7 +639,7 @@ def save_pipeline(
     name = args.hub_model_id or output_dir.name
     usage += f'image = StableDiffusionPipeline.from_pretrained("{name}")("a prompt").images[0]'
     kind, tags = "A text-to-image model", ["text-to-image"]
-    write_model_card(output_dir, kind, facts + describe_run(args), usage, tags, args.pretrained_teacher_model)
+    write_model_card(output_dir, kind, facts, describe_run(args), usage, tags)
 
 
 def print_dry_run(

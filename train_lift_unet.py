@@ -41,11 +41,12 @@ from common.arguments import (
     fail,
     tracked_flags,
 )
+from common.card import write_model_card
 from common.checkpoints import prepare_output
 from common.costs import estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
 from common.data import choose_samples, drop_unreadable, load_images, load_pixels
 from common.ending import Stopped, StopSignals
-from common.hub import create_hub_repo, push_to_hub, write_model_card
+from common.hub import create_hub_repo, push_to_hub
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.pruning import prune_width
@@ -501,7 +502,7 @@ def save_pipeline(
     usage = "from diffusers import DDIMPipeline\n\n"
     usage += f'image = DDIMPipeline.from_pretrained("{args.hub_model_id or output_dir.name}")().images[0]'
     kind, tags = "An unconditional diffusion model", ["unconditional-image-generation"]
-    write_model_card(output_dir, kind, facts + describe_run(args), usage, tags, args.pretrained_teacher_model)
+    write_model_card(output_dir, kind, facts, describe_run(args), usage, tags)
 
 
 def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dict, args: argparse.Namespace) -> None:

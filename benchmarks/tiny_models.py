@@ -19,7 +19,10 @@ from diffusers import (
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -68,6 +71,17 @@ TINY_SD3 = {
     "pos_embed_max_size": 8,
     "in_channels": 4,
     "out_channels": 4,
+}
+TINY_PIXART = {
+    "sample_size": 8,
+    "num_layers": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 16,
+    "caption_channels": 48,
+    "in_channels": 4,
+    "out_channels": 8,
+    "use_additional_conditions": False,
 }
 CLASS_NAMES = {0: "t-shirt, tee", 1: "trousers", 999: "ankle boot"}
 TOKENS = 24  # of a prompt for CLIP
@@ -130,6 +144,15 @@ def save_sd3_pipeline(folder: Path, absent: tuple[int, ...] = (), shift: float =
         block.norm1.linear.bias.data.normal_()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     StableDiffusion3Pipeline(model, scheduler, vae, *texts[0], *texts[1], *texts[2]).save_pretrained(folder)
+    return folder
+
+
+def save_pixart_pipeline(folder: Path, **transformer: Any) -> Path:
+    """A tiny random PixArt-Sigma pipeline: 32 pixels, four blocks, T5, a learned variance; `transformer` overrides."""
+    torch.manual_seed(0)
+    text_encoder, tokenizer = _t5(48)
+    model = PixArtTransformer2DModel(**{**TINY_PIXART, **transformer})
+    PixArtSigmaPipeline(tokenizer, text_encoder, _vae(), model, DPMSolverMultistepScheduler()).save_pretrained(folder)
     return folder
 
 

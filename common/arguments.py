@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from common.ranges import RANGES
 
@@ -168,6 +168,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     logs.add_argument("--push_to_hub", action="store_true", help="upload the student (log in first: hf auth login)")
     logs.add_argument("--hub_model_id", help="repository to push to (default: the output folder's name)")
     logs.add_argument("--hub_private_repo", action="store_true", help="make that repository private")
+    logs.add_argument(
+        "--license", help="of the student, as the Hub calls it, e.g. apache-2.0 (default: the teacher's)"
+    )
     logs.add_argument("--dry_run", action="store_true", help="print sizes, MACs and a memory estimate, and stop")
     return {"models": models, "data": data, "distillation": kd, "training": training, "logging": logs}
 
@@ -228,6 +231,8 @@ def check_args(args: argparse.Namespace) -> None:
                 fail(f"--output_dir {args.output_dir} is --{name}, which it would overwrite; pass another folder")
         if args.cache_dir is not None and Path(args.cache_dir).exists() and not Path(args.cache_dir).is_dir():
             fail(f"--cache_dir {args.cache_dir} is no folder; pass one, or drop the flag")
+    if args.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", args.license):
+        fail(f"--license {args.license} is no licence's id on the Hub; pass one such as apache-2.0 or openrail++")
     if args.enable_xformers_memory_efficient_attention:
         if not torch.cuda.is_available():
             fail("--enable_xformers_memory_efficient_attention needs a CUDA device; drop it: attention is SDPA then")
@@ -258,8 +263,18 @@ def tracked_flags(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in flags.items()}
 
 
-def describe_run(args: argparse.Namespace) -> list[str]:
-    """The distillation, the data and the training as lines of a model card."""
+class RunFacts(NamedTuple):
+    """What the model card says of a run by its flags."""
+
+    lines: list[str]  # of the distillation, the data and the training
+    teacher: str | None  # its folder or Hub id
+    revision: str | None  # of the teacher on the Hub
+    license: str | None  # --license
+    images: int  # that a process takes in a step
+
+
+def describe_run(args: argparse.Namespace) -> RunFacts:
+    """What a model card says of the distillation, the data and the training."""
     method = {
         "place": f"PLACE, group size {args.group_size} by {args.group_by}, {args.coarse_norm} coarse term, "
         f"{args.kd_weighting} weight",
@@ -269,9 +284,12 @@ def describe_run(args: argparse.Namespace) -> list[str]:
     }[args.kd_loss]
     weights = [f"{name} {value}" for name, value in vars(args).items() if name.startswith("lambda_")]
     average = f", weights averaged with decay {args.ema_decay}" if args.use_ema else ""
-    return [
+    part = f", {args.dataset_config_name}" if args.dataset_name and args.dataset_config_name else ""
+    images = args.train_batch_size * args.gradient_accumulation_steps
+    lines = [
         f"- Distillation: {method}; {', '.join(weights)}.",
-        f"- Data: `{args.dataset_name or Path(args.train_data_dir).name}`.",
-        f"- Training: {args.max_train_steps} steps of {args.train_batch_size * args.gradient_accumulation_steps} "
-        f"images per process, learning rate {args.learning_rate}, seed {args.seed}{average}.",
+        f"- Data: `{args.dataset_name or Path(args.train_data_dir).name}`{part}.",
+        f"- Training: {args.max_train_steps} steps of {images} images per process, learning rate "
+        f"{args.learning_rate}, seed {args.seed}{average}.",
     ]
+    return RunFacts(lines, args.pretrained_teacher_model, args.teacher_revision, args.license, images)

@@ -13,7 +13,6 @@ then renamed to `checkpoint-<step>`. A kill at any instant leaves whole checkpoi
 """
 
 import atexit
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    fail("native Windows has no such file locks as the runs take on --output_dir; use WSL2")
 
 # What a whole checkpoint has at least.
 FILES = {"state.json", "optimizer.safetensors"}
@@ -238,7 +242,9 @@ def hash_file(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Wait until a file or folder is on the disk; on native Windows, which opens no folders, a file."""
+    if os.name == "nt" and path.is_dir():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

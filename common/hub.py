@@ -6,22 +6,16 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""How is a finished student saved, what does its model card say, and how does it get to the Hub?"""
+"""How is a finished student saved, and how does it get to the Hub?"""
 
-import shlex
-import sys
 from pathlib import Path
 
 from common.arguments import fail, first_line
 from common.ending import Stopped
-from common.metrics import plot_curves, read_metrics
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
-
-
-CURVES = "loss", "task", "kd", "kd_mse", "feat", "coarse", "fine", "weight", "grad_norm"  # of the card
+from huggingface_hub import create_repo, upload_folder
 
 
 def save_with_variant(pipeline: DiffusionPipeline, output_dir: Path, fp16_variant: bool) -> None:
@@ -39,36 +33,6 @@ def save_with_variant(pipeline: DiffusionPipeline, output_dir: Path, fp16_varian
     # Transformers notes the last dtype, and would load the float32 text encoders in it.
     for path, content in configs.items():
         path.write_bytes(content)
-
-
-def write_model_card(
-    output_dir: Path, kind: str, facts: list[str], usage: str, tags: list[str], teacher: str | None
-) -> None:
-    """Write the curves and README.md: what the student is, how it was made, how to use it.
-
-    Args:
-        output_dir: With metrics.jsonl and samples.png.
-        kind: The sentence's beginning, e.g. "An unconditional diffusion model".
-        facts: What is known of teacher, student and training, a line each.
-        usage: Python code.
-        tags: For the Hub, beside those that every student gets.
-        teacher: Its folder or Hub id; `None` where there is none.
-    """
-    rows = read_metrics(output_dir / "metrics.jsonl")
-    plot_curves({"student": rows}, [key for key in CURVES if key in rows[-1]], output_dir / "curves.png")
-    text = "\n".join(
-        [
-            f"# {output_dir.resolve().name}",
-            f"\n{kind}, made with LIFT and PLACE (arXiv 2605.19729).\n",
-            *facts,
-            f"\n![Samples](samples.png)\n\n![Curves](curves.png)\n\n```python\n{usage}\n```",
-            f"\nThe command:\n\n```\n{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}\n```",
-        ]
-    )
-    base_model = teacher if teacher is not None and not Path(teacher).exists() else None
-    tags = ["diffusers", *tags, "knowledge-distillation", "lift-place"]
-    data = ModelCardData(library_name="diffusers", tags=tags, base_model=base_model)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(output_dir / "README.md")
 
 
 def create_hub_repo(repo_id: str | None, output_dir: Path, private: bool) -> str:

@@ -22,7 +22,7 @@ from common.arguments import fail, first_line
 from common.finite import first_non_finite
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderDC, AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
@@ -265,6 +265,7 @@ def freeze(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> 
     return torch.nn.Module.to(model.requires_grad_(False).eval(), dtype).to(device)
 
 
-def vae_factor(vae: AutoencoderKL) -> int:
+def vae_factor(vae: AutoencoderKL | AutoencoderDC) -> int:
     """Pixels per latent, along each side."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    ratio = getattr(vae, "spatial_compression_ratio", None)  # AutoencoderDC's own
+    return ratio or 2 ** (len(vae.config.block_out_channels) - 1)

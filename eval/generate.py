@@ -8,8 +8,9 @@
 # specific language governing permissions and limitations under the License.
 """Generate images with a diffusion pipeline so that others can reproduce them: a PNG per image, and a manifest.
 
-The model is a folder or Hub id of one of four kinds: pixel U-Net, Stable Diffusion 1.x/2.x, DiT, Stable Diffusion 3.
-By default sampler, steps and guidance are those of the kind's published protocol, listed in eval/README.md.
+The model is a folder or Hub id of a pipeline. For pixel U-Nets, Stable Diffusion 1.x/2.x, DiT and Stable Diffusion 3,
+sampler, steps and guidance are by default those of the published protocol, listed in eval/README.md. Any other
+pipeline of Diffusers that draws by prompts, by class labels or by neither makes images by its own call and defaults.
 
     accelerate launch eval/generate.py --model student --output_dir images --num_images 50000
     accelerate launch eval/generate.py --model student --output_dir images --prompt_file captions.txt --resize 256
@@ -35,7 +36,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -59,15 +60,14 @@ from common.finite import first_non_finite
 from common.teachers import DDPM_NOISE, PREDICTIONS, read_weights
 
 
-# The published protocol of each kind: the condition, the sampler, steps, guidance.
+# The published protocol of each kind: the sampler, steps, guidance.
 PROTOCOLS = {
-    "DDPMPipeline": (None, "ddim", 100, None),
-    "DDIMPipeline": (None, "ddim", 100, None),
-    "StableDiffusionPipeline": ("prompts", "pndm", 25, 7.5),
-    "DiTPipeline": ("classes", "ddpm", 250, 1.5),
-    "StableDiffusion3Pipeline": ("prompts", "euler", 28, 7.0),
+    "DDPMPipeline": ("ddim", 100, None),
+    "DDIMPipeline": ("ddim", 100, None),
+    "StableDiffusionPipeline": ("pndm", 25, 7.5),
+    "DiTPipeline": ("ddpm", 250, 1.5),
+    "StableDiffusion3Pipeline": ("euler", 28, 7.0),
 }
-T5_TOKENS = 256  # default of StableDiffusion3Pipeline
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # of Stable Diffusion 3
 # Images whose prompts are encoded at a time. Embeddings of Stable Diffusion 3 take up to 5 MiB a prompt: those of
 # 30,000 would not fit into memory.
@@ -82,7 +82,7 @@ SAMPLERS = {
     "unipc": "UniPCMultistepScheduler",
 }
 FLOW_SAMPLERS = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}
-EXPECTED = f"pass a pipeline folder or Hub id of a {', '.join(PROTOCOLS)}"
+EXPECTED = f"pass a pipeline folder or Hub id of a {', '.join(PROTOCOLS)} or another that draws by prompts or classes"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pillow")
 MANIFEST = {  # by JSON Schema: what is read from one
@@ -122,16 +122,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max_sequence_length",
         type=int,
-        help="T5 tokens of Stable Diffusion 3, as in its training (default: 256)",
+        help="tokens of T5, as in the model's training (default: the pipeline's, 256 for Stable Diffusion 3)",
     )
     parser.add_argument(
         "--dtype", default="float32", choices=tuple(DTYPES), help="dtype of the weights, but the VAE's"
     )
     parser.add_argument(
         "--vae_dtype",
-        default="float32",
         choices=tuple(DTYPES),
-        help="dtype of the VAE; a half takes half of the memory that decoding takes, and may cost a grey level or two",
+        help="dtype of the VAE (default: float32); a half halves its memory, and may cost a grey level or two",
     )
     parser.add_argument("--batch_size", type=int, default=16, help="images per batch in each process")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
@@ -198,12 +197,35 @@ def read_prompts(path: Path) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- the pipeline
 
 
+def call_of(kind: type) -> Mapping[str, inspect.Parameter]:
+    """The arguments of the call of a pipeline's class, by name."""
+    return inspect.signature(kind.__call__).parameters
+
+
+def draws(kind: type | None) -> bool:
+    """Whether a class is a pipeline that makes images of prompts, of class labels, or of nothing but noise."""
+    if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+        return False
+    takes, conditions = call_of(kind), {"prompt", "class_labels"}
+    needs = {name for name, each in takes.items() if each.default is each.empty and each.kind != each.VAR_KEYWORD}
+    conditional = not takes.keys().isdisjoint(conditions)
+    return "generator" in takes and needs <= {"self", *conditions} and (conditional or "batch_size" in takes)
+
+
+def condition_of(pipeline: DiffusionPipeline) -> str | None:
+    """What a pipeline draws: "prompts", "classes", or `None` where it is unconditional."""
+    takes = call_of(type(pipeline))
+    if "prompt" in takes:
+        return "prompts"
+    return "classes" if "class_labels" in takes and count_classes(pipeline) else None
+
+
 def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "--model") -> DiffusionPipeline:
     """Load the pipeline of `args.model`, in `--dtype` and `--vae_dtype`, to the device, with the flags' sampler.
 
     Sets the flags that were not passed to their defaults in `args`: `sampler`, `num_inference_steps`,
-    `guidance_scale`, `resolution` of a text-to-image model, and `max_sequence_length` of Stable Diffusion 3. Ends the
-    process if the model does not load or a flag does not suit it.
+    `guidance_scale`, `vae_dtype`, `resolution` of a Stable Diffusion, and `max_sequence_length` where the pipeline
+    takes it. Ends the process if the model does not load or a flag does not suit it.
 
     Args:
         args: The flags.
@@ -216,8 +238,12 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
     try:
         parts = DiffusionPipeline.load_config(source, revision=args.revision)
         kind = parts.get("_class_name") if isinstance(parts, dict) else None
-        if kind not in PROTOCOLS:
+        known = kind in PROTOCOLS
+        if not known and not draws(getattr(diffusers, str(kind), None)):
             fail(f"{flag} {source} is a {kind}; {EXPECTED}")
+        if not known and args.vae_dtype not in (None, args.dtype):
+            fail(f"--vae_dtype {args.vae_dtype} is not --dtype {args.dtype}, in which a {kind} decodes; drop the flag")
+        args.vae_dtype = args.vae_dtype or ("float32" if known else args.dtype)
         # Missing parts must be passed as None, e.g. the text encoders of Stable Diffusion 3. The safety checker is not
         # loaded: the images that it paints black would count against the model.
         absent = [name for name, part in parts.items() if part == [None, None] or name == "safety_checker"]
@@ -227,19 +253,22 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         fail(f"{flag} {source} does not load: {first_line(error)} Remedy: {EXPECTED}")
     check_model(pipeline, f"{flag} {source}")
-    condition, sampler, steps, guidance = PROTOCOLS[kind]
-    if condition is None and args.guidance_scale is not None:
+    defaults = {name: parameter.default for name, parameter in call_of(type(pipeline)).items()}
+    own = "as_saved", defaults.get("num_inference_steps"), defaults.get("guidance_scale")
+    sampler, steps, guidance = PROTOCOLS.get(kind, own)
+    if "guidance_scale" not in defaults and args.guidance_scale is not None:
         fail(f"--guidance_scale {args.guidance_scale} is for prompts and classes; {source} has none, drop the flag")
-    if condition != "prompts" and args.resolution is not None:
+    if "height" not in defaults and args.resolution is not None:
         fail(f"--resolution {args.resolution} is for text-to-image models; {source} has one size, pass --resize")
-    if kind == "StableDiffusion3Pipeline":
-        args.max_sequence_length = args.max_sequence_length or T5_TOKENS
+    if "max_sequence_length" in defaults:
+        args.max_sequence_length = args.max_sequence_length or defaults["max_sequence_length"]
     elif args.max_sequence_length is not None:
-        fail(f"--max_sequence_length {args.max_sequence_length} is for Stable Diffusion 3; drop the flag")
+        what = f"--max_sequence_length {args.max_sequence_length}"
+        fail(f"{what} is for Stable Diffusion 3 and others that take it; drop the flag")
     args.sampler = args.sampler or sampler
     args.num_inference_steps = args.num_inference_steps or steps
     args.guidance_scale = guidance if args.guidance_scale is None else args.guidance_scale
-    if condition == "prompts":
+    if known and condition_of(pipeline) == "prompts":
         factor = pipeline.vae_scale_factor
         args.resolution = args.resolution or denoiser(pipeline).config.sample_size * factor
         if args.resolution % (2 * factor):
@@ -263,17 +292,25 @@ def check_model(pipeline: DiffusionPipeline, subject: str) -> None:
         broken = first_non_finite(part.state_dict()) if isinstance(part, torch.nn.Module) else None
         if broken is not None:
             fail(f"{subject}: its {name} has weights that are not finite ({broken} …); pass a model that is whole")
-    size = denoiser(pipeline).config.sample_size
+    known, scheduled = type(pipeline).__name__ in PROTOCOLS, hasattr(pipeline, "scheduler")
+    if not scheduled or not (hasattr(pipeline, "unet") or hasattr(pipeline, "transformer")):
+        fail(f"{subject} is a {type(pipeline).__name__} without a scheduler, U-Net or transformer; {EXPECTED}")
+    size = denoiser(pipeline).config.get("sample_size")
     sides = size if isinstance(size, (list, tuple)) else [size]
-    if not all(isinstance(side, int) and side > 0 for side in sides):
+    if (known or size is not None) and not all(isinstance(side, int) and side > 0 for side in sides):
         fail(f"{subject} has {size!r} as the sample_size of its config; correct it")
     config, kind = pipeline.scheduler.config, type(pipeline.scheduler).__name__
     if config.get("stochastic_sampling"):
         fail(f"{subject} has a {kind} with stochastic_sampling, whose noise cannot be seeded per image; switch it off")
-    if not hasattr(pipeline, "text_encoder_3"):
+    if known and not is_sd3(pipeline):
         predicts = config.get("prediction_type", "epsilon")
         if kind not in DDPM_NOISE or predicts not in PREDICTIONS:
             fail(f"{subject} has a {kind} that predicts {predicts}; pass a model with a scheduler such as DDPM's")
+
+
+def is_sd3(pipeline: DiffusionPipeline) -> bool:
+    """Whether it is a Stable Diffusion 3, whose prompts are encoded apart; others have three text encoders, too."""
+    return type(pipeline).__name__ == "StableDiffusion3Pipeline"
 
 
 def denoiser(pipeline: DiffusionPipeline) -> torch.nn.Module:
@@ -283,11 +320,14 @@ def denoiser(pipeline: DiffusionPipeline) -> torch.nn.Module:
 
 def make_sampler(pipeline: DiffusionPipeline, name: str) -> SchedulerMixin:
     """The sampler of this name, with the noise schedule that was saved with the pipeline."""
-    config, flow = pipeline.scheduler.config, hasattr(pipeline, "text_encoder_3")
+    config, kind = pipeline.scheduler.config, type(pipeline.scheduler).__name__
+    flow = is_sd3(pipeline) or kind.startswith("FlowMatch")
     if name == "as_saved":
         return pipeline.scheduler
     if flow and name not in FLOW_SAMPLERS:
         fail(f"--sampler {name} is not for flow matching; pass as_saved, {' or '.join(FLOW_SAMPLERS)}")
+    if not flow and kind not in DDPM_NOISE:
+        fail(f"--sampler {name} does not go on with the noise of a {kind}; pass as_saved")
     changes = {}
     if hasattr(pipeline, "vae") and not flow and "clip_sample" not in config:
         changes["clip_sample"] = False  # DDIM and DDPM clip by default, but latents have no bounds
@@ -299,17 +339,23 @@ def make_sampler(pipeline: DiffusionPipeline, name: str) -> SchedulerMixin:
 
 
 def learns_variance(pipeline: DiffusionPipeline) -> bool:
-    """Whether the model is a DiT that predicts the variance too."""
-    config = pipeline.transformer.config if hasattr(pipeline, "transformer") else None
+    """Whether the model is a DiT that predicts the variance too. Other pipelines take it off by themselves."""
+    config = pipeline.transformer.config if type(pipeline).__name__ == "DiTPipeline" else None
     return config is not None and config.out_channels == 2 * config.in_channels
+
+
+def count_classes(pipeline: DiffusionPipeline) -> int | None:
+    """How many classes a model was trained with; `None` or 0 for none."""
+    config = denoiser(pipeline).config
+    return config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
 
 
 def find_classes(pipeline: DiffusionPipeline, classes: list[str] | None) -> list[int]:
     """The numbers of the classes, which are given as numbers or names; all of the pipeline's for `None`."""
-    count = pipeline.transformer.config.num_embeds_ada_norm
+    count, labels = count_classes(pipeline), getattr(pipeline, "labels", {})
     if classes is None:
-        return sorted(set(pipeline.labels.values())) or list(range(count))
-    numbers = [int(entry) if entry.isdecimal() else pipeline.labels.get(entry, -1) for entry in classes]
+        return sorted(set(labels.values())) or list(range(count))
+    numbers = [int(entry) if entry.isdecimal() else labels.get(entry, -1) for entry in classes]
     for entry, number in zip(classes, numbers):
         if not 0 <= number < count:
             fail(f"--classes {entry} is not a class of the model; pass numbers below {count}, or names of its classes")
@@ -318,7 +364,7 @@ def find_classes(pipeline: DiffusionPipeline, classes: list[str] | None) -> list
 
 def find_conditions(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list | None:
     """The prompts or the class numbers for the images, `None` for an unconditional model."""
-    condition = PROTOCOLS[type(pipeline).__name__][0]
+    condition = condition_of(pipeline)
     for flag, needed in (("prompt_file", "prompts"), ("classes", "classes")):
         value = getattr(args, flag)
         if value is not None and condition != needed:
@@ -362,7 +408,7 @@ def encode_prompts(
 
 def take_text_encoders(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """Take the text encoders out of a Stable Diffusion 3 pipeline; by name. Of other pipelines, none."""
-    if not hasattr(pipeline, "text_encoder_3"):
+    if not is_sd3(pipeline):
         return {}
     encoders = {name: getattr(pipeline, name) for name in TEXT_ENCODERS if getattr(pipeline, name) is not None}
     for name in encoders:
@@ -421,8 +467,10 @@ def generate_images(
     """
     generators = [seeded(args.seed, index) for index in indices]
     batch = conditions and [conditions[index % len(conditions)] for index in indices]
+    if type(pipeline).__name__ not in PROTOCOLS:
+        return resize_images(call_pipeline(pipeline, batch, generators, args), args.resize)
     if hasattr(pipeline, "text_encoder"):
-        if hasattr(pipeline, "text_encoder_3"):
+        if is_sd3(pipeline):
             texts = texts or encode_prompts(pipeline, list(dict.fromkeys(batch)), args)
             prompts = choose_texts(texts, batch, args.guidance_scale, denoiser(pipeline).device)
         else:
@@ -456,9 +504,39 @@ def generate_images(
         if hasattr(pipeline, "vae"):
             pixels = decode(pipeline.vae, pixels)
     images = pipeline.numpy_to_pil((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
-    if args.resize is not None:
-        images = [image.resize((args.resize, args.resize), Image.Resampling.BICUBIC) for image in images]
-    return images
+    return resize_images(images, args.resize)
+
+
+def resize_images(images: list[Image.Image], side: int | None) -> list[Image.Image]:
+    """The images at `--resize`; as they are for `None`."""
+    return images if side is None else [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
+
+
+def call_pipeline(
+    pipeline: DiffusionPipeline, batch: list | None, generators: list[torch.Generator], args: argparse.Namespace
+) -> list[Image.Image]:
+    """Images by the pipeline's own call, for the kinds without a protocol here.
+
+    Args:
+        batch: A prompt or a class number per image; `None` for none.
+        generators: One per image.
+        args: As for [`generate_images`].
+    """
+    flags = ("num_inference_steps", "guidance_scale", "max_sequence_length")
+    settings = {
+        **{flag: getattr(args, flag) for flag in flags},
+        **dict.fromkeys(("height", "width"), args.resolution),
+        **dict.fromkeys(("prompt", "class_labels"), batch),
+        "use_resolution_binning": False,  # it would round --resolution to a size of its own
+        "batch_size": len(generators),
+        "generator": generators,
+    }
+    takes = call_of(type(pipeline))
+    settings = {name: value for name, value in settings.items() if name in takes and value is not None}
+    try:
+        return pipeline(**settings).images
+    except (ValueError, TypeError, AttributeError) as error:  # it needs an image, say, or makes a video
+        fail(f"--model {args.model} makes no images as a {type(pipeline).__name__}: {first_line(error)}; {EXPECTED}")
 
 
 def choose_texts(
@@ -602,7 +680,7 @@ def make_manifest(
         **{flag: getattr(args, flag) for flag in (*flags, "resolution", "resize", "max_sequence_length")},
         "vae_dtype": args.vae_dtype if hasattr(pipeline, "vae") else None,
         "scheduler": {"class": type(pipeline.scheduler).__name__, **scheduler},
-        **({PROTOCOLS[type(pipeline).__name__][0]: conditions} if conditions else {}),
+        **({condition_of(pipeline): conditions} if conditions else {}),
         "device": f"{device.type}: {name}",
         "versions": {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}},
     }

@@ -537,6 +537,9 @@ def compare_models(models: dict[str, str], args: argparse.Namespace) -> Comparis
     for name, model in models.items():
         flags = flags_of(model, args)
         pipeline = generate.load_pipeline(flags, pick_device(), flag_of(name))
+        if type(pipeline).__name__ not in generate.PROTOCOLS:
+            kinds = ", ".join(generate.PROTOCOLS)
+            fail(f"{flag_of(name)} {model} is a {type(pipeline).__name__}; the report takes {kinds}: pass one of them")
         conditions = generate.find_conditions(pipeline, flags)
         samples = generate.generate_images(pipeline, list(range(args.columns)), conditions, flags)
         kind = prediction_kind(pipeline)

@@ -13,10 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+import common.card
 import common.data
-import common.hub
 from common.checkpoints import (
     find_checkpoint,
+    flush,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
@@ -30,7 +31,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from conftest import ROOT
+from conftest import ROOT, run_file
 from safetensors.torch import load_file
 
 import train_lift_unet
@@ -68,7 +69,7 @@ def command(teacher, images):
 @pytest.fixture
 def distil(run, command, tmp_path, monkeypatch):
     """`distil("name", *flags)` runs it and returns the output folder. The curves take half of the time: left out."""
-    monkeypatch.setattr(common.hub, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
 
     def distil_into(name: str, *flags) -> Path:
         run("train_lift_unet", *command(tmp_path / name, *flags))
@@ -325,6 +326,23 @@ def test_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     inodes = {path.stat().st_ino for path in (folder, *folder.iterdir())}
     assert len(inodes) == 4 and inodes <= {inode for inode, after in synced if not after}
     assert (tmp_path.stat().st_ino, True) in synced
+
+
+def test_native_windows(tmp_path, monkeypatch):
+    """A script ends with one line, and what has been adapted to do without locks opens no folder."""
+    code = "import sys; sys.modules['fcntl'] = None; import train_lift_unet"
+    finished = run_file("-c", code)
+    assert finished.returncode == 1 and "Traceback" not in finished.stdout
+    assert finished.stdout.splitlines()[-1].startswith("error: native Windows") and "use WSL2" in finished.stdout
+
+    opened, open_file, file = [], os.open, tmp_path / "a"
+    file.write_text("a")
+    monkeypatch.setattr(os, "open", lambda path, flags: opened.append(path) or open_file(path, flags))
+    monkeypatch.setattr(os, "name", "nt")
+    flush(tmp_path)
+    assert opened == []
+    flush(file)
+    assert opened == [file]
 
 
 # ------------------------------------------------------------------------------------------------- damaged and foreign

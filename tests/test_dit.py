@@ -6,7 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
-import common.hub
+import common.card
 import common.reporting
 from common.students import spaced_blocks
 from common.training import seed_step
@@ -45,7 +45,7 @@ def distil(run, dit_teacher, articles, tmp_path, monkeypatch):
 
     Without a flag that says otherwise the student is d4: every second of the eight blocks.
     """
-    monkeypatch.setattr(common.hub, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
 
     def distil_into(*flags, output_dir=tmp_path / "student") -> Path:
         source = [*("--pretrained_teacher_model", dit_teacher, "--train_data_dir", articles)]

@@ -26,7 +26,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fork_server import make_fork_server, start_run
-from tiny_models import save_dit_pipeline, save_pixel_pipeline, save_sd3_pipeline, save_sd_pipeline
+from tiny_models import (
+    save_dit_pipeline,
+    save_pixart_pipeline,
+    save_pixel_pipeline,
+    save_sd3_pipeline,
+    save_sd_pipeline,
+)
 
 
 UNET, SD, DIT, SD3 = (f"train_lift_{kind}" for kind in ("unet", "sd21", "dit", "sd3"))
@@ -128,6 +134,7 @@ INPUTS: dict[str, Callable[[Path], Any] | dict | str | bytes] = {
         down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
         up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
     ),
+    "pixart": save_pixart_pipeline,
     "triple": partial(save_dit_pipeline, out_channels=12),
     "digits": PICTURES,
     "captioned": {**COLOURED, "metadata.jsonl": rows(*CAPTIONS)},
@@ -597,6 +604,8 @@ CASES = [
     (REPORT, "--teacher ''"),
     (REPORT, "--students ''"),
     (REPORT, "--names ''"),
+    (ALL, "--license 'Apache 2.0'", "--license Apache 2.0 is no licence's id on the Hub; pass one such as"),
+    (SD, "--license ''"),
     # which student
     ((UNET, SD3), "--student nan", "unknown"),
     (ALL, "--student tiny", "--student tiny is unknown; pass ", ".json file"),
@@ -750,6 +759,9 @@ CASES = [
     (GENERATE, "--resolution 32", "--resolution 32 is for text-to-image"),
     (GENERATE, "--prompt_file {prompts}", "is unconditional; drop the flag"),
     (GENERATE, "--classes 1", "--classes 1", "is unconditional; drop the flag"),
+    (GENERATE, "--model {pixart}", "--prompt_file is missing"),
+    (GENERATE, "--model {pixart} --vae_dtype float16", "--vae_dtype float16 is not --dtype float32"),
+    (REPORT, "--teacher {pixart} --prompt_file {prompts}", "is a PixArtSigmaPipeline; the report takes", "pass one"),
     (GENERATE, "--variant nosuch", "--model {teacher} does not load"),
     (GENERATE, "--output_dir {file}", "cannot be written to"),
     (GENERATE, "--output_dir {file}/images", "cannot be written to"),

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-import common.hub
+import common.card
 import common.sd3_text
 from common.adapters import add_adapters
 from common.sd3_text import CLIPS, T5, TEXT_ENCODERS, TextEncoders, TextLayout, join_text, load_tokenizer, tokenize
@@ -55,7 +55,7 @@ def cache(tmp_path_factory) -> Path:
 def distil(run, sd3_teacher, captioned, cache, tmp_path, monkeypatch):
     """`distil(*flags)` runs three steps into a new folder and returns it."""
     # What takes the time of tiny runs: curves, drawn in the test that launches the script, and garbage collection.
-    monkeypatch.setattr(common.hub, "plot_curves", lambda *rest: None)
+    monkeypatch.setattr(common.card, "plot_curves", lambda *rest: None)
     gc.freeze()
 
     def distil_into(*flags, output_dir=tmp_path / "student") -> Path:

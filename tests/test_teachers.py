@@ -7,7 +7,7 @@ import pickle
 import shutil
 from pathlib import Path
 
-import common.hub
+import common.card
 from common.finite import first_non_finite
 from common.teachers import (
     DDPM_NOISE,
@@ -16,6 +16,7 @@ from common.teachers import (
     load_noise_schedule,
     load_part,
     load_weights,
+    vae_factor,
 )
 
 import numpy as np
@@ -23,6 +24,7 @@ import pytest
 import torch
 from conftest import run_file
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
@@ -91,7 +93,7 @@ def edit(path: Path, **changes) -> Path:
 @pytest.fixture
 def distil(run, request, tmp_path, monkeypatch):
     """`distil(kind, teacher, *flags, name="student")` runs two steps of a script and returns the output folder."""
-    monkeypatch.setattr(common.hub, "plot_curves", lambda *rest: None)  # they take half of the time
+    monkeypatch.setattr(common.card, "plot_curves", lambda *rest: None)  # they take half of the time
 
     def distil_from(kind: str, teacher: Path, *flags, name: str = "student") -> Path:
         _, data, usual, _ = SCRIPTS[kind]
@@ -478,6 +480,17 @@ def test_weights_too_large_for_half_precision(tmp_path):
         line = one_line(load_frozen, source_of(teacher), kind, part, cpu, torch.float16)
         assert f"its {part} has weights that are not finite ({key} …)" in line
         assert "pass --mixed_precision bf16 or no" in line
+
+
+def test_pixels_per_latent():
+    """Of AutoencoderKL, and of the deep compression autoencoder, which names its levels otherwise."""
+    levels = {"encoder_block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8)}
+    layers = {"encoder_layers_per_block": (1,) * 4, "decoder_layers_per_block": (1,) * 4}
+    attention = {"encoder_qkv_multiscales": ((),) * 4, "decoder_qkv_multiscales": ((),) * 4}
+    vae = AutoencoderDC(latent_channels=4, attention_head_dim=8, **levels, **layers, **attention)
+    latents = vae.encode(torch.zeros(1, 3, 32, 32)).latent
+    assert vae_factor(vae) == 32 // latents.shape[-1] == 8
+    assert vae_factor(AutoencoderKL(block_out_channels=[8, 8, 8], norm_num_groups=4)) == 4
 
 
 def test_first_non_finite(monkeypatch):

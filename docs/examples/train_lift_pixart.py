@@ -1,0 +1,782 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Distil PixArt-Sigma (PixArtTransformer2DModel) into a shallower transformer with LIFT and PLACE.
+
+An example of docs/adapting.md: train_lift_sd21.py for another pipeline. The student keeps some of the teacher's
+blocks. It learns from images with captions, from the teacher's prediction and from the teacher's block outputs. The
+folder that comes out is a whole pipeline: `PixArtSigmaPipeline.from_pretrained`. Copy the script beside lift_utils.py
+and common/:
+
+    accelerate launch --mixed_precision bf16 train_lift_pixart.py --student half --train_data_dir images \\
+        --cache_latents --use_8bit_adam --gradient_checkpointing --output_dir pixart-half
+
+`images` holds pictures and a metadata.jsonl with a line {"file_name": "a.jpg", "text": "a caption"} for each. T5's
+attention mask goes with the embeddings, into the cache and into each forward pass. A model with a learned variance has
+twice as many output channels as latents: LIFT or PLACE compares the noise, and the variance, which PixArtSigmaPipeline
+does not use, follows the teacher's.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from common.arguments import (
+    HelpFormatter,
+    add_caption_arguments,
+    add_shared_arguments,
+    check_args,
+    describe_run,
+    end_in_one_line,
+    fail,
+    tracked_flags,
+)
+from common.cache import cache_encodings, identify
+from common.captions import count_longer, drop_uncaptioned, load_captioned, read_prompts
+from common.card import write_model_card
+from common.checkpoints import prepare_output
+from common.costs import dtype_of, estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
+from common.data import choose_samples, drop_unreadable, flip_rows, flip_views, load_pixels, random_flips
+from common.ending import Stopped, StopSignals
+from common.hub import create_hub_repo, push_to_hub, save_with_variant
+from common.metrics import MetricsLog, mean_over_processes
+from common.pace import Due, count_steps, describe_start
+from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
+from common.reporting import grid_path, sample_grid, sample_models, save_grid
+from common.students import (
+    check_groups,
+    count_features,
+    fill_from_blocks,
+    match_blocks,
+    pair_features,
+    public_config,
+    spaced_blocks,
+)
+from common.teachers import (
+    TeacherSource,
+    check_parts,
+    load_from,
+    load_frozen,
+    load_noise_schedule,
+    load_part,
+    load_skeleton,
+    load_weights,
+    vae_factor,
+)
+from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
+from common.training import (
+    check_skipped,
+    endless_batches,
+    get_scheduler,
+    guarded_step,
+    make_accelerator,
+    make_dataloader,
+    make_optimizer,
+    prepare_models,
+    seed_step,
+    trained_parameters,
+    working_dtype,
+)
+
+import datasets
+import diffusers
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SchedulerMixin,
+)
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+from lift_utils import FeatureModel, KDLoss, make_kd_loss
+
+
+logger = get_logger(__name__)
+
+TEACHER = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
+EXPECTED = f"pass a PixArt-Sigma pipeline: a folder, or a Hub id such as {TEACHER}"
+PARTS = {  # of the pipeline, and their classes where no other will do
+    "transformer": None,
+    "vae": "AutoencoderKL",
+    "text_encoder": "T5EncoderModel",
+    "tokenizer": None,
+    "scheduler": None,
+}
+
+# A preset is the share of the teacher's blocks that is kept. A JSON file may say {"config": {overrides},
+# "blocks": {...}, "features": [...]}.
+STUDENTS = {"half": {"share": 1 / 2}, "quarter": {"share": 1 / 4}, "whole": {"share": 1}}
+
+# The published recipe of SD 2.1-base, for want of one for PixArt; sampler and guidance are the pipeline's own.
+RECIPE = {
+    "output_dir": "lift-pixart",
+    "gradient_accumulation_steps": 32,
+    "adam_weight_decay": 1e-2,
+    "encoding_batch_size": 16,
+    "num_inference_steps": 20,
+    "guidance_scale": 4.5,
+}
+
+
+# ------------------------------------------------------------------------------------------------------- the arguments
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line (or `input_args`); the defaults are SD 2.1-base's recipe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    groups = add_shared_arguments(parser)
+    add_caption_arguments(groups)
+
+    group = groups["models"]
+    group.add_argument("--pretrained_teacher_model", default=TEACHER, help="PixArt-Sigma: a folder or a Hub id")
+    group.add_argument("--student", default="half", help=f"{', '.join(STUDENTS)}, or a JSON file")
+    group.add_argument(
+        "--student_init",
+        default="teacher",
+        choices=("teacher", "random"),
+        help="take the teacher's blocks, or start fresh",
+    )
+
+    groups["data"].add_argument(
+        "--cache_latents", action="store_true", help="run the VAE and the text encoder once, before the training"
+    )
+    groups["data"].add_argument("--max_sequence_length", type=int, default=300, help="tokens of a caption for T5")
+    groups["distillation"].add_argument(
+        "--lambda_kd_feat", type=float, default=1.0, help="weight of the block features"
+    )
+
+    parser.set_defaults(**RECIPE)
+    args = parser.parse_args(input_args)
+    check_args(args)
+    if args.lora_rank:
+        fail(f"--lora_rank {args.lora_rank} is for pipelines that load LoRA, which PixArt's does not; drop it")
+    args.validation_prompts = read_prompts(args.validation_prompts)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------- the models
+
+
+def check_pipeline(source: TeacherSource) -> type[SchedulerMixin]:
+    """Refuse pipelines that this script does not distil; returns the sampler's class."""
+    kinds = check_parts(source, PARTS)
+    if kinds["transformer"] not in ("PixArtTransformer2DModel", "Transformer2DModel"):  # the second is its old name
+        fail(f"--pretrained_teacher_model {source.path} has a {kinds['transformer']}; {source.expected}")
+    sampler = kinds["scheduler"]
+    if not hasattr(diffusers, sampler):
+        fail(f"--pretrained_teacher_model {source.path} has an unknown scheduler, {sampler}; {source.expected}")
+    return getattr(diffusers, sampler)
+
+
+def check_teacher(
+    teacher: PixArtTransformer2DModel, vae: AutoencoderKL, resolution: int, source: TeacherSource
+) -> None:
+    """Refuse teachers that take more than noisy latents and a caption, and images of another size than theirs."""
+    config, latents = teacher.config, vae.config.latent_channels
+    width = load_from(source, T5Config.from_pretrained, subfolder="text_encoder").d_model
+    fits = config.in_channels == latents and config.out_channels in (latents, 2 * latents)
+    fits = fits and config.norm_type == "ada_norm_single"
+    if not fits or teacher.use_additional_conditions or config.caption_channels != width:
+        what = "takes resolution and aspect ratio (as PixArt-alpha's), or other latents or captions than these"
+        fail(f"--pretrained_teacher_model {source.path}: its transformer {what}; {source.expected}")
+    side = config.sample_size * vae_factor(vae)
+    if resolution != side:
+        fail(f"--resolution {resolution} is not the teacher's, whose positions are of {side} pixels; pass {side}")
+
+
+def depth_recipe(kept: list[int]) -> dict:
+    """The recipe of a student whose block i comes from, and is paired with, the teacher's block kept[i]."""
+    pairs = [[f"transformer_blocks.{index}", f"transformer_blocks.{block}"] for index, block in enumerate(kept)]
+    outside = {name: name for name in ("pos_embed", "adaln_single", "caption_projection", "proj_out")}
+    outside["scale_shift_table"] = "scale_shift_table"
+    return {"config": {"num_layers": len(kept)}, "blocks": outside | dict(pairs), "features": pairs}
+
+
+def read_student(student: str, teacher_depth: int) -> dict:
+    """The recipe that `--student` names: a preset or a JSON file.
+
+    Args:
+        teacher_depth: Blocks of the teacher.
+    """
+    recipe = read_recipe(student, STUDENTS, ("config", "blocks", "features"))
+    if recipe is None:
+        fail(f"--student {student} is unknown; pass {', '.join(STUDENTS)}, or a .json file")
+    if "share" not in recipe:
+        return recipe
+    return depth_recipe(spaced_blocks(max(1, round(recipe["share"] * teacher_depth)), teacher_depth))
+
+
+def student_config(teacher_config: dict, recipe: dict) -> dict:
+    """The teacher's config with the recipe's overrides."""
+    return override_config(PixArtTransformer2DModel, public_config(teacher_config), recipe)
+
+
+def build_student(
+    teacher: PixArtTransformer2DModel, args: argparse.Namespace
+) -> tuple[PixArtTransformer2DModel, dict]:
+    """The student on the meta device, and its recipe with the pairs of the feature term. All models are skeletons."""
+    recipe = read_student(args.student, teacher.config.num_layers)
+    mismatch, tokens = f"--student {args.student} does not fit the teacher", args.max_sequence_length
+    with model_errors_end(mismatch, "pass another preset, or correct the JSON file"):
+        config = student_config(dict(teacher.config), recipe)
+        with torch.device("meta"):
+            student = PixArtTransformer2DModel.from_config(config)
+    for key in ("in_channels", "out_channels", "caption_channels", "sample_size", "patch_size"):
+        if student.config[key] != teacher.config[key]:
+            fail(f"{mismatch}: its {key} is {student.config[key]}; keep the teacher's {teacher.config[key]}")
+    if args.student_init == "teacher":
+        with model_errors_end(mismatch, "pass another preset, correct the JSON file, or pass --student_init random"):
+            match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
+    check_sizes(student, args.group_size if args.kd_loss == "place" else None)
+    check_forward(student, example_inputs(student, tokens), mismatch)
+
+    if args.kd_loss == "none" or args.lambda_kd_feat == 0:
+        recipe = {**recipe, "features": []}
+    if "features" not in recipe:
+        shared = range(min(student.config.num_layers, teacher.config.num_layers))
+        recipe = {**recipe, "features": [[f"transformer_blocks.{block}"] * 2 for block in shared]}
+    with model_errors_end(mismatch, FEATURES_REMEDY):
+        pair_features(student, teacher, recipe["features"], example_inputs(student, tokens))
+    return student, recipe
+
+
+def check_sizes(student: PixArtTransformer2DModel, group_size: int | None) -> None:
+    """Refuse sizes with which no step could be taken.
+
+    Args:
+        group_size: Of PLACE, `None` for other losses.
+    """
+    check_groups(group_size, student.config.sample_size**2)
+
+
+def fill_student(
+    student: PixArtTransformer2DModel, teacher: PixArtTransformer2DModel, recipe: dict, student_init: str
+) -> None:
+    """Put the teacher's weights into the student as `--student_init` and the recipe say."""
+    fill_from_blocks(student, teacher, recipe.get("blocks"), random=student_init == "random")
+
+
+def example_inputs(transformer: PixArtTransformer2DModel, tokens: int) -> dict[str, torch.Tensor]:
+    """Arguments of the transformer's forward pass on one image, on the meta device."""
+    config, side = transformer.config, transformer.config.sample_size
+    with torch.device("meta"):
+        return {
+            "hidden_states": torch.zeros(1, config.in_channels, side, side),
+            "encoder_hidden_states": torch.zeros(1, tokens, config.caption_channels),
+            "timestep": torch.zeros(1),
+            "encoder_attention_mask": torch.ones(1, tokens, dtype=torch.long),
+        }
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+def make_dataset(args: argparse.Namespace, tokenizer: T5TokenizerFast) -> tuple[datasets.Dataset, dict[str, str]]:
+    """A dataset of `{"images": uint8 (3, H, W), "tokens": (2, L)}`, without unreadable or uncaptioned images.
+
+    Returns:
+        The dataset, and what distinguishes its contents from others'.
+    """
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+    folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
+    dataset, source = load_captioned(*folders, columns, args.max_unreadable)
+    dataset = choose_samples(dataset, args.max_train_samples, args.seed)
+    how = args.max_unreadable, args.dataloader_num_workers, args.resolution
+    dataset = drop_unreadable(dataset, args.image_column, source, *how)
+    dataset = drop_uncaptioned(dataset, **columns, source=source, max_unreadable=args.max_unreadable)
+    contents = {"data": dataset._fingerprint, "image": args.image_column, "caption": args.caption_column}
+
+    captions, limit = list(dataset[args.caption_column]), tokenizer.model_max_length
+    longer = count_longer(captions, tokenizer, limit)
+    if longer:
+        logger.warning(f"{longer} of {len(captions)} captions are longer than {limit} tokens and are cut there")
+    load = partial(load_examples, **columns, size=args.resolution, tokenizer=tokenizer)
+    return dataset.with_transform(load), contents
+
+
+def load_examples(
+    batch: dict[str, list], image_column: str, caption_column: str, size: int, tokenizer: T5TokenizerFast
+) -> dict[str, list[torch.Tensor]]:
+    """Decode, resize the shorter side and crop the centre; tokenize."""
+    tokens = list(tokenize(tokenizer, batch[caption_column]))
+    return {"images": load_pixels(batch[image_column], "RGB", size), "tokens": tokens}
+
+
+def load_tokenizer(source: TeacherSource, tokens: int) -> T5TokenizerFast:
+    """The teacher's tokenizer, whose `model_max_length` is the number of tokens that T5 gets."""
+    tokenizer = load_part(source, T5TokenizerFast, "tokenizer")
+    tokenizer.model_max_length = tokens
+    return tokenizer
+
+
+def tokenize(tokenizer: T5TokenizerFast, captions: list[str]) -> torch.Tensor:
+    """Token ids and T5's attention mask, (B, 2, L), padded and cut to the tokenizer's length."""
+    captions = [caption.lower().strip() for caption in captions]  # as the pipeline does, whatever else it cleans
+    padded = tokenizer(
+        captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    )
+    return torch.stack([padded["input_ids"], padded["attention_mask"]], dim=1)
+
+
+class Encoders:
+    """The frozen VAE, if asked for, and text encoder, in the precision of the run, on its device."""
+
+    def __init__(self, source: TeacherSource, device: torch.device, dtype: torch.dtype, vae: bool = True):
+        self.device, self.dtype = device, dtype
+        self.vae = load_frozen(source, AutoencoderKL, "vae", device, dtype) if vae else None
+        safe = torch.bfloat16 if dtype == torch.float16 else dtype  # T5 overflows in float16
+        self.text_encoder = load_frozen(source, T5EncoderModel, "text_encoder", device, safe)
+
+    @torch.no_grad()
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Mean and standard deviation of the scaled latents, (B, 2, C, h, w), of uint8 images (B, 3, H, W)."""
+        images = (images.to(self.device).float() / 127.5 - 1).to(self.dtype)
+        latents = self.vae.encode(images).latent_dist
+        return torch.stack([latents.mean, latents.std], dim=1) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def encode_text(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Embeddings "text", (B, L, D), and their "mask", (B, L), of token ids and mask (B, 2, L)."""
+        ids, mask = tokens.to(self.device).unbind(1)
+        return {"text": self.text_encoder(ids, attention_mask=mask)[0], "mask": mask}
+
+
+def encode_dataset(
+    dataset: datasets.Dataset,
+    prompts: list[str],
+    contents: dict[str, str],
+    tokenizer: T5TokenizerFast,
+    source: TeacherSource,
+    resolution: int,
+    random_flip: bool,
+    cache: Callable[..., datasets.Dataset],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[datasets.Dataset, dict[str, torch.Tensor]]:
+    """The dataset as `{"moments": (flips, 2, C, h, w), "text": (L, D), "mask": (L,)}`, and the prompts' text and mask.
+
+    The VAE and the text encoder run once; they are freed before this returns.
+
+    Args:
+        contents: What distinguishes the dataset's contents from others'.
+        cache: [`cache_encodings`] with all but the data, the encoders and the key.
+    """
+
+    def load_encoders() -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        encoders = Encoders(source, device, dtype)
+
+        def encode(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            moments = [encoders.encode_images(view) for view in flip_views(batch["images"], both=random_flip)]
+            return {"moments": torch.stack(moments, dim=1), **encoders.encode_text(batch["tokens"])}
+
+        return encode
+
+    def load_text_encoder() -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+        encoders = Encoders(source, device, dtype, vae=False)
+        return encoders.encode_text
+
+    key = identify(source.path, source.revision, ["vae", "text_encoder", "tokenizer"])
+    key |= {"dtype": str(dtype), "variant": source.variant, "tokens": tokenizer.model_max_length}
+    views = {"resolution": resolution, "crop": "centre", "both flips": random_flip}
+    encoded = cache(dataset, load_encoders, {**key, **views, **contents})
+    text = cache(tokenize(tokenizer, prompts), load_text_encoder, {**key, "prompts": prompts})
+    return encoded, {name: torch.stack(list(rows)) for name, rows in text[:].items()}
+
+
+# ------------------------------------------------------------------------------------------------------- the algorithm
+
+
+def add_noise(
+    scheduler: DDPMScheduler, samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy samples and what the model must predict on them, (B, C, H, W)."""
+    noisy = scheduler.add_noise(samples, noise, timesteps)
+    if scheduler.config.prediction_type == "v_prediction":
+        return noisy, scheduler.get_velocity(samples, noise, timesteps)
+    return noisy, noise if scheduler.config.prediction_type == "epsilon" else samples
+
+
+def encode_batch(
+    batch: dict[str, torch.Tensor], encoders: Encoders | None, random_flip: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Moments (B, 2, C, h, w), text embeddings (B, L, D) and their mask (B, L) of a batch, cached or computed now."""
+    rows = next(iter(batch.values()))
+    flips = random_flips(rows, random_flip)
+    if encoders is None:
+        moments = batch["moments"][torch.arange(len(rows), device=rows.device), flips.long()]
+        return moments, batch["text"], batch["mask"]
+    return encoders.encode_images(flip_rows(batch["images"], flips)), *encoders.encode_text(batch["tokens"]).values()
+
+
+def compute_losses(
+    student: FeatureModel,
+    teacher: FeatureModel | None,
+    batch: dict[str, torch.Tensor],
+    progress: float,
+    scheduler: DDPMScheduler,
+    kd_loss: KDLoss | None,
+    lambdas: tuple[float, float, float],
+    encoders: Encoders | None,
+    no_text: dict[str, torch.Tensor],
+    caption_dropout: float,
+    random_flip: bool,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """One micro-batch's loss and its parts, as tensors that stay on the device.
+
+    Args:
+        batch: With "images", uint8, (B, 3, H, W), and "tokens", (B, 2, L); or with cached "moments",
+            (B, flips, 2, C, h, w), "text", (B, L, D), and "mask", (B, L).
+        progress: Share of the run that is done, for the scheduled weights.
+        kd_loss: Between the outputs of student and teacher; `None` without distillation.
+        lambdas: Weights of the task term, the output term and the feature term.
+        encoders: `None` for a cached batch.
+        no_text: Of the empty caption: "text", (L, D), and "mask", (L,).
+        caption_dropout: Share of the captions that are replaced by the empty one.
+    """
+    moments, text, mask = encode_batch(batch, encoders, random_flip)
+    mean, std = moments.float().contiguous().unbind(1)  # randn_like follows the layout in memory
+    latents = mean + std * torch.randn_like(mean)
+    count, device = len(latents), latents.device
+    noise = torch.randn_like(latents)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (count,), device=device)
+    noisy, target = add_noise(scheduler, latents, noise, timesteps)
+    dropped = torch.rand(count, 1, device=device) < caption_dropout  # the same captions for student and teacher
+    text, mask = torch.where(dropped[..., None], no_text["text"], text), torch.where(dropped, no_text["mask"], mask)
+    conditions, channels = {"timestep": timesteps, "encoder_attention_mask": mask}, latents.shape[1]
+
+    lambda_task, lambda_kd_output, lambda_kd_feat = lambdas
+    output, features = student(noisy, text, **conditions)
+    prediction, variance = output[:, :channels], output[:, channels:]  # the second is empty where none is learned
+    task = F.mse_loss(prediction.float(), target)
+    loss, logs = lambda_task * task, {"task": task}
+
+    if kd_loss is not None:
+        with torch.no_grad():
+            dtype = next(teacher.parameters()).dtype
+            teacher_output, teacher_features = teacher(noisy.to(dtype), text.to(dtype), **conditions)
+        kd, parts = kd_loss(prediction, teacher_output[:, :channels], progress)
+        loss = loss + lambda_kd_output * kd
+        logs |= {"kd": kd, **parts}
+        if variance.numel():
+            logs["variance"] = F.mse_loss(variance.float(), teacher_output[:, channels:].float())
+            loss = loss + lambda_kd_output * logs["variance"]
+        if features:
+            pairs = zip(features, teacher_features)
+            feat = sum(F.mse_loss(ours.float(), theirs.float()) for ours, theirs in pairs)
+            loss = loss + lambda_kd_feat * feat
+            logs["feat"] = feat
+
+    return loss, {"loss": loss, **logs}
+
+
+# ---------------------------------------------------------------------------------------------- samples and the result
+
+
+@torch.no_grad()
+def sample_images(
+    transformer: PixArtTransformer2DModel,
+    vae: AutoencoderKL,
+    scheduler: SchedulerMixin,
+    text: dict[str, torch.Tensor],
+    seed: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    accelerator: Accelerator,
+) -> list[Image.Image]:
+    """One sample per prompt by the teacher's sampler, from the noise that the seed fixes, the same for every model.
+
+    Args:
+        vae: In float32, on the device.
+        scheduler: The teacher's.
+        text: Of the empty caption and of the prompts: "text", (1 + N, L, D), and "mask", (1 + N, L).
+    """
+    training, count = transformer.training, len(text["mask"]) - 1
+    embeddings, mask = text["text"].to(accelerator.device), text["mask"].to(accelerator.device)
+    shape = (count, transformer.config.in_channels, transformer.config.sample_size, transformer.config.sample_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(accelerator.device)
+    pipeline = PixArtSigmaPipeline(None, None, vae, transformer.eval(), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    with accelerator.autocast():
+        latents = pipeline(
+            negative_prompt=None,
+            prompt_embeds=embeddings[1:],
+            prompt_attention_mask=mask[1:],
+            negative_prompt_embeds=embeddings[:1].expand(count, -1, -1),
+            negative_prompt_attention_mask=mask[:1].expand(count, -1),
+            use_resolution_binning=False,
+            latents=noise,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            output_type="latent",
+        ).images
+    images = vae.decode(latents.float() / vae.config.scaling_factor).sample
+    transformer.train(training)
+    return pipeline.image_processor.postprocess(images)
+
+
+def log_validation(
+    teacher: PixArtTransformer2DModel | None,
+    student: PixArtTransformer2DModel,
+    ema: EMAModel | None,
+    teacher_samples: list[Image.Image],
+    sample: partial,
+    load_vae: Callable[[], AutoencoderKL],
+    labels: list[str],
+    output_dir: Path,
+    accelerator: Accelerator,
+    step: int,
+) -> None:
+    """Samples of teacher, student and EMA student from the same noise, a row per prompt, in one labelled grid.
+
+    Args:
+        teacher_samples: Keeps the teacher's samples between calls.
+        sample: [`sample_images`] with all but the model and the VAE.
+        load_vae: Loads the VAE, which is freed when this returns.
+        labels: What the rows are samples of.
+    """
+    samples = sample_models(partial(sample, vae=load_vae()), teacher, student, ema, teacher_samples)
+    save_grid(sample_grid(samples, labels), output_dir, step, accelerator.trackers)
+
+
+def save_pipeline(
+    student: PixArtTransformer2DModel,
+    teacher: PixArtTransformer2DModel,
+    source: TeacherSource,
+    args: argparse.Namespace,
+) -> None:
+    """The pipeline folder: the student's transformer, the teacher's other parts, model card, sample grid and curves.
+
+    Args:
+        teacher: Its skeleton.
+    """
+    output_dir = Path(args.output_dir)
+    pipeline = load_weights(source, DiffusionPipeline, transformer=student)
+    save_with_variant(pipeline, output_dir, args.save_fp16_variant)
+
+    count, total = student.num_parameters(), teacher.num_parameters()
+    facts = [
+        f"- Teacher: `{args.pretrained_teacher_model}`, a transformer of {total:,} parameters.",
+        f"- Student: a transformer of {count:,} parameters, {count / total:.1%} of the teacher's "
+        f"(`--student {args.student}`, initialised by {args.student_init}).",
+        f"- Images of {args.resolution} pixels, {args.caption_dropout:.0%} of the captions dropped.",
+    ]
+    usage = "from diffusers import PixArtSigmaPipeline\n\n"
+    name = args.hub_model_id or output_dir.name
+    usage += f'image = PixArtSigmaPipeline.from_pretrained("{name}")("a prompt").images[0]'
+    kind, tags = "A text-to-image model", ["text-to-image"]
+    write_model_card(output_dir, kind, facts, describe_run(args), usage, tags)
+
+
+def print_dry_run(
+    student: PixArtTransformer2DModel,
+    teacher: PixArtTransformer2DModel,
+    vae: AutoencoderKL,
+    recipe: dict,
+    source: TeacherSource,
+    args: argparse.Namespace,
+) -> None:
+    """Print parameters, MACs, a memory estimate and the student's config. All models are skeletons."""
+    tokens = args.max_sequence_length
+    count, total, inputs = student.num_parameters(), teacher.num_parameters(), example_inputs(student, tokens)
+
+    def make_student() -> PixArtTransformer2DModel:
+        with torch.device("meta"):
+            return PixArtTransformer2DModel.from_config(student.config)
+
+    teacher_macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
+    size = f"{total:,} parameters, {teacher_macs:,} MACs"
+    print(f"teacher: {size} per image of {args.resolution} pixels and forward pass")
+    how = args.gradient_checkpointing, args.train_batch_size, args.mixed_precision
+    macs, *activations = estimate_activations(make_student, *how, **inputs)
+    print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
+    trained = sum(parameter.numel() for parameter in trained_parameters(make_student()))
+    encoder_bytes = 0
+    if not args.cache_latents:
+        config = load_from(source, T5Config.from_pretrained, subfolder="text_encoder")
+        with torch.device("meta"):
+            encoders = vae.num_parameters() + T5EncoderModel(config).num_parameters()
+        encoder_bytes = dtype_of(args.mixed_precision).itemsize * encoders
+    features = count_features(teacher, recipe["features"], inputs)
+    parameters = count, total if args.kd_loss != "none" else 0
+    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
+    print_memory_estimate(activations, *parameters, *settings, trained, encoder_bytes, features)
+    images = args.train_batch_size * args.gradient_accumulation_steps
+    how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
+    print_time_estimate(macs, teacher_macs if args.kd_loss != "none" else 0, *how)
+    print(json.dumps(public_config(student.config), indent=2))
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+@end_in_one_line
+def main(args: argparse.Namespace) -> None:
+    """Set up, train, save."""
+    # ---- models
+    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32, args.dry_run
+    accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
+    stop = StopSignals(accelerator.num_processes)
+    args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
+    source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED)
+    sampler = check_pipeline(source)
+    teacher_shape = load_skeleton(source, PixArtTransformer2DModel, "transformer")
+    vae_shape = load_skeleton(source, AutoencoderKL, "vae")
+    args.resolution = args.resolution or teacher_shape.config.sample_size * vae_factor(vae_shape)
+    check_teacher(teacher_shape, vae_shape, args.resolution, source)
+    student_shape, recipe = build_student(teacher_shape, args)
+    if args.dry_run:
+        return print_dry_run(student_shape, teacher_shape, vae_shape, recipe, source, args)
+    scheduler, tokenizer = load_noise_schedule(source, sampler), load_tokenizer(source, args.max_sequence_length)
+
+    # ---- output
+    output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)
+    if args.push_to_hub and accelerator.is_main_process:
+        args.hub_model_id = create_hub_repo(args.hub_model_id, output_dir, args.hub_private_repo)
+
+    # ---- data
+    device, dtype = accelerator.device, working_dtype(accelerator)
+    with accelerator.main_process_first():
+        dataset, contents = make_dataset(args, tokenizer)
+    prompts = args.validation_prompts or [*dataset.with_format(None)[:4][args.caption_column]]
+    encoders = None
+    if args.cache_latents:
+        settings = {"cache_dir": args.cache_dir, "batch_size": args.encoding_batch_size}
+        cache = partial(cache_encodings, **settings, num_workers=args.dataloader_num_workers, accelerator=accelerator)
+        inputs = dataset, ["", *prompts], contents, tokenizer, source, args.resolution, args.random_flip
+        dataset, text = encode_dataset(*inputs, cache, device, dtype)
+    else:
+        encoders = Encoders(source, device, dtype)
+        text = encoders.encode_text(tokenize(tokenizer, ["", *prompts]))
+    dataloader = make_dataloader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator)
+    length = args.max_train_steps, args.num_train_epochs, len(dataloader)
+    args.max_train_steps = count_steps(*length, accelerator)
+
+    # ---- student
+    seed_step(args.seed)
+    transformer = PixArtTransformer2DModel.from_config(student_shape.config)
+    teacher = load_part(source, PixArtTransformer2DModel, "transformer")
+    fill_student(transformer, teacher, recipe, args.student_init)
+    if args.kd_loss == "none":
+        teacher = None
+    inputs = example_inputs(transformer, args.max_sequence_length)
+    student, teacher_model = pair_features(transformer, teacher, recipe["features"], inputs)
+    xformers = args.enable_xformers_memory_efficient_attention
+    prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, args.compile)
+
+    # ---- optimizer, average
+    trained = trained_parameters(student.model)
+    adam = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon, args.use_8bit_adam
+    optimizer = make_optimizer(student, args.learning_rate, *adam)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
+    student, optimizer, dataloader = accelerator.prepare(student, optimizer, dataloader)
+    ema = EMAModel(trained, decay=args.ema_decay, foreach=True) if args.use_ema else None
+    skipped = torch.zeros(2, device=accelerator.device)
+
+    # ---- resume
+    train_state = TrainState(
+        accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
+    )
+    resume = args.resume_from_checkpoint, args.discard_later_checkpoints
+    first_step = load_train_state(output_dir, *resume, train_state)
+    checkpoints, grids = Due(args.checkpointing_steps), Due(args.validation_steps)
+    data = len(dataset), len(dataloader), args.train_batch_size
+    due = args.max_train_steps, checkpoints, args.checkpoints_total_limit, grids
+    describe_start(accelerator, train_state, teacher_model, data, *due)
+    size = args.max_train_steps, first_step, args.train_batch_size * args.gradient_accumulation_steps
+    metrics = MetricsLog(output_dir, accelerator, tracked_flags(args), *size, train_state.means)
+
+    # ---- what a step and a validation do
+    losses_of = partial(
+        compute_losses,
+        student,
+        teacher_model,
+        scheduler=scheduler,
+        kd_loss=make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting),
+        lambdas=(args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat),
+        encoders=encoders,
+        no_text={name: rows[0].to(device) for name, rows in text.items()},
+        caption_dropout=args.caption_dropout,
+        random_flip=args.random_flip,
+    )
+    sample = partial(
+        stop.interruptible(sample_images),
+        scheduler=load_part(source, sampler, "scheduler"),
+        text=text,
+        seed=args.seed,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        accelerator=accelerator,
+    )
+    load_vae = partial(load_frozen, source, AutoencoderKL, "vae", device, torch.float32)
+    validate = partial(
+        log_validation, teacher, transformer, ema, [], sample, load_vae, prompts, output_dir, accelerator
+    )
+
+    # ---- loop
+    batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps, stop)
+    stop.let_steps_finish()
+    try:
+        if first_step == 0 and accelerator.is_main_process:  # something to compare with, and a test of the sampling
+            stop.attempt(validate, step=0)
+        for step in range(first_step + 1, args.max_train_steps + 1):
+            micro_steps = []
+            for micro_step in range(args.gradient_accumulation_steps):
+                batch = next(batches)
+                # After the batch: a dataloader draws a random number whenever it starts an epoch or resumes in one.
+                seed_step(args.seed, step, micro_step, accelerator.process_index)
+                with accelerator.accumulate(student):
+                    loss, logs = losses_of(batch, step / args.max_train_steps)
+                    accelerator.backward(loss)
+                micro_steps.append({name: value.detach() for name, value in logs.items()})
+            losses = mean_over_processes(micro_steps, accelerator)
+            grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+            guarded_step(optimizer, losses["loss"], grad_norm, skipped)
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            if ema is not None:
+                ema.step(trained)
+            metrics.add({**losses, "grad_norm": grad_norm})
+
+            last = step == args.max_train_steps
+            if step % args.logging_steps == 0 or step == 1 or last:
+                check_skipped(metrics.write(step, skipped, lr_scheduler.get_last_lr()[0]), step, last)
+            if accelerator.is_main_process:  # the others wait for it in their next step
+                # A bad step's weights may be ruined: they are not to take the place of the last good ones.
+                if checkpoints.now(step, bad=skipped[1]) or last:
+                    save_train_state(output_dir, train_state, args.checkpoints_total_limit)
+                if grids.now(step) and not last:
+                    stop.attempt(validate, step=step)
+        if accelerator.is_main_process and not grid_path(output_dir, args.max_train_steps).exists():
+            stop.attempt(validate, step=args.max_train_steps)
+    except Stopped as stopped:
+        save_and_leave(output_dir, train_state, args.checkpoints_total_limit, accelerator, stopped)
+    metrics.progress_bar.close()
+
+    # ---- result
+    if accelerator.is_main_process:
+        if ema is not None:
+            ema.copy_to(trained)
+        check_finite(dict(transformer.named_parameters()), "student", args.max_train_steps)
+        save_pipeline(transformer, teacher_shape, source, args)
+        if args.push_to_hub:
+            stop.interruptible(push_to_hub)(output_dir, args.hub_model_id)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
