@@ -24,6 +24,10 @@ Latents are decoded one by one, in float32 unless --vae_dtype says otherwise. Th
 are on the device only while they encode the prompts of the next thousand images, each prompt by itself, and the other
 parts only while they make the images.
 
+A checkpoint of a training that goes on has the student alone, and its average, which is taken where there is one:
+
+    accelerate launch eval/generate.py --model run/checkpoint-500 --base teacher --output_dir images --num_images 64
+
 A PNG appears under its name once it is complete. The same command continues a stopped run and replaces damaged images.
 It refuses a folder whose manifest.json has other settings. Raise --num_images to add images to a folder.
 """
@@ -101,7 +105,8 @@ MANIFEST = {  # by JSON Schema: what is read from one
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, or `input_args`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--model", required=True, help="pipeline folder or Hub id")
+    parser.add_argument("--model", required=True, help="pipeline folder or Hub id, or a checkpoint-N of a training")
+    parser.add_argument("--base", help="of a checkpoint: the pipeline whose other parts it takes, as the teacher's")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--variant", help="weights variant, e.g. fp16")
     parser.add_argument("--output_dir", required=True, type=as_path, help="folder for the images and manifest.json")
@@ -232,7 +237,9 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
         device: Where the pipeline goes.
         flag: That the model comes from, for messages.
     """
-    source, folder = args.model, Path(args.model)
+    checkpoint = as_checkpoint(args, flag)
+    source = args.base if checkpoint is not None else args.model
+    flag, folder = "--base" if checkpoint is not None else flag, Path(source)
     if not folder.is_dir() and (folder.is_absolute() or source.startswith(".") or source.count("/") > 1):
         fail(f"{flag} {source} is not a folder; {EXPECTED}")
     try:
@@ -249,7 +256,13 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
         absent = [name for name, part in parts.items() if part == [None, None] or name == "safety_checker"]
         options = {"revision": args.revision, "variant": args.variant}
         options["torch_dtype"] = {"default": DTYPES[args.dtype], "vae": DTYPES[args.vae_dtype]}
+        if checkpoint is not None:
+            options |= load_student(checkpoint, DTYPES[args.dtype])
         pipeline = read_weights(getattr(diffusers, kind).from_pretrained, source, **options, **dict.fromkeys(absent))
+        for adapters in (checkpoint / name for name in ("lora_ema", "lora") if checkpoint is not None):
+            if adapters.is_dir():
+                pipeline.load_lora_weights(adapters)
+                break
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         fail(f"{flag} {source} does not load: {first_line(error)} Remedy: {EXPECTED}")
     check_model(pipeline, f"{flag} {source}")
@@ -280,6 +293,27 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
     pipeline.scheduler = make_sampler(pipeline, args.sampler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def as_checkpoint(args: argparse.Namespace, flag: str) -> Path | None:
+    """The folder of a training's checkpoint, `None` for a pipeline; `--base` goes with the first alone."""
+    folder, base = Path(args.model), getattr(args, "base", None)
+    if not (folder / "state.json").is_file():
+        if base is not None:
+            fail(f"--base {base} is for a checkpoint-N folder, which {flag} {args.model} is not; drop it")
+        return None
+    if base is None:
+        fail(f"{flag} {args.model} is a checkpoint, which has the student alone; add --base, its teacher's pipeline")
+    return folder
+
+
+def load_student(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """The student of a checkpoint, with averaged weights where there are some, by its name in a pipeline."""
+    for name in ("unet_ema", "transformer_ema", "unet", "transformer"):
+        if (checkpoint / name).is_dir():
+            kind = getattr(diffusers, read_json(checkpoint / name / "config.json", {"type": "object"})["_class_name"])
+            return {name.removesuffix("_ema"): kind.from_pretrained(checkpoint, subfolder=name, torch_dtype=dtype)}
+    fail(f"--model {checkpoint} holds no student; pass another checkpoint")
 
 
 def check_model(pipeline: DiffusionPipeline, subject: str) -> None:
@@ -655,15 +689,20 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 def digest_model(args: argparse.Namespace) -> str:
-    """The commit on the Hub, or the SHA-256 sum over the names and contents of the files of the pipeline's parts."""
-    folder = Path(args.model)
+    """The commit on the Hub, or the SHA-256 sum over the names and contents of the files of the pipeline's parts.
+
+    A checkpoint has such sums itself; those of `--base`, or its commit, follow.
+    """
+    source = args.base or args.model
+    checkpoint = f"sha256:{hash_file(Path(args.model) / 'manifest.json')} on " if args.base else ""
+    folder = Path(source)
     if not folder.is_dir():
-        return identify(args.model, args.revision, [])["commit"]
+        return checkpoint + identify(source, args.revision, [])["commit"]
     index = folder / "model_index.json"
     parts = [name for name, part in json.loads(index.read_text()).items() if isinstance(part, list)]
     files = [index, *(path for part in parts for path in sorted((folder / part).rglob("*")) if path.is_file())]
     listing = "".join(f"{path.relative_to(folder)} {hash_file(path)}\n" for path in files)
-    return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
+    return f"{checkpoint}sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
 
 def make_manifest(

@@ -5,7 +5,7 @@ import logging
 import shutil
 from pathlib import Path
 
-import common.hub
+import common.card
 
 import pytest
 from accelerate import PartialState
@@ -71,7 +71,7 @@ def load(sd_teacher, tmp_path, caplog):
 def test_texts_and_a_file_of_prompts_train_as_metadata_and_prompts(
     run, sd_teacher, texts, tmp_path, monkeypatch, script
 ):
-    monkeypatch.setattr(common.hub, "plot_curves", lambda *rest: None)
+    monkeypatch.setattr(common.card, "plot_curves", lambda *rest: None)
     teacher, part, student = sd_teacher, "unet", "bk_extreme"
     if script == "train_lift_sd3":
         teacher, part, student = save_sd3_pipeline(tmp_path / "sd3"), "transformer", "third"

@@ -113,6 +113,25 @@ def manifest(folder: Path) -> dict:
 # ---------------------------------------------------------------------------------------------------------- generation
 
 
+@pytest.mark.parametrize("lora", [(), ("--lora_rank", "2")], ids=["weights", "LoRA"])
+def test_a_checkpoint_draws_what_the_finished_student_does(
+    run, sample, sd_teacher, captioned, prompt_file, tmp_path, lora
+):
+    flags = ("--student", "bk_tiny", "--max_train_steps", 1, "--train_batch_size", 2, "--dataloader_num_workers", 0)
+    where = ("--pretrained_teacher_model", sd_teacher, "--train_data_dir", captioned, "--output_dir", tmp_path / "run")
+    run("train_lift_sd21", *where, *flags, *lora, "--num_inference_steps", 1, "--report_to", "none")
+    checkpoint = ("--model", tmp_path / "run" / "checkpoint-1", "--prompt_file", prompt_file)
+    ours = sample(*checkpoint, "--base", sd_teacher, name="checkpoint")
+    theirs = sample("--model", tmp_path / "run", "--prompt_file", prompt_file, name="finished")
+    assert np.abs(read(ours) - read(theirs)).max() <= (
+        1 if lora else 0
+    )  # an adapter is merged there, and beside it here
+    with pytest.raises(SystemExit, match=r"^error: --model .* is a checkpoint, .* add --base"):
+        sample(*checkpoint, name="none")
+    with pytest.raises(SystemExit, match=r"^error: --base .* is for a checkpoint-N folder, which .* is not; drop it"):
+        sample("--model", sd_teacher, "--base", sd_teacher, name="none")
+
+
 @pytest.mark.parametrize(
     ("kind", "flags"),
     [

@@ -256,6 +256,7 @@ NUMBERS = [
     (ALL, "adam_weight_decay", "nan -0.5", "at least 0"),
     (ALL, "ema_decay", "2 1 -0.5", "at least 0 and less than 1"),
     (ALL, "max_unreadable", "5 nan", "at least 0 and at most 1"),
+    (ALL, "num_train_epochs", "0 nan", "more than 0"),
     (ALL, "max_grad_norm", "0 nan", "more than 0"),
     (ALL, "lambda_kd_feat", "-1 inf", "at least 0"),
     (WEIGHTED, "lambda_kd_output", "nan", "at least 0"),
@@ -606,6 +607,7 @@ CASES = [
     (REPORT, "--names ''"),
     (ALL, "--license 'Apache 2.0'", "--license Apache 2.0 is no licence's id on the Hub; pass one such as"),
     (SD, "--license ''"),
+    (ALL, "--num_train_epochs 2 --dry_run", "--num_train_epochs 2.0 with --dry_run", "pass --max_train_steps"),
     # which student
     ((UNET, SD3), "--student nan", "unknown"),
     (ALL, "--student tiny", "--student tiny is unknown; pass ", ".json file"),
@@ -737,6 +739,7 @@ CASES = [
     ((SD, DIT), f"{RESUME} {{file}}", "is no folder"),
     # generate.py
     (GENERATE, "--model {empty}", "does not load"),
+    (GENERATE, "--base {pixel}", "--base {pixel} is for a checkpoint-N folder", "drop it"),
     (GENERATE, "--model /nowhere", "is not a folder; pass a pipeline folder"),
     (GENERATE, "--model {file}"),
     (GENERATE, "--model nobody/nothing", "does not load"),
