@@ -104,8 +104,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name, 0 where it has another name."""
-    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint.name[11:].isdecimal() else 0
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def sweep(output_dir: Path) -> None:
@@ -212,18 +212,20 @@ def find_checkpoint(output_dir: Path, resume_from: str, discard_later: bool = Fa
     else:
         candidates = reversed(list_checkpoints(output_dir))
     for folder in candidates:
-        newest = list_checkpoints(output_dir)[-1:]
-        if resume_from != "latest" and not discard_later and newest and step_of(folder) < step_of(newest[0]):
-            fail(
-                f"--resume_from_checkpoint {resume_from} is older than {newest[0].name}, which would be lost with the "
-                "metrics since; pass latest, or --discard_later_checkpoints to lose them"
-            )
         try:
-            return load_checkpoint(folder)
+            tensors, state = load_checkpoint(folder)
         except ValueError as error:
             if resume_from != "latest":
                 fail(f'--resume_from_checkpoint {resume_from}: {error}; pass "latest" for the newest whole one')
             print(f"passing over {folder.name}: {error}", flush=True)
+            continue
+        later = [path.name for path in list_checkpoints(output_dir) if step_of(path) > state["step"]]
+        if later and resume_from != "latest" and not discard_later:
+            fail(
+                f"--resume_from_checkpoint {resume_from} is older than {later[-1]}, which would be lost with the "
+                "metrics since; pass latest, or --discard_later_checkpoints to lose them"
+            )
+        return tensors, state
     if list_checkpoints(output_dir):
         fail(
             f"--resume_from_checkpoint latest: no checkpoint in {output_dir} is whole; remove them to start anew, or "
