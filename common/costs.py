@@ -282,4 +282,4 @@ def print_time_estimate(
     for card, (single, half) in PEAKS.items():
         peak = half if dtype_of(mixed_precision).itemsize == 2 else single
         hours = flops / (SHARE_OF_PEAK * peak * 1e12) / 3600
-        print(f"  {f'{card}, at {SHARE_OF_PEAK:.0%} of {peak} TFLOP/s':<50}{hours:>12,.1f} h")
+        print(f"  {f'{card}, at {SHARE_OF_PEAK:.0%} of {peak} TFLOP/s':<40}{hours:>12,.{1 if hours >= 1 else 3}f} h")

@@ -19,11 +19,8 @@ from common.train_state import RunningMeans
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
-
-logger = get_logger(__name__)
 
 SHOWN = ("loss", "task", "kd", "feat")  # beside the progress bar: the loss and its terms
 UNLOGGED = ("teacher_finite",)
@@ -88,7 +85,9 @@ class MetricsLog:
         elif steps == 1 + TIMED_STEPS:
             seconds = (time.perf_counter() - self.start[0]) / TIMED_STEPS
             left = tqdm.format_interval(seconds * (self.progress_bar.total - self.progress_bar.n))
-            logger.info(f"a step takes {seconds:.2f} s: {left} to go, and the time of checkpoints and grids")
+            self.progress_bar.write(
+                f"a step takes {seconds:.2f} s: {left} to go, and the time of checkpoints and grids"
+            )
 
     def write(self, step: int, skipped: torch.Tensor, learning_rate: float) -> dict[str, float]:
         """Log the means since the last row, with the images per second; returns the means.

@@ -139,11 +139,10 @@ def test_a_student_is_taken_from_a_run_that_goes_on(distil, teacher, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_the_time_to_go_is_said_after_some_steps(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+def test_the_time_to_go_is_said_after_some_steps(tmp_path, capsys):
     accelerator = Accelerator(cpu=True)
     log = MetricsLog(tmp_path, accelerator, {"max_grad_norm": 1.0}, 100, 10, 8, RunningMeans())
     for _ in range(30):
         log.add({"loss": torch.tensor(1.0)})
     log.progress_bar.close()
-    assert len(re.findall(r"a step takes [\d.]+ s: [\d:]+ to go", caplog.text)) == 1
+    assert len(re.findall(r"a step takes [\d.]+ s: [\d:]+ to go", capsys.readouterr().out)) == 1

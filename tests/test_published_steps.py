@@ -197,7 +197,7 @@ def output_term(
     logs = {"kd": coarse + weight * fine, "coarse": coarse, "fine": fine, "weight": torch.tensor(weight)}
     for name, value in (("slope", a), ("intercept", b)):
         logs |= {f"{name}_mean": value.mean(), f"{name}_std": ((value - value.mean()) ** 2).mean().sqrt()}
-    return {**logs, "teacher_finite": torch.tensor(1.0)}
+    return {**logs, "kd_mse": ((student - teacher) ** 2).mean(), "teacher_finite": torch.tensor(1.0)}
 
 
 def mean_square(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
