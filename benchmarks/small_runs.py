@@ -300,9 +300,9 @@ def held(process: Process) -> Iterator[None]:
 def differences(run: Path, whole: Path) -> list[str]:
     """What sets a finished run's output apart from an uninterrupted one's: files that are missing, left over or other.
 
-    All is compared byte for byte, but for the speed in metrics.jsonl, the order of keys in JSON files, and the sums of
-    these files in a manifest. Of the checkpoints only the last one counts, and samples of steps in the midst of a run
-    may be missing.
+    All is compared byte for byte, but for the speed in metrics.jsonl, the time in README.md, the order of keys in JSON
+    files, and the sums of these files in a manifest. Of the checkpoints only the last one counts, and samples of steps in
+    the midst of a run may be missing.
     """
     last = list_checkpoints(whole)[-1].name
     files = [
@@ -327,4 +327,6 @@ def _content(path: Path) -> bytes | dict | list:
         return [{**row, "images_per_second": None} for row in read_metrics(path)]
     if path.name == "manifest.json":
         return sorted(json.loads(path.read_text()))
+    if path.name == "README.md":
+        return re.sub(rb"; [^;]* of training,", b"", path.read_bytes())
     return json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()

@@ -145,7 +145,7 @@ def test_a_teacher_that_stops_being_finite_is_named(refused, monkeypatch):
     def overflowing(self, *arguments, **options):
         output = forward(self, *arguments, **options)
         wide = self.config.block_out_channels[0] == 16  # the student's are half of that
-        return (output[0] * float("inf"),) if wide and self.conv_in.weight.device.type == "cpu" else output
+        return (output[0] * float("inf"),) if wide and isinstance(output, tuple) else output  # not in a pipeline
 
     monkeypatch.setattr(train_lift_unet.UNet2DModel, "forward", overflowing)
     message = refused()
@@ -233,7 +233,7 @@ def test_a_signal_before_the_steps_ends_at_once_and_leaves_nothing(start, tmp_pa
 
 def test_a_signal_stops_the_sampling_and_saves(start, run, command, tmp_path):
     folder = tmp_path / "student"
-    slow = ("--num_inference_steps", 1000, "--num_validation_images", 64, "--validation_steps", 2)
+    slow = ("--num_inference_steps", 400, "--num_validation_images", 64, "--validation_steps", 2)
     process = start(folder, *slow, "--checkpointing_steps", 4, "--max_train_steps", 4)
     wait_until(lambda: len(read_metrics(folder / "metrics.jsonl")) == 2, process)
     time.sleep(1)
@@ -241,7 +241,7 @@ def test_a_signal_stops_the_sampling_and_saves(start, run, command, tmp_path):
     _, seconds = end(process, signal.SIGTERM)
     assert process.returncode == 128 + signal.SIGTERM and seconds < 15
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2"]
-    assert not list(folder.glob("samples*"))
+    assert [path.name for path in (folder / "samples").iterdir()] == ["step-000000.png"]
 
     # Again in the last validation: the result is not there yet, and the next run makes up for its samples.
     quick = ("--max_train_steps", 4, "--checkpointing_steps", 4)

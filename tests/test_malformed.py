@@ -180,7 +180,7 @@ INPUTS: dict[str, Callable[[Path], Any] | dict | str | bytes] = {
     "torn_rows": {"metrics.jsonl": '{"step": 1, "loss": 1}\n{"step": 2,\n{"step": 3, "loss": 1}\n'},
     "listed_rows": {"metrics.jsonl": "[1]\n[2]\n"},
     "stepless_rows": {"metrics.jsonl": '{"loss": 1}\n{"loss": 2}\n'},
-    "wordy_rows": {"metrics.jsonl": '{"step": 1, "loss": "high"}\n'},
+    "wordy_rows": {"metrics.jsonl": '{"step": 1, "task": "high"}\n'},
 }
 
 

@@ -97,7 +97,7 @@ def test_from_teacher_to_student_by_accelerate_launch(sd_teacher, captioned, tmp
         cwd=tmp_path,
     )
     assert finished.returncode == 0, finished.stdout
-    assert "coarse=" in finished.stdout and "weight=" in finished.stdout  # beside the progress bar
+    assert "kd=" in finished.stdout and "feat=" in finished.stdout  # beside the progress bar
     assert digest(sd_teacher) == before
 
     student = tmp_path / "student"
