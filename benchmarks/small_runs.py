@@ -301,8 +301,8 @@ def differences(run: Path, whole: Path) -> list[str]:
     """What sets a finished run's output apart from an uninterrupted one's: files that are missing, left over or other.
 
     All is compared byte for byte, but for the speed in metrics.jsonl, the time in README.md, the order of keys in JSON
-    files, and the sums of these files in a manifest. Of the checkpoints only the last one counts. Samples of steps in the
-    midst of a run may be missing.
+    files, and the sums of these files in a manifest. Of the checkpoints only the last one counts, and samples of steps
+    in the midst of a run may be missing.
     """
     last = list_checkpoints(whole)[-1].name
     files = [
