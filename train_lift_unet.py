@@ -525,7 +525,7 @@ def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dic
     print_memory_estimate(activations, count, total, *settings, features=features)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs, *how)
+    print_time_estimate(macs, teacher_macs if args.kd_loss != "none" else 0, *how)
     print(student.to_json_string())
 
 
