@@ -130,7 +130,8 @@ def prepare_models(
             _use_xformers(model.model, accelerator.mixed_precision)
     if teacher is not None:
         freeze(teacher, accelerator.device, working_dtype(accelerator))
-        check_weights(teacher.model, f"--mixed_precision {accelerator.mixed_precision}: the teacher")
+        if accelerator.mixed_precision == "fp16":  # as they were loaded, they have been checked
+            check_weights(teacher.model, "--mixed_precision fp16: the teacher")
     if compiled:
         # A recomputed block must not capture its feature again: that would break the graph at each block.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True

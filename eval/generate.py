@@ -259,10 +259,9 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
         if checkpoint is not None:
             options |= load_student(checkpoint, DTYPES[args.dtype])
         pipeline = read_weights(getattr(diffusers, kind).from_pretrained, source, **options, **dict.fromkeys(absent))
-        for adapters in (checkpoint / name for name in ("lora_ema", "lora") if checkpoint is not None):
-            if adapters.is_dir():
-                pipeline.load_lora_weights(adapters)
-                break
+        if checkpoint is not None and (checkpoint / "lora").is_dir():
+            averaged = checkpoint / "lora_ema"
+            pipeline.load_lora_weights(averaged if averaged.is_dir() else checkpoint / "lora")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         fail(f"{flag} {source} does not load: {first_line(error)} Remedy: {EXPECTED}")
     check_model(pipeline, f"{flag} {source}")
