@@ -50,7 +50,7 @@ from common.arguments import (
 from common.cache import cache_encodings, identify
 from common.card import write_model_card
 from common.checkpoints import prepare_output
-from common.costs import dtype_of, estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
+from common.costs import dtype_of, estimate_activations, profile_forward
 from common.data import (
     choose_samples,
     drop_unreadable,
@@ -63,6 +63,7 @@ from common.data import (
     read_classes,
 )
 from common.ending import Stopped, StopSignals
+from common.estimates import print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
@@ -80,6 +81,7 @@ from common.students import (
     read_blocks,
     spaced_blocks,
 )
+from common.teacher_cache import Batch, cache_predictions, predict
 from common.teachers import (
     TeacherSource,
     freeze,
@@ -369,9 +371,7 @@ def choose_blocks(
     depth: int,
     dataset: datasets.Dataset,
     batch_size: int,
-    scheduler: DDPMScheduler,
-    encoders: "Encoders | None",
-    random_flip: bool,
+    inputs_of: Callable[[Batch], tuple],
     seed: int,
     output_dir: Path,
     resume_from: str | None,
@@ -391,8 +391,7 @@ def choose_blocks(
         def run() -> None:
             for batch in loader:
                 batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-                _, noisy, _, timesteps = make_inputs(batch, scheduler, encoders, random_flip)
-                teacher(noisy, timesteps, batch["labels"])
+                teacher(**inputs_of(batch)[0] | {"class_labels": batch["labels"]})  # none of them dropped
 
         influence = measure_influence(teacher.transformer_blocks, run)
         kept = sorted(sorted(range(len(influence)), key=influence.__getitem__)[-depth:])
@@ -487,6 +486,17 @@ class Encoders:
         return torch.stack([latents.mean, latents.std], dim=1) * self.vae.config.scaling_factor
 
 
+def identify_vae(source: TeacherSource | None, vae_path: str | None) -> dict:
+    """What tells a VAE from others in a cache.
+
+    Args:
+        vae_path: "none", its folder, or `None` for the teacher's.
+    """
+    if vae_path == "none":
+        return {"model": None}
+    return identify(source.path, source.revision, ["vae"]) if vae_path is None else identify(vae_path, None, ["."])
+
+
 def encode_dataset(
     dataset: datasets.Dataset,
     contents: dict[str, str],
@@ -516,7 +526,7 @@ def encode_dataset(
 
         return encode
 
-    key = identify(source.path, source.revision, ["vae"]) if vae_path is None else identify(vae_path, None, ["."])
+    key = identify_vae(source, vae_path)
     key |= {"dtype": str(dtype), "resolution": resolution, "crop": "centre", "both flips": random_flip}
     key |= {"variant": source.variant if source is not None else None}
     return cache(dataset, load_encoders, {**key, **contents})
@@ -535,26 +545,57 @@ def add_noise(
     return noisy, noise if scheduler.config.prediction_type == "epsilon" else samples
 
 
-def encode_batch(batch: dict[str, torch.Tensor], encoders: Encoders | None, random_flip: bool) -> torch.Tensor:
+def make_draws(
+    count: int, device: torch.device, shape: tuple[int, int, int], steps: int, random_flip: bool, label_dropout: float
+) -> dict[str, torch.Tensor]:
+    """All that is random in a batch: flips (B,), two noises (B, C, h, w), timesteps (B,), dropped labels (B,).
+
+    Args:
+        count: B.
+        shape: Of the latents of an image, (C, h, w).
+        steps: Of the noise schedule.
+        random_flip: Whether images are flipped.
+        label_dropout: Share of the labels that are dropped.
+    """
+    return {
+        "flips": random_flips(count, random_flip, device),
+        "vae_noise": torch.randn(count, *shape, device=device),
+        "noise": torch.randn(count, *shape, device=device),
+        "timesteps": torch.randint(steps, (count,), device=device),
+        "dropped": torch.rand(count, device=device) < label_dropout,
+    }
+
+
+def encode_batch(batch: Batch, encoders: Encoders | None, flips: torch.Tensor) -> torch.Tensor:
     """Moments (B, 2, C, h, w) of a batch, cached or computed now; flipped or not."""
-    rows = batch["images" if encoders is not None else "moments"]
-    flips = random_flips(rows, random_flip)
     if encoders is None:
-        return rows[torch.arange(len(rows), device=rows.device), flips.long()]
-    return encoders.encode_images(flip_rows(rows, flips))
+        return batch["moments"][torch.arange(len(flips), device=flips.device), flips.long()]
+    return encoders.encode_images(flip_rows(batch["images"], flips))
 
 
 def make_inputs(
-    batch: dict[str, torch.Tensor], scheduler: DDPMScheduler, encoders: Encoders | None, random_flip: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents, noisy latents and what the model must predict on them, (B, C, h, w); timesteps (B,)."""
-    moments = encode_batch(batch, encoders, random_flip)
-    mean, std = moments.float().contiguous().unbind(1)  # randn_like follows the layout in memory
-    latents = mean + std * torch.randn_like(mean)
-    noise = torch.randn_like(latents)
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-    noisy, target = add_noise(scheduler, latents, noise, timesteps)
-    return latents, noisy, target, timesteps
+    batch: Batch,
+    scheduler: DDPMScheduler,
+    encoders: Encoders | None,
+    null_class: int,
+    draw: Callable[[int, torch.device], dict[str, torch.Tensor]],
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """A model's inputs, what it must predict on them, and the latents without noise, both (B, C, h, w).
+
+    Args:
+        batch: With "labels", (B,), and with "images", uint8, (B, 1 or 3, H, W), or cached "moments",
+            (B, flips, 2, C, h, w).
+        encoders: `None` for a cached batch.
+        null_class: What a dropped label becomes.
+        draw: [`make_draws`] with the settings of the run, for a batch that has none.
+    """
+    rows = batch["images" if encoders is not None else "moments"]
+    draws = batch["draws"] if "draws" in batch else draw(len(rows), rows.device)
+    mean, std = encode_batch(batch, encoders, draws["flips"]).float().unbind(1)
+    latents = mean + std * draws["vae_noise"]
+    noisy, target = add_noise(scheduler, latents, draws["noise"], draws["timesteps"])
+    labels = torch.where(draws["dropped"], null_class, batch["labels"])
+    return {"hidden_states": noisy, "timestep": draws["timesteps"], "class_labels": labels}, target, latents
 
 
 def split_output(output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -690,39 +731,31 @@ def masked_mse(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> to
 def compute_losses(
     student: FeatureModel,
     teacher: FeatureModel | None,
-    batch: dict[str, torch.Tensor],
+    batch: Batch,
     progress: float,
-    scheduler: DDPMScheduler,
+    inputs_of: Callable[[Batch], tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]],
     kd_loss: KDLoss | None,
     kd_alpha: float,
     lambda_kd_feat: float,
-    encoders: Encoders | None,
     process: ReverseProcess,
-    null_class: int,
-    label_dropout: float,
-    random_flip: bool,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One micro-batch's loss and its parts, as tensors that stay on the device.
 
     (1 - α) · (task + vb) + α · (kd + kd_vb) + β · feat, where β falls from `lambda_kd_feat` to 0 over the run.
 
     Args:
-        batch: With "labels", (B,), and with "images", uint8, (B, 1 or 3, H, W), or cached "moments",
-            (B, flips, 2, C, h, w).
+        teacher: `None` without distillation, and for batches with the "teacher"'s output.
+        batch: See [`make_inputs`].
         progress: Share of the run that is done, for the scheduled weights.
+        inputs_of: [`make_inputs`] with all but the batch.
         kd_loss: Between the outputs of student and teacher; `None` without distillation.
         kd_alpha: α.
-        encoders: `None` for a cached batch.
         process: Of the scheduler.
-        null_class: What a dropped label becomes.
-        label_dropout: Share of the labels that are dropped.
-        random_flip: Whether images are flipped at random.
     """
-    latents, noisy, target, timesteps = make_inputs(batch, scheduler, encoders, random_flip)
-    dropped = torch.rand(len(latents), device=latents.device) < label_dropout
-    labels = torch.where(dropped, null_class, batch["labels"])  # the same for student and teacher
+    inputs, target, latents = inputs_of(batch)  # the same for student and teacher
+    noisy, timesteps = inputs["hidden_states"], inputs["timestep"]
 
-    output, features = student(noisy, timesteps, labels)
+    output, features = student(**inputs)
     prediction, variance = split_output(output, latents.shape[1])
     task = F.mse_loss(prediction.float(), target)
     logs = {"task": task}
@@ -731,9 +764,7 @@ def compute_losses(
     loss = sum(logs.values())
 
     if kd_loss is not None:
-        with torch.no_grad():
-            teacher_dtype = next(teacher.parameters()).dtype
-            teacher_output, teacher_features = teacher(noisy.to(teacher_dtype), timesteps, labels)
+        teacher_output, teacher_features = predict(teacher, inputs, batch)
         teacher_prediction, teacher_variance = split_output(teacher_output, latents.shape[1])
         kd, parts = kd_loss(prediction, teacher_prediction, progress)
         logs |= {"kd": kd, **parts}
@@ -886,14 +917,18 @@ def print_dry_run(
         total, features = teacher.num_parameters(), count_features(teacher, recipe["features"], inputs)
         teacher_macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
         print(f"teacher: {total:,} parameters, {teacher_macs:,} MACs; the student is {count / total:.2%} of it")
+        outputs = math.prod((student.config.out_channels, *inputs["hidden_states"].shape[2:]))
+        cached = args.cache_teacher, outputs, args.cache_teacher_dtype, teacher_macs
+        print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision)
+    live = args.kd_loss != "none" and args.cache_teacher is None
     encoders = 0 if args.cache_latents or args.vae == "none" else vae.num_parameters()
     encoder_bytes = dtype_of(args.mixed_precision).itemsize * encoders
-    parameters = count, total if args.kd_loss != "none" else 0
+    parameters = count, total if live else 0
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
     print_memory_estimate(activations, *parameters, *settings, encoder_bytes=encoder_bytes, features=features)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if args.kd_loss != "none" else 0, *how)
+    print_time_estimate(macs, teacher_macs if live else 0, *how)
     print(json.dumps(public_config(student.config), indent=2))
 
 
@@ -930,22 +965,23 @@ def main(args: argparse.Namespace) -> None:
     with accelerator.main_process_first():
         dataset, contents, names = make_dataset(args, num_classes, names, vae.config.in_channels, resolution)
     shown = read_classes(args.validation_classes, num_classes, names)
-    encoders = None
+    workers, encoders = args.dataloader_num_workers, None
+    cache = partial(cache_encodings, cache_dir=args.cache_dir, num_workers=workers, accelerator=accelerator)
     if args.cache_latents:
-        settings = {"cache_dir": args.cache_dir, "batch_size": args.encoding_batch_size}
-        cache = partial(cache_encodings, **settings, num_workers=args.dataloader_num_workers, accelerator=accelerator)
         inputs = dataset, contents, source, args.vae, vae, resolution, args.random_flip
-        dataset = encode_dataset(*inputs, cache, device, dtype)
+        dataset = encode_dataset(*inputs, partial(cache, batch_size=args.encoding_batch_size), device, dtype)
     else:
         encoders = Encoders(vae if args.vae != "none" else None, device, dtype)
-    dataloader = make_dataloader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator)
-    length = args.max_train_steps, args.num_train_epochs, len(dataloader)
-    args.max_train_steps = count_steps(*length, accelerator)
+    shape = student_shape.config.in_channels, *[student_shape.config.sample_size] * 2
+    how = {"random_flip": args.random_flip, "label_dropout": args.label_dropout}
+    draw = partial(make_draws, shape=shape, steps=scheduler.config.num_train_timesteps, **how)
+    how = {"scheduler": scheduler, "encoders": encoders, "null_class": num_classes, "draw": draw}
+    inputs_of = partial(make_inputs, **how)
 
     # ---- student
     teacher = load_part(source, DiTTransformer2DModel, "transformer") if source is not None else None
     if args.student_depth is not None:
-        data = dataset, args.train_batch_size, scheduler, encoders, args.random_flip, args.seed, output_dir
+        data = dataset, args.train_batch_size, inputs_of, args.seed, output_dir
         kept = choose_blocks(teacher, args.student_depth, *data, args.resume_from_checkpoint, accelerator)
         student_shape, recipe = build_student(teacher_shape, args, kept)
     seed_step(args.seed)
@@ -953,8 +989,22 @@ def main(args: argparse.Namespace) -> None:
     keep_labels(transformer)
     if teacher is not None:
         fill_student(transformer, teacher, recipe, args.student_init)
-    if args.kd_loss == "none":
+    teacher = None if args.kd_loss == "none" else teacher
+    how = {"seed": args.seed, "num_inference_steps": args.num_inference_steps, "classes": list(shown)}
+    how |= {"guidance_scale": args.guidance_scale, "accelerator": accelerator}
+    sample = partial(stop.interruptible(sample_images), scheduler=sampler, **how)
+    teacher_samples, passes = [], args.cache_teacher or 1
+    if args.cache_teacher:
+        key = contents | {"scheduler": dict(scheduler.config), "vae": identify_vae(source, args.vae)}
+        how = source, ["transformer"], key, partial(cache, batch_size=args.train_batch_size), device
+        inputs = dataset, freeze(teacher, device, dtype), inputs_of, draw
+        dataset = cache_predictions(*inputs, passes, args.seed, args.cache_teacher_dtype, *how)
+        if accelerator.is_main_process:
+            teacher_samples += sample(teacher, vae=copy.deepcopy(vae).to(device))
         teacher = None
+    dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator)
+    length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
+    args.max_train_steps = count_steps(*length, accelerator)
     student, teacher_model = pair_features(transformer, teacher, recipe["features"], example_inputs(transformer))
     xformers = args.enable_xformers_memory_efficient_attention
     prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, args.compile)
@@ -969,13 +1019,11 @@ def main(args: argparse.Namespace) -> None:
     skipped = torch.zeros(2, device=accelerator.device)
 
     # ---- resume
-    train_state = TrainState(
-        accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
-    )
-    resume = args.resume_from_checkpoint, args.discard_later_checkpoints
-    first_step = load_train_state(output_dir, *resume, train_state)
+    trains = accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
+    train_state, resume = TrainState(*trains), args.resume_from_checkpoint
+    first_step = load_train_state(output_dir, resume, args.discard_later_checkpoints, train_state)
     checkpoints, grids = Due(args.checkpointing_steps), Due(args.validation_steps)
-    data = len(dataset), len(dataloader), args.train_batch_size
+    data = len(dataset) // passes, len(dataloader) / passes, args.train_batch_size
     due = args.max_train_steps, checkpoints, args.checkpoints_total_limit, grids
     describe_start(accelerator, train_state, teacher_model, data, *due)
     size = args.max_train_steps, first_step, args.train_batch_size * args.gradient_accumulation_steps
@@ -986,21 +1034,14 @@ def main(args: argparse.Namespace) -> None:
         compute_losses,
         student,
         teacher_model,
-        scheduler=scheduler,
+        inputs_of=inputs_of,
         kd_loss=make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting),
         kd_alpha=args.kd_alpha,
         lambda_kd_feat=args.lambda_kd_feat,
-        encoders=encoders,
         process=ReverseProcess(scheduler, device),
-        null_class=num_classes,
-        label_dropout=args.label_dropout,
-        random_flip=args.random_flip,
     )
-    settings = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
-    settings |= {"guidance_scale": args.guidance_scale, "accelerator": accelerator}
-    sample = partial(stop.interruptible(sample_images), scheduler=sampler, classes=list(shown), **settings)
-    copy_vae, rows = partial(copy.deepcopy, vae), list(shown.values())
-    validate = partial(log_validation, teacher, transformer, ema, [], sample, copy_vae, rows, output_dir, accelerator)
+    grid = teacher_samples, sample, partial(copy.deepcopy, vae), list(shown.values()), output_dir, accelerator
+    validate = partial(log_validation, teacher, transformer, ema, *grid)
 
     # ---- loop
     batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps, stop)

@@ -33,7 +33,6 @@ from pathlib import Path
 from common.adapters import add_adapters, save_adapter
 from common.arguments import (
     HelpFormatter,
-    add_caption_arguments,
     add_shared_arguments,
     check_args,
     describe_run,
@@ -42,12 +41,13 @@ from common.arguments import (
     tracked_flags,
 )
 from common.cache import cache_encodings, identify
-from common.captions import count_longer, drop_uncaptioned, load_captioned, read_prompts
+from common.captions import add_caption_arguments, count_longer, drop_uncaptioned, load_captioned, read_prompts
 from common.card import write_model_card
 from common.checkpoints import prepare_output
-from common.costs import dtype_of, estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
+from common.costs import dtype_of, estimate_activations, profile_forward
 from common.data import choose_samples, drop_unreadable, flip_rows, flip_views, load_pixels, random_flips
 from common.ending import Stopped, StopSignals
+from common.estimates import print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
@@ -64,9 +64,11 @@ from common.students import (
     pair_features,
     public_config,
 )
+from common.teacher_cache import Batch, cache_predictions, predict
 from common.teachers import (
     TeacherSource,
     check_parts,
+    freeze,
     load_from,
     load_frozen,
     load_noise_schedule,
@@ -478,61 +480,93 @@ def add_noise(
     return noisy, noise if scheduler.config.prediction_type == "epsilon" else samples
 
 
-def encode_batch(
-    batch: dict[str, torch.Tensor], encoders: Encoders | None, random_flip: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def make_draws(
+    count: int,
+    device: torch.device,
+    shape: tuple[int, int, int],
+    steps: int,
+    random_flip: bool,
+    caption_dropout: float,
+) -> dict[str, torch.Tensor]:
+    """All that is random in a batch: flips (B,), two noises (B, C, h, w), timesteps (B,), dropped captions (B,).
+
+    Args:
+        count: B.
+        shape: Of the latents of an image, (C, h, w).
+        steps: Of the noise schedule.
+        random_flip: Whether images are flipped.
+        caption_dropout: Share of the captions that are replaced by the empty one.
+    """
+    return {
+        "flips": random_flips(count, random_flip, device),
+        "vae_noise": torch.randn(count, *shape, device=device),
+        "noise": torch.randn(count, *shape, device=device),
+        "timesteps": torch.randint(steps, (count,), device=device),
+        "dropped": torch.rand(count, device=device) < caption_dropout,
+    }
+
+
+def encode_batch(batch: Batch, encoders: Encoders | None, flips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Moments (B, 2, C, h, w) and text embeddings (B, 77, D) of a batch, cached or computed now; flipped or not."""
-    rows = next(iter(batch.values()))
-    flips = random_flips(rows, random_flip)
     if encoders is None:
-        return batch["moments"][torch.arange(len(rows), device=rows.device), flips.long()], batch["text"]
+        return batch["moments"][torch.arange(len(flips), device=flips.device), flips.long()], batch["text"]
     return encoders.encode_images(flip_rows(batch["images"], flips)), encoders.encode_text(batch["input_ids"])
+
+
+def make_inputs(
+    batch: Batch,
+    scheduler: DDPMScheduler,
+    encoders: Encoders | None,
+    no_text: torch.Tensor,
+    draw: Callable[[int, torch.device], dict[str, torch.Tensor]],
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A model's inputs, and what it must predict on them, (B, C, h, w).
+
+    Args:
+        batch: With "images", uint8, (B, 3, H, W), and "input_ids", (B, 77); or with cached "moments",
+            (B, flips, 2, C, h, w), and "text", (B, 77, D).
+        encoders: `None` for a cached batch.
+        no_text: Embedding of the empty caption, (77, D).
+        draw: [`make_draws`] with the settings of the run, for a batch that has none.
+    """
+    rows = batch["moments" if encoders is None else "images"]
+    draws = batch["draws"] if "draws" in batch else draw(len(rows), rows.device)
+    moments, text = encode_batch(batch, encoders, draws["flips"])
+    mean, std = moments.float().unbind(1)
+    latents = mean + std * draws["vae_noise"]
+    noisy, target = add_noise(scheduler, latents, draws["noise"], draws["timesteps"])
+    text = torch.where(draws["dropped"][:, None, None], no_text, text)
+    return {"sample": noisy, "timestep": draws["timesteps"], "encoder_hidden_states": text}, target
 
 
 def compute_losses(
     student: FeatureModel,
     teacher: FeatureModel | None,
-    batch: dict[str, torch.Tensor],
+    batch: Batch,
     progress: float,
-    scheduler: DDPMScheduler,
+    inputs_of: Callable[[Batch], tuple[dict[str, torch.Tensor], torch.Tensor]],
     kd_loss: KDLoss | None,
     lambdas: tuple[float, float, float],
-    encoders: Encoders | None,
-    no_text: torch.Tensor,
-    caption_dropout: float,
-    random_flip: bool,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One micro-batch's loss and its parts, as tensors that stay on the device.
 
     Args:
-        batch: With "images", uint8, (B, 3, H, W), and "input_ids", (B, 77); or with cached "moments",
-            (B, flips, 2, C, h, w), and "text", (B, 77, D).
+        teacher: `None` without distillation, and for batches with the "teacher"'s prediction.
+        batch: See [`make_inputs`].
         progress: Share of the run that is done, for the scheduled weights.
+        inputs_of: [`make_inputs`] with all but the batch.
         kd_loss: Between the outputs of student and teacher; `None` without distillation.
         lambdas: Weights of the task term, the output term and the feature term.
-        encoders: `None` for a cached batch.
-        no_text: Embedding of the empty caption, (77, D).
-        caption_dropout: Share of the captions that are replaced by the empty one.
     """
-    moments, text = encode_batch(batch, encoders, random_flip)
-    mean, std = moments.float().contiguous().unbind(1)  # randn_like follows the layout in memory
-    latents = mean + std * torch.randn_like(mean)
-    count, device = len(latents), latents.device
-    noise = torch.randn_like(latents)
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (count,), device=device)
-    noisy, target = add_noise(scheduler, latents, noise, timesteps)
-    dropped = torch.rand(count, 1, 1, device=device) < caption_dropout
-    text = torch.where(dropped, no_text, text)  # the same captions for student and teacher
+    inputs, target = inputs_of(batch)  # the same for student and teacher
 
     lambda_task, lambda_kd_output, lambda_kd_feat = lambdas
-    prediction, features = student(noisy, timesteps, text)
+    prediction, features = student(**inputs)
     task = F.mse_loss(prediction.float(), target)
     loss, logs = lambda_task * task, {"task": task}
 
     if kd_loss is not None:
-        with torch.no_grad():
-            dtype = next(teacher.parameters()).dtype
-            teacher_prediction, teacher_features = teacher(noisy.to(dtype), timesteps, text.to(dtype))
+        teacher_prediction, teacher_features = predict(teacher, inputs, batch)
         kd, parts = kd_loss(prediction, teacher_prediction, progress)
         loss = loss + lambda_kd_output * kd
         logs |= {"kd": kd, **parts}
@@ -674,12 +708,15 @@ def print_dry_run(
             encoders = vae.num_parameters() + CLIPTextModel(config).num_parameters()
         encoder_bytes = dtype_of(args.mixed_precision).itemsize * encoders
     features = count_features(teacher, recipe["features"], inputs)
-    parameters = count + trained if args.lora_rank else count, total if args.kd_loss != "none" else 0
+    live = args.kd_loss != "none" and args.cache_teacher is None
+    parameters = count + trained if args.lora_rank else count, total if live else 0
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
     print_memory_estimate(activations, *parameters, *settings, trained, encoder_bytes, features)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if args.kd_loss != "none" else 0, *how)
+    print_time_estimate(macs, teacher_macs if live else 0, *how)
+    cached = args.cache_teacher, inputs["sample"].numel(), args.cache_teacher_dtype, teacher_macs
+    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision)
     print(json.dumps(public_config(student.config), indent=2))
 
 
@@ -715,28 +752,45 @@ def main(args: argparse.Namespace) -> None:
     with accelerator.main_process_first():
         dataset, contents = make_dataset(args, tokenizer)
     prompts = args.validation_prompts or [*dataset.with_format(None)[:4][args.caption_column]]
-    encoders = None
+    workers, encoders = args.dataloader_num_workers, None
+    cache = partial(cache_encodings, cache_dir=args.cache_dir, num_workers=workers, accelerator=accelerator)
     if args.cache_latents:
-        settings = {"cache_dir": args.cache_dir, "batch_size": args.encoding_batch_size}
-        cache = partial(cache_encodings, **settings, num_workers=args.dataloader_num_workers, accelerator=accelerator)
         inputs = dataset, ["", *prompts], contents, tokenizer, source, args.resolution, args.random_flip
-        dataset, text = encode_dataset(*inputs, cache, device, dtype)
+        dataset, text = encode_dataset(*inputs, partial(cache, batch_size=args.encoding_batch_size), device, dtype)
     else:
         encoders = Encoders(source, device, dtype)
         text = encoders.encode_text(tokenize(tokenizer, ["", *prompts])).cpu()
-    dataloader = make_dataloader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator)
-    length = args.max_train_steps, args.num_train_epochs, len(dataloader)
-    args.max_train_steps = count_steps(*length, accelerator)
 
     # ---- student
     seed_step(args.seed)
     unet = UNet2DConditionModel.from_config(student_shape.config)
     teacher = load_part(source, UNet2DConditionModel, "unet")
     fill_student(unet, teacher, recipe, args.student_init)
-    if args.kd_loss == "none":
-        teacher = None
+    teacher = None if args.kd_loss == "none" else teacher
     if args.lora_rank:  # before the features: a layer's adapter is part of its output
         add_adapters(unet, args.lora_rank, LORA_TARGETS, dtype)
+
+    # ---- teacher, draws and samples
+    shape, steps = (unet.config.in_channels, *[unet.config.sample_size] * 2), scheduler.config.num_train_timesteps
+    how = {"random_flip": args.random_flip, "caption_dropout": args.caption_dropout}
+    draw = partial(make_draws, shape=shape, steps=steps, **how)
+    how = {"scheduler": scheduler, "encoders": encoders, "no_text": text[0].to(device), "draw": draw}
+    inputs_of = partial(make_inputs, **how)
+    how = {"text": text, "seed": args.seed, "num_inference_steps": args.num_inference_steps}
+    how |= {"scheduler": load_part(source, sampler, "scheduler"), "guidance_scale": args.guidance_scale}
+    sample = partial(stop.interruptible(sample_images), **how, accelerator=accelerator)
+    load_vae = partial(load_frozen, source, AutoencoderKL, "vae", device, torch.float32)
+    teacher_samples, passes = [], args.cache_teacher or 1
+    if args.cache_teacher:
+        key = contents | {"scheduler": dict(scheduler.config)}
+        how = source, [*PARTS], key, partial(cache, batch_size=args.train_batch_size), device
+        inputs = dataset, freeze(teacher, device, dtype), inputs_of, draw
+        dataset = cache_predictions(*inputs, passes, args.seed, args.cache_teacher_dtype, *how)
+        teacher_samples += sample(teacher, vae=load_vae()) if accelerator.is_main_process else []
+        teacher = None
+    dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator)
+    length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
+    args.max_train_steps = count_steps(*length, accelerator)
     student, teacher_model = pair_features(unet, teacher, recipe["features"], example_inputs(unet))
     xformers = args.enable_xformers_memory_efficient_attention
     prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, args.compile)
@@ -751,42 +805,23 @@ def main(args: argparse.Namespace) -> None:
     skipped = torch.zeros(2, device=accelerator.device)
 
     # ---- resume
-    train_state = TrainState(
-        accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
-    )
-    resume = args.resume_from_checkpoint, args.discard_later_checkpoints
-    first_step = load_train_state(output_dir, *resume, train_state)
+    trains = accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
+    train_state, resume = TrainState(*trains), args.resume_from_checkpoint
+    first_step = load_train_state(output_dir, resume, args.discard_later_checkpoints, train_state)
     checkpoints, grids = Due(args.checkpointing_steps), Due(args.validation_steps)
-    data = len(dataset), len(dataloader), args.train_batch_size
+    data = len(dataset) // passes, len(dataloader) / passes, args.train_batch_size
     due = args.max_train_steps, checkpoints, args.checkpoints_total_limit, grids
     describe_start(accelerator, train_state, teacher_model, data, *due)
     size = args.max_train_steps, first_step, args.train_batch_size * args.gradient_accumulation_steps
     metrics = MetricsLog(output_dir, accelerator, tracked_flags(args), *size, train_state.means)
 
     # ---- what a step and a validation do
-    losses_of = partial(
-        compute_losses,
-        student,
-        teacher_model,
-        scheduler=scheduler,
-        kd_loss=make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting),
-        lambdas=(args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat),
-        encoders=encoders,
-        no_text=text[0].to(device),
-        caption_dropout=args.caption_dropout,
-        random_flip=args.random_flip,
-    )
-    sample = partial(
-        stop.interruptible(sample_images),
-        scheduler=load_part(source, sampler, "scheduler"),
-        text=text,
-        seed=args.seed,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        accelerator=accelerator,
-    )
-    load_vae = partial(load_frozen, source, AutoencoderKL, "vae", device, torch.float32)
-    validate = partial(log_validation, teacher, unet, ema, [], sample, load_vae, prompts, output_dir, accelerator)
+    kd_loss = make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting)
+    lambdas = args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat
+    values = {"inputs_of": inputs_of, "kd_loss": kd_loss, "lambdas": lambdas}
+    losses_of = partial(compute_losses, student, teacher_model, **values)
+    shown = teacher_samples, sample, load_vae, prompts, output_dir, accelerator
+    validate = partial(log_validation, teacher, unet, ema, *shown)
 
     # ---- loop
     batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps, stop)

@@ -32,12 +32,10 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from common.adapters import add_adapters, save_adapter
 from common.arguments import (
     HelpFormatter,
-    add_caption_arguments,
     add_shared_arguments,
     check_args,
     describe_run,
@@ -46,12 +44,13 @@ from common.arguments import (
     tracked_flags,
 )
 from common.cache import JoinedDataset, cache_encodings, identify
-from common.captions import drop_uncaptioned, load_captioned, read_prompts
+from common.captions import add_caption_arguments, drop_uncaptioned, load_captioned, read_prompts
 from common.card import write_model_card
 from common.checkpoints import prepare_output
-from common.costs import dtype_of, estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
+from common.costs import dtype_of, estimate_activations, profile_forward
 from common.data import choose_samples, drop_unreadable, flip_rows, flip_views, load_pixels, random_flips
 from common.ending import Stopped, StopSignals
+from common.estimates import print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
@@ -83,6 +82,7 @@ from common.students import (
     share_blocks,
     spaced_blocks,
 )
+from common.teacher_cache import Batch, cache_predictions, predict
 from common.teachers import (
     TeacherSource,
     check_parts,
@@ -160,6 +160,9 @@ LORA_TARGETS = [
 
 # How noise levels are sampled and weighted: arguments of Diffusers' compute_density_for_timestep_sampling.
 NOISE_FLAGS = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+
+# What a batch's draws depend on: arguments of [`make_draws`].
+DRAW_FLAGS = ("random_flip", "caption_dropout", *NOISE_FLAGS)
 
 # What the samples of a validation depend on: arguments of [`sample_images`].
 SAMPLING_FLAGS = ("resolution", "seed", "num_inference_steps", "guidance_scale")
@@ -388,8 +391,7 @@ def choose_blocks(
     depth: int,
     dataset: torch.utils.data.Dataset,
     batch_size: int,
-    scheduler: FlowMatchEulerDiscreteScheduler,
-    settings: "InputSettings",
+    inputs_of: Callable[[Batch], tuple],
     seed: int,
     output_dir: Path,
     resume_from: str | None,
@@ -403,14 +405,14 @@ def choose_blocks(
     def measure() -> tuple[list[float], list[int]]:
         device, dtype = accelerator.device, working_dtype(accelerator)
         teacher = load_frozen(source, SD3Transformer2DModel, "transformer", device, dtype)
+        model = FeatureModel(teacher, [])
         seed_step(seed)
         rows = torch.utils.data.Subset(dataset, torch.randperm(len(dataset))[:INFLUENCE_IMAGES].tolist())
 
         def run() -> None:
             for batch in torch.utils.data.DataLoader(rows, batch_size=batch_size):
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                inputs, *_ = make_inputs(batch, scheduler, settings)
-                teacher(**cast_inputs(inputs, dtype))
+                predict(model, inputs_of(batch)[0], batch)
 
         influence = measure_influence(teacher.transformer_blocks, run, item=1)
         last = len(influence) - 1
@@ -550,56 +552,80 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) 
     return (1 - sigmas) * latents + sigmas * noise, noise - latents
 
 
-def sample_sigmas(
-    scheduler: FlowMatchEulerDiscreteScheduler, count: int, noise_levels: dict, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def find_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise levels (B, 1, 1, 1) and timesteps (B,) of the scheduler, its shift included.
 
     Args:
-        noise_levels: How they are sampled (Esser et al., ICML 2024): the flags that [`NOISE_FLAGS`] names.
+        shares: Of the way through the schedule, (B,).
     """
-    share = compute_density_for_timestep_sampling(batch_size=count, device=device, **noise_levels)
     steps = len(scheduler.sigmas)
-    index = (share * steps).long().clamp(0, steps - 1)  # a share may round to 1
+    index = (shares * steps).long().clamp(0, steps - 1)  # a share may round to 1
     return scheduler.sigmas[index][:, None, None, None], scheduler.timesteps[index]
 
 
+def make_draws(
+    count: int,
+    device: torch.device,
+    shape: tuple[int, int, int],
+    random_flip: bool,
+    caption_dropout: float,
+    **noise_levels: str | float,
+) -> dict[str, torch.Tensor]:
+    """All that is random in a batch: flips (B,), two noises (B, C, h, w), shares of the schedule (B,).
+
+    And which captions are dropped, (B, 1).
+
+    Args:
+        count: B.
+        shape: Of the latents of an image, (C, h, w).
+        random_flip: Whether images are flipped.
+        caption_dropout: Share of the captions that are replaced by the empty one.
+        noise_levels: How the shares are sampled (Esser et al., ICML 2024): the flags that [`NOISE_FLAGS`] names.
+    """
+    return {
+        "flips": random_flips(count, random_flip, device),
+        "vae_noise": torch.randn(count, *shape, device=device),
+        "noise": torch.randn(count, *shape, device=device),
+        "shares": compute_density_for_timestep_sampling(batch_size=count, device=device, **noise_levels),
+        "dropped": torch.rand(count, 1, device=device) < caption_dropout,
+    }
+
+
 def encode_batch(
-    batch: dict[str, torch.Tensor], encoders: Encoders | None, random_flip: bool
+    batch: Batch, encoders: Encoders | None, flips: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Moments (B, 2, C, h, w) and text embeddings of a batch, cached or computed now; flipped or not."""
-    rows = batch["images" if encoders is not None else "moments"]
-    flips = random_flips(rows, random_flip)
     if encoders is None:
-        return rows[torch.arange(len(rows), device=rows.device), flips.long()], batch
-    return encoders.encode_images(flip_rows(rows, flips)), encoders.encode_text(batch)
-
-
-class InputSettings(NamedTuple):
-    """What [`make_inputs`] needs besides the batch and the scheduler."""
-
-    encoders: Encoders | None  # `None` for cached batches
-    no_text: tuple[torch.Tensor, torch.Tensor]  # embeddings of the empty caption, (77 + T, D) and (P,)
-    layout: TextLayout
-    noise_levels: dict  # see [`sample_sigmas`]
-    caption_dropout: float  # share of the captions that are replaced by the empty one
-    random_flip: bool
+        return batch["moments"][torch.arange(len(flips), device=flips.device), flips.long()], batch
+    return encoders.encode_images(flip_rows(batch["images"], flips)), encoders.encode_text(batch)
 
 
 def make_inputs(
-    batch: dict[str, torch.Tensor], scheduler: FlowMatchEulerDiscreteScheduler, settings: InputSettings
+    batch: Batch,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    encoders: Encoders | None,
+    no_text: tuple[torch.Tensor, torch.Tensor],
+    layout: TextLayout,
+    draw: Callable[[int, torch.device], dict[str, torch.Tensor]],
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """A model's inputs on new noise, the velocity to predict on them (B, C, h, w), and the sigmas (B, 1, 1, 1)."""
-    encoders, no_text, layout, noise_levels, caption_dropout, random_flip = settings
-    moments, encoded = encode_batch(batch, encoders, random_flip)
-    mean, std = moments.float().contiguous().unbind(1)  # randn_like follows the layout in memory
-    latents = mean + std * torch.randn_like(mean)
-    count, device = len(latents), latents.device
-    noise = torch.randn_like(latents)
-    sigmas, timesteps = sample_sigmas(scheduler, count, noise_levels, device)
-    noisy, target = add_noise(latents, noise, sigmas)
-    dropped = torch.rand(count, 1, device=device) < caption_dropout
-    text, pooled = join_text(encoded, layout)
+    """A model's inputs on noise, the velocity to predict on them (B, C, h, w), and the sigmas (B, 1, 1, 1).
+
+    Args:
+        batch: With "images", uint8, (B, 3, H, W), and each text encoder's token ids, (B, L); or with cached "moments",
+            (B, flips, 2, C, h, w), and embeddings.
+        scheduler: With its sigmas and timesteps on the device.
+        encoders: `None` for a cached batch.
+        no_text: Embeddings of the empty caption, (77 + T, D) and (P,).
+        draw: [`make_draws`] with the settings of the run, for a batch that has no draws.
+    """
+    rows = batch["images" if encoders is not None else "moments"]
+    draws = batch["draws"] if "draws" in batch else draw(len(rows), rows.device)
+    moments, encoded = encode_batch(batch, encoders, draws["flips"])
+    mean, std = moments.float().unbind(1)
+    latents = mean + std * draws["vae_noise"]
+    sigmas, timesteps = find_sigmas(scheduler, draws["shares"])
+    noisy, target = add_noise(latents, draws["noise"], sigmas)
+    dropped, (text, pooled) = draws["dropped"], join_text(encoded, layout)
     inputs = {
         "hidden_states": noisy,
         "timestep": timesteps,
@@ -607,11 +633,6 @@ def make_inputs(
         "pooled_projections": torch.where(dropped, no_text[1], pooled),
     }
     return inputs, target, sigmas
-
-
-def cast_inputs(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The model's inputs in the dtype; timesteps stay what they are, which bfloat16 could not tell apart."""
-    return {name: tensor if name == "timestep" else tensor.to(dtype) for name, tensor in inputs.items()}
 
 
 def relative_mse(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> torch.Tensor:
@@ -626,36 +647,34 @@ def relative_mse(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> 
 def compute_losses(
     student: FeatureModel,
     teacher: FeatureModel | None,
-    batch: dict[str, torch.Tensor],
+    batch: Batch,
     progress: float,
-    scheduler: FlowMatchEulerDiscreteScheduler,
+    inputs_of: Callable[[Batch], tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]],
     kd_loss: KDLoss | None,
     lambdas: tuple[float, float, float],
-    settings: InputSettings,
+    weighting_scheme: str,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One micro-batch's loss and its parts, as tensors that stay on the device.
 
     Args:
-        batch: With "images", uint8, (B, 3, H, W), and each text encoder's token ids, (B, L); or with cached "moments",
-            (B, flips, 2, C, h, w), and embeddings.
+        teacher: `None` without distillation, and for batches with the "teacher"'s prediction.
+        batch: See [`make_inputs`].
         progress: Share of the run that is done, for the scheduled weights.
-        scheduler: With its sigmas and timesteps on the device.
+        inputs_of: [`make_inputs`] with all but the batch.
         kd_loss: Between the outputs of student and teacher; `None` without distillation.
         lambdas: Weights of the task term, the output term and the feature term.
-        settings: See [`InputSettings`].
+        weighting_scheme: Of the loss on the data.
     """
-    inputs, target, sigmas = make_inputs(batch, scheduler, settings)  # the same for student and teacher
+    inputs, target, sigmas = inputs_of(batch)  # the same for student and teacher
 
     lambda_task, lambda_kd_output, lambda_kd_feat = lambdas
     prediction, features = student(**inputs)
-    weights = compute_loss_weighting_for_sd3(settings.noise_levels["weighting_scheme"], sigmas)
+    weights = compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
     task = (weights * (prediction.float() - target).square()).mean()
     loss, logs = lambda_task * task, {"task": task}
 
     if kd_loss is not None:
-        with torch.no_grad():
-            teacher_dtype = next(teacher.parameters()).dtype
-            teacher_prediction, teacher_features = teacher(**cast_inputs(inputs, teacher_dtype))
+        teacher_prediction, teacher_features = predict(teacher, inputs, batch)
         kd, parts = kd_loss(prediction, teacher_prediction, progress)
         loss = loss + lambda_kd_output * kd
         logs |= {"kd": kd, **parts}
@@ -824,14 +843,17 @@ def print_dry_run(
     trained = sum(parameter.numel() for parameter in trained_parameters(make_student()))
     held = count + trained if args.lora_rank else count
     held = trained if args.share_backbone else held
-    teacher_held = total if args.kd_loss != "none" else 0
+    live = args.kd_loss != "none" and args.cache_teacher is None
+    teacher_held = total if live else 0
     encoder_bytes = 0 if args.cache_latents else sum(encoders.values())
     features = count_features(teacher, recipe["features"], inputs, item=1)
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
     print_memory_estimate(activations, held, teacher_held, *settings, trained, encoder_bytes, features)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if args.kd_loss != "none" else 0, *how)
+    print_time_estimate(macs, teacher_macs if live else 0, *how)
+    cached = args.cache_teacher, inputs["hidden_states"].numel(), args.cache_teacher_dtype, teacher_macs
+    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision)
     print(json.dumps(public_config(student.config), indent=2))
 
 
@@ -868,27 +890,24 @@ def main(args: argparse.Namespace) -> None:
     with accelerator.main_process_first():
         dataset, contents = make_dataset(args, tokenizers)
     prompts = args.validation_prompts or [*dataset.with_format(None)[:4][args.caption_column]]
-    encoders = None
+    workers, encoders = args.dataloader_num_workers, None
+    cache = partial(cache_encodings, cache_dir=args.cache_dir, num_workers=workers, accelerator=accelerator)
     if args.cache_latents:
-        where = {"cache_dir": args.cache_dir, "batch_size": args.encoding_batch_size}
-        cache = partial(cache_encodings, **where, num_workers=args.dataloader_num_workers, accelerator=accelerator)
         inputs = dataset, ["", *prompts], contents, tokenizers, source, args.resolution, args.random_flip
-        dataset, text = encode_dataset(*inputs, cache, device, dtype)
+        dataset, text = encode_dataset(*inputs, partial(cache, batch_size=args.encoding_batch_size), device, dtype)
     else:
         encoders = Encoders(source, text_encoders, device, dtype)
         text = encoders.encode_text(tokenize(tokenizers, ["", *prompts]))
     layout = TextLayout.of(teacher_shape.config, args.max_sequence_length)
     text = join_text(text, layout)
-    no_text = tuple(embeddings[0].to(device) for embeddings in text)
-    noise_levels = {name: getattr(args, name) for name in NOISE_FLAGS}
-    settings = InputSettings(encoders, no_text, layout, noise_levels, args.caption_dropout, args.random_flip)
-    dataloader = make_dataloader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator)
-    length = args.max_train_steps, args.num_train_epochs, len(dataloader)
-    args.max_train_steps = count_steps(*length, accelerator)
+    shape = student_shape.config.in_channels, *[student_shape.config.sample_size] * 2
+    draw = partial(make_draws, shape=shape, **{name: getattr(args, name) for name in DRAW_FLAGS})
+    how = {"scheduler": scheduler, "encoders": encoders, "layout": layout, "draw": draw}
+    inputs_of = partial(make_inputs, no_text=tuple(embeddings[0].to(device) for embeddings in text), **how)
 
     # ---- student
     if args.student_depth is not None:
-        data = dataset, args.train_batch_size, scheduler, settings, args.seed, output_dir
+        data = dataset, args.train_batch_size, inputs_of, args.seed, output_dir
         kept = choose_blocks(source, args.student_depth, *data, args.resume_from_checkpoint, accelerator)
         student_shape, recipe = build_student(teacher_shape, vae_shape, args, kept)
     seed_step(args.seed)
@@ -900,6 +919,20 @@ def main(args: argparse.Namespace) -> None:
     if args.lora_rank:  # seeded anew, so that the adapters do not depend on how the student was made
         seed_step(args.seed)
         add_adapters(transformer, args.lora_rank, LORA_TARGETS, dtype)
+    values = {name: getattr(args, name) for name in SAMPLING_FLAGS} | {"scheduler": sampler, "text": text}
+    sample = partial(stop.interruptible(sample_images), accelerator=accelerator, **values)
+    load_vae = partial(load_frozen, source, AutoencoderKL, "vae", device, torch.float32)
+    teacher_samples, passes = [], args.cache_teacher or 1
+    if args.cache_teacher:
+        key = contents | {"scheduler": dict(scheduler.config), "text": [*text_encoders, args.max_sequence_length]}
+        how = source, [*PARTS, *TEXT_PARTS], key, partial(cache, batch_size=args.train_batch_size), device
+        inputs = dataset, teacher, inputs_of, draw
+        dataset = cache_predictions(*inputs, passes, args.seed, args.cache_teacher_dtype, *how)
+        teacher_samples += sample(teacher, vae=load_vae()) if accelerator.is_main_process else []
+        teacher = None
+    dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator)
+    length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
+    args.max_train_steps = count_steps(*length, accelerator)
     inputs = example_inputs(transformer, args.max_sequence_length)
     student, teacher_model = pair_features(transformer, teacher, recipe["features"], inputs, item=1)
     xformers = args.enable_xformers_memory_efficient_attention
@@ -915,13 +948,11 @@ def main(args: argparse.Namespace) -> None:
     skipped = torch.zeros(2, device=accelerator.device)
 
     # ---- resume
-    train_state = TrainState(
-        accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
-    )
-    resume = args.resume_from_checkpoint, args.discard_later_checkpoints
-    first_step = load_train_state(output_dir, *resume, train_state)
+    trains = accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
+    train_state, resume = TrainState(*trains), args.resume_from_checkpoint
+    first_step = load_train_state(output_dir, resume, args.discard_later_checkpoints, train_state)
     checkpoints, grids = Due(args.checkpointing_steps), Due(args.validation_steps)
-    data = len(dataset), len(dataloader), args.train_batch_size
+    data = len(dataset) // passes, len(dataloader) / passes, args.train_batch_size
     due = args.max_train_steps, checkpoints, args.checkpoints_total_limit, grids
     describe_start(accelerator, train_state, teacher_model, data, *due)
     size = args.max_train_steps, first_step, args.train_batch_size * args.gradient_accumulation_steps
@@ -930,12 +961,14 @@ def main(args: argparse.Namespace) -> None:
     # ---- what a step and a validation do
     kd_loss = make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting)
     lambdas = args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat
-    values = {"scheduler": scheduler, "kd_loss": kd_loss, "lambdas": lambdas, "settings": settings}
+    values = {
+        "inputs_of": inputs_of,
+        "kd_loss": kd_loss,
+        "lambdas": lambdas,
+        "weighting_scheme": args.weighting_scheme,
+    }
     losses_of = partial(compute_losses, student, teacher_model, **values)
-    values = {name: getattr(args, name) for name in SAMPLING_FLAGS} | {"scheduler": sampler, "text": text}
-    sample = partial(stop.interruptible(sample_images), accelerator=accelerator, **values)
-    load_vae = partial(load_frozen, source, AutoencoderKL, "vae", device, torch.float32)
-    shown = [], sample, load_vae, prompts, output_dir, accelerator
+    shown = teacher_samples, sample, load_vae, prompts, output_dir, accelerator
     validate = partial(log_validation, teacher, transformer, ema, *shown)
 
     # ---- loop

@@ -29,6 +29,7 @@ On a CPU, in a minute: a small teacher from scratch, then a student of half its 
 import argparse
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -41,11 +42,13 @@ from common.arguments import (
     fail,
     tracked_flags,
 )
+from common.cache import cache_encodings
 from common.card import write_model_card
 from common.checkpoints import prepare_output
-from common.costs import estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
-from common.data import choose_samples, drop_unreadable, load_images, load_pixels
+from common.costs import estimate_activations, profile_forward
+from common.data import choose_samples, drop_unreadable, flip_rows, load_images, load_pixels
 from common.ending import Stopped, StopSignals
+from common.estimates import print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
@@ -62,7 +65,8 @@ from common.students import (
     pair_features,
     public_config,
 )
-from common.teachers import TeacherSource, check_weights, load_weights, make_noise_schedule
+from common.teacher_cache import Batch, cache_predictions, predict
+from common.teachers import TeacherSource, check_weights, freeze, load_weights, make_noise_schedule
 from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
 from common.training import (
     check_skipped,
@@ -75,6 +79,7 @@ from common.training import (
     prepare_models,
     seed_step,
     trained_parameters,
+    working_dtype,
 )
 
 import datasets
@@ -152,7 +157,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--lambda_kd_output", type=float, default=1.0, help="weight of the output term")
     group.add_argument("--lambda_kd_feat", type=float, default=1e-6, help="weight of the block features (FitNet)")
     group.add_argument(
-        "--antithetic_timesteps", action=switch, default=True, help="pair each timestep t with T - 1 - t in the batch"
+        "--antithetic_timesteps",
+        action=switch,
+        default=True,
+        help="pair each timestep t with T - 1 - t in the batch (not with --cache_teacher)",
     )
 
     group = groups["logging"]
@@ -348,15 +356,22 @@ def example_inputs(unet: UNet2DModel) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
-def make_dataset(args: argparse.Namespace, channels: int, resolution: int) -> datasets.Dataset:
-    """A dataset of `{"images": uint8 (channels, resolution, resolution)}`, without unreadable images."""
+def make_dataset(
+    args: argparse.Namespace, channels: int, resolution: int
+) -> tuple[datasets.Dataset, dict[str, str | int]]:
+    """A dataset of `{"images": uint8 (channels, resolution, resolution)}`, without unreadable images.
+
+    Returns:
+        The dataset, and what identifies its contents in a cache.
+    """
     column = args.image_column
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
     dataset, source = load_images(*folders, {"image_column": column}, drop_labels=True)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
     dataset = drop_unreadable(dataset, column, source, args.max_unreadable, args.dataloader_num_workers, resolution)
+    contents = {"data": dataset._fingerprint, "image": column, "resolution": resolution}
     mode = "L" if channels == 1 else "RGB"
-    return dataset.with_transform(partial(load_examples, column=column, mode=mode, size=resolution))
+    return dataset.with_transform(partial(load_examples, column=column, mode=mode, size=resolution)), contents
 
 
 def load_examples(batch: dict[str, list], column: str, mode: str, size: int) -> dict[str, list[torch.Tensor]]:
@@ -386,47 +401,74 @@ def sample_timesteps(count: int, steps: int, antithetic: bool, device: torch.dev
     return timesteps
 
 
+def make_draws(
+    count: int,
+    device: torch.device,
+    shape: tuple[int, int, int],
+    steps: int,
+    random_flip: bool,
+    antithetic_timesteps: bool,
+) -> dict[str, torch.Tensor]:
+    """All that is random in a batch: which images are flipped, (B,), their noise (B, C, H, W), and timesteps (B,).
+
+    Args:
+        count: B.
+        shape: Of an image, (C, H, W).
+        steps: Of the noise schedule.
+    """
+    flips = torch.rand(count, device=device) < 0.5 if random_flip else torch.zeros(count, dtype=bool, device=device)
+    noise = torch.randn(count, *shape, device=device)
+    return {"flips": flips, "noise": noise, "timesteps": sample_timesteps(count, steps, antithetic_timesteps, device)}
+
+
+def make_inputs(
+    batch: Batch, scheduler: DDPMScheduler, draw: Callable[[int, torch.device], dict[str, torch.Tensor]]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A model's inputs, and what it must predict on them, (B, C, H, W).
+
+    Args:
+        draw: [`make_draws`] with the settings of the run, for a batch that has none.
+    """
+    images = batch["images"].float() / 127.5 - 1
+    draws = batch["draws"] if "draws" in batch else draw(len(images), images.device)
+    images = flip_rows(images, draws["flips"])
+    noisy, target = add_noise(scheduler, images, draws["noise"], draws["timesteps"])
+    return {"sample": noisy, "timestep": draws["timesteps"]}, target
+
+
 def compute_losses(
     student: FeatureModel,
     teacher: FeatureModel | None,
-    batch: dict[str, torch.Tensor],
+    batch: Batch,
     progress: float,
-    scheduler: DDPMScheduler,
+    inputs_of: Callable[[Batch], tuple[dict[str, torch.Tensor], torch.Tensor]],
     kd_loss: KDLoss | None,
     lambdas: tuple[float, float, float],
     reduction: str,
-    random_flip: bool,
-    antithetic_timesteps: bool,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One micro-batch's loss and its parts, as tensors that stay on the device.
 
     Args:
+        teacher: `None` without distillation, and for batches with the "teacher"'s prediction.
         batch: With "images", uint8, (B, C, H, W).
         progress: Share of the run that is done, for the scheduled weights.
+        inputs_of: [`make_inputs`] with all but the batch.
         kd_loss: Between the outputs of student and teacher; `None` without distillation.
         lambdas: Weights of the task term, the output term and the feature term.
         reduction: "sum" or "mean" of every term over a sample's elements.
     """
-    images = batch["images"].float() / 127.5 - 1
-    count, device = len(images), images.device
-    if random_flip:
-        images = torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, images.flip(-1), images)
-    noise = torch.randn_like(images)
-    timesteps = sample_timesteps(count, scheduler.config.num_train_timesteps, antithetic_timesteps, device)
-    noisy, target = add_noise(scheduler, images, noise, timesteps)
+    inputs, target = inputs_of(batch)  # the same for student and teacher
 
     def scale(term: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
         return term * of[0].numel() if reduction == "sum" else term
 
     lambda_task, lambda_kd_output, lambda_kd_feat = lambdas
-    prediction, features = student(noisy, timesteps)
+    prediction, features = student(**inputs)
     task = scale(F.mse_loss(prediction.float(), target), prediction)
     loss, logs = lambda_task * task, {"task": task}
 
     if kd_loss is not None:
-        with torch.no_grad():
-            teacher_dtype = next(teacher.parameters()).dtype
-            teacher_prediction, teacher_features = teacher(noisy.to(teacher_dtype), timesteps)
+        teacher_prediction, teacher_features = predict(teacher, inputs, batch)
         kd, parts = kd_loss(prediction, teacher_prediction, progress)
         kd = scale(kd, prediction)
         loss = loss + lambda_kd_output * kd
@@ -521,11 +563,14 @@ def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dic
         total, features = teacher.num_parameters(), count_features(teacher, recipe["features"], inputs)
         teacher_macs, *_ = profile_forward(skeleton(teacher).requires_grad_(False), **inputs)
         print(f"teacher: {total:,} parameters, {teacher_macs:,} MACs; the student is {count / total:.2%} of it")
+        cached = args.cache_teacher, inputs["sample"].numel(), args.cache_teacher_dtype, teacher_macs
+        print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision)
+    live = args.kd_loss != "none" and args.cache_teacher is None
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
-    print_memory_estimate(activations, count, total, *settings, features=features)
+    print_memory_estimate(activations, count, total if live else 0, *settings, features=features)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if args.kd_loss != "none" else 0, *how)
+    print_time_estimate(macs, teacher_macs if live else 0, *how)
     print(student.to_json_string())
 
 
@@ -558,17 +603,50 @@ def main(args: argparse.Namespace) -> None:
         args.hub_model_id = create_hub_repo(args.hub_model_id, output_dir, args.hub_private_repo)
 
     # ---- data
+    device, dtype = accelerator.device, working_dtype(accelerator)
     with accelerator.main_process_first():
-        dataset = make_dataset(args, unet.config.in_channels, unet.config.sample_size)
-    dataloader = make_dataloader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator)
-    length = args.max_train_steps, args.num_train_epochs, len(dataloader)
-    args.max_train_steps = count_steps(*length, accelerator)
+        dataset, contents = make_dataset(args, unet.config.in_channels, unet.config.sample_size)
 
     # ---- student
     if teacher is not None:
-        fill_student(unet, teacher, recipe, args.student_init, scheduler, dataset, accelerator.device)
+        fill_student(unet, teacher, recipe, args.student_init, scheduler, dataset, device)
+
+    # ---- draws and samples
+    draw = partial(
+        make_draws,
+        shape=(unet.config.in_channels, *image_size(unet)),
+        steps=scheduler.config.num_train_timesteps,
+        random_flip=args.random_flip,
+        antithetic_timesteps=args.antithetic_timesteps,
+    )
+    inputs_of = partial(make_inputs, scheduler=scheduler, draw=draw)
+    sample = partial(
+        stop.interruptible(sample_images),
+        scheduler=scheduler,
+        seed=args.seed,
+        count=args.num_validation_images,
+        num_inference_steps=args.num_inference_steps,
+    )
+
+    # ---- teacher
+    live_teacher, teacher_samples, passes = teacher, [], args.cache_teacher or 1
+    if args.cache_teacher:
+        parts = ["unet" if (Path(source.path) / "unet").is_dir() else "."]
+        key = contents | {"scheduler": dict(scheduler.config)}
+        settings = {"cache_dir": args.cache_dir, "batch_size": args.train_batch_size}
+        cache = partial(cache_encodings, **settings, num_workers=args.dataloader_num_workers, accelerator=accelerator)
+        inputs = dataset, freeze(teacher, device, dtype), inputs_of, draw
+        how = passes, args.seed, args.cache_teacher_dtype, source, parts, key, cache, device
+        dataset = cache_predictions(*inputs, *how)
+        teacher_samples += sample(teacher) if accelerator.is_main_process else []
+        teacher.to("meta")  # its size stays, for the model card
+        live_teacher = None
+    dataloader = make_dataloader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator)
+    length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
+    args.max_train_steps = count_steps(*length, accelerator)
+
     student, teacher_model = pair_features(
-        unet, teacher, recipe["features"], example_inputs(unet), always_project=True
+        unet, live_teacher, recipe["features"], example_inputs(unet), always_project=True
     )
     xformers = args.enable_xformers_memory_efficient_attention
     prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, args.compile)
@@ -583,13 +661,11 @@ def main(args: argparse.Namespace) -> None:
     skipped = torch.zeros(2, device=accelerator.device)
 
     # ---- resume
-    train_state = TrainState(
-        accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
-    )
-    resume = args.resume_from_checkpoint, args.discard_later_checkpoints
-    first_step = load_train_state(output_dir, *resume, train_state)
+    trains = accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
+    train_state, resume = TrainState(*trains), args.resume_from_checkpoint
+    first_step = load_train_state(output_dir, resume, args.discard_later_checkpoints, train_state)
     checkpoints, grids = Due(args.checkpointing_steps), Due(args.validation_steps)
-    data = len(dataset), len(dataloader), args.train_batch_size
+    data = len(dataset) // passes, len(dataloader) / passes, args.train_batch_size
     due = args.max_train_steps, checkpoints, args.checkpoints_total_limit, grids
     describe_start(accelerator, train_state, teacher_model, data, *due)
     size = args.max_train_steps, first_step, args.train_batch_size * args.gradient_accumulation_steps
@@ -600,21 +676,13 @@ def main(args: argparse.Namespace) -> None:
         compute_losses,
         student,
         teacher_model,
-        scheduler=scheduler,
+        inputs_of=inputs_of,
         kd_loss=make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting),
         lambdas=(args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat),
         reduction=args.reduction,
-        random_flip=args.random_flip,
-        antithetic_timesteps=args.antithetic_timesteps,
     )
-    sample = partial(
-        stop.interruptible(sample_images),
-        scheduler=scheduler,
-        seed=args.seed,
-        count=args.num_validation_images,
-        num_inference_steps=args.num_inference_steps,
-    )
-    validate = partial(log_validation, teacher, unet, ema, [], sample, output_dir, accelerator)
+    shown = teacher_samples, sample, output_dir, accelerator
+    validate = partial(log_validation, live_teacher, unet, ema, *shown)
 
     # ---- loop
     batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps, stop)

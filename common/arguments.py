@@ -101,6 +101,11 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
 
     kd = parser.add_argument_group("distillation")
     kd.add_argument("--kd_loss", default="place", choices=("place", "lift", "mse", "none"), help="output term")
+    draws = "run the teacher before the training alone, for this many draws of noise per image"
+    kd.add_argument("--cache_teacher", type=int, metavar="DRAWS", help=draws)
+    kd.add_argument(
+        "--cache_teacher_dtype", default="fp16", choices=("fp32", "fp16", "bf16"), help="how its predictions are kept"
+    )
     kd.add_argument("--group_size", type=int, default=16, help="elements per PLACE group")
     kd.add_argument("--group_by", default="error", choices=("error", "position"), help="how PLACE groups elements")
     kd.add_argument("--coarse_norm", default="l1", choices=("l1", "l2"), help="norm of the coarse term")
@@ -175,29 +180,6 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     return {"models": models, "data": data, "distillation": kd, "training": training, "logging": logs}
 
 
-def add_caption_arguments(groups: dict[str, argparse._ArgumentGroup]) -> None:
-    """Add the flags that scripts which train on captions share, to the groups of [`add_shared_arguments`]."""
-    data, kd, training, logs = (groups[name] for name in ("data", "distillation", "training", "logging"))
-    data.add_argument("--train_data_dir", help="folder of images with captions: metadata.jsonl, or a.txt beside a.jpg")
-    data.add_argument("--caption_column", default="text", help="column of the captions")
-    data.add_argument("--resolution", type=int, help="side of the training images (default: the teacher's)")
-    data.add_argument(
-        "--caption_dropout", type=float, default=0.1, help="share of captions replaced by the empty one, for guidance"
-    )
-    data.add_argument("--encoding_batch_size", type=int, default=4, help="images at a time for --cache_latents")
-    kd.add_argument("--lambda_task", type=float, default=1.0, help="weight of the loss on the data")
-    kd.add_argument("--lambda_kd_output", type=float, default=1.0, help="weight of the output term")
-    training.add_argument("--lora_rank", type=int, default=0, help="train LoRA adapters of this rank, not the weights")
-    logs.add_argument(
-        "--validation_prompts",
-        nargs="+",
-        help="rows of the sample grid, or a .txt file with one a line (default: captions of the first four images)",
-    )
-    logs.add_argument("--num_inference_steps", type=int, default=28, help="steps of the teacher's sampler per sample")
-    logs.add_argument("--guidance_scale", type=float, default=7.0, help="classifier-free guidance of the samples")
-    logs.add_argument("--save_fp16_variant", action="store_true", help="save half-precision weights beside the others")
-
-
 def check_values(args: argparse.Namespace) -> None:
     """Refuse numbers out of their [`RANGES`], and empty strings."""
     for name, value in vars(args).items():
@@ -216,6 +198,8 @@ def check_args(args: argparse.Namespace) -> None:
         weights = {name: value for name, value in weights.items() if name == "lambda_task"}
     if "lambda_task" in weights and not any(weights.values()):
         fail(f"--lambda_task 0 with --kd_loss {args.kd_loss} leaves nothing to learn from; raise one of the weights")
+    if args.cache_teacher is not None:
+        check_cached_teacher(args)
     if args.dry_run and args.num_train_epochs is not None:
         fail(f"--num_train_epochs {args.num_train_epochs} with --dry_run, which reads no data; pass --max_train_steps")
     if not args.dry_run:
@@ -243,6 +227,16 @@ def check_args(args: argparse.Namespace) -> None:
         fail(f"--lora_rank {args.lora_rank} needs peft; pip install peft, or drop the flag")
     if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
         fail(f"--report_to {args.report_to} is not installed; pip install {args.report_to}, or pass none")
+
+
+def check_cached_teacher(args: argparse.Namespace) -> None:
+    """Refuse what the teacher's cached predictions do not go with."""
+    given = f"--cache_teacher {args.cache_teacher}"
+    if args.kd_loss == "none":
+        fail(f"{given} with --kd_loss none, which asks no teacher; drop it, or pass another --kd_loss")
+    if args.lambda_kd_feat > 0:
+        remedy = "pass --lambda_kd_feat 0, or drop --cache_teacher"
+        fail(f"{given} keeps predictions alone, --lambda_kd_feat {args.lambda_kd_feat} needs features; {remedy}")
 
 
 def check_xformers() -> None:
@@ -282,6 +276,8 @@ def describe_run(args: argparse.Namespace) -> RunFacts:
         "mse": "mean squared error to the teacher's output",
         "none": "none: the loss on the data alone",
     }[args.kd_loss]
+    if args.cache_teacher:
+        method += f", the teacher's predictions cached for {args.cache_teacher} draws per image"
     weights = [f"{name} {value}" for name, value in vars(args).items() if name.startswith("lambda_")]
     average = f", weights averaged with decay {args.ema_decay}" if args.use_ema else ""
     part = f", {args.dataset_config_name}" if args.dataset_name and args.dataset_config_name else ""

@@ -41,6 +41,8 @@ def cache_encodings(
     batch_size: int,
     num_workers: int,
     accelerator: Accelerator,
+    period: int | None = None,
+    description: str = "Encoding the data",
 ) -> datasets.Dataset:
     """What encoders make of the data, computed once, as a memory-mapped dataset; the encoders are freed then.
 
@@ -55,6 +57,9 @@ def cache_encodings(
         batch_size: Rows at a time.
         num_workers: Processes that load the rows.
         accelerator: Of the run.
+        period: Where the rows are several passes over the same data, the length of one. No shard belongs to two of
+            them, so that a cache of more passes goes on from one of fewer.
+        description: Of the progress bar.
 
     Returns:
         The named tensors without their batch dimension, row for row.
@@ -62,7 +67,12 @@ def cache_encodings(
     text = json.dumps(key, sort_keys=True, indent=2)
     root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "lift-encodings"
     folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
-    shards = {start: folder / f"rows-{start:09d}" for start in range(0, len(dataset), CACHE_SHARD)}
+    ends = {
+        start: min(start + CACHE_SHARD, first + (period or len(dataset)))
+        for first in range(0, len(dataset), period or len(dataset))
+        for start in range(first, first + (period or len(dataset)), CACHE_SHARD)
+    }
+    shards = {start: folder / f"rows-{start:09d}" for start in ends}
     mine = list(shards)[accelerator.process_index :: accelerator.num_processes]
     missing = [start for start in mine if not shards[start].exists()]
     if missing:
@@ -70,19 +80,20 @@ def cache_encodings(
         (folder / "key.json").write_text(text)
         _sweep(folder)
         encode = load_encoder()
-        ends = {start: min(start + CACHE_SHARD, len(dataset)) for start in missing}
         batches = [
-            range(at, min(at + batch_size, end)) for start, end in ends.items() for at in range(start, end, batch_size)
+            range(at, min(at + batch_size, ends[start]))
+            for start in missing
+            for at in range(start, ends[start], batch_size)
         ]
         loader = torch.utils.data.DataLoader(
             dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=outlive_signals
         )
-        rows: list[bytes] = []
-        progress = tqdm(loader, desc="Encoding the data", disable=not accelerator.is_local_main_process)
+        stops, rows = set(ends.values()), []
+        progress = tqdm(loader, desc=description, disable=not accelerator.is_local_main_process)
         with torch.no_grad():
             for indices, batch in zip(batches, progress):
                 rows += _to_bytes(encode(batch))
-                if indices.stop in ends.values():
+                if indices.stop in stops:
                     _write_shard(shards[indices.stop - len(rows)], rows)
                     rows = []
         del encode

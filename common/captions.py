@@ -8,6 +8,7 @@
 # specific language governing permissions and limitations under the License.
 """Which captions and prompts are there beside the images, and which images have no caption?"""
 
+import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,29 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 
 logger = get_logger(__name__)
+
+
+def add_caption_arguments(groups: dict[str, argparse._ArgumentGroup]) -> None:
+    """Add the flags that scripts which train on captions share, to the groups of [`add_shared_arguments`]."""
+    data, kd, training, logs = (groups[name] for name in ("data", "distillation", "training", "logging"))
+    data.add_argument("--train_data_dir", help="folder of images with captions: metadata.jsonl, or a.txt beside a.jpg")
+    data.add_argument("--caption_column", default="text", help="column of the captions")
+    data.add_argument("--resolution", type=int, help="side of the training images (default: the teacher's)")
+    data.add_argument(
+        "--caption_dropout", type=float, default=0.1, help="share of captions replaced by the empty one, for guidance"
+    )
+    data.add_argument("--encoding_batch_size", type=int, default=4, help="images at a time for --cache_latents")
+    kd.add_argument("--lambda_task", type=float, default=1.0, help="weight of the loss on the data")
+    kd.add_argument("--lambda_kd_output", type=float, default=1.0, help="weight of the output term")
+    training.add_argument("--lora_rank", type=int, default=0, help="train LoRA adapters of this rank, not the weights")
+    logs.add_argument(
+        "--validation_prompts",
+        nargs="+",
+        help="rows of the sample grid, or a .txt file with one a line (default: captions of the first four images)",
+    )
+    logs.add_argument("--num_inference_steps", type=int, default=28, help="steps of the teacher's sampler per sample")
+    logs.add_argument("--guidance_scale", type=float, default=7.0, help="classifier-free guidance of the samples")
+    logs.add_argument("--save_fp16_variant", action="store_true", help="save half-precision weights beside the others")
 
 
 def load_captioned(

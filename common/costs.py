@@ -24,11 +24,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 
-# Peaks of cards for commodity PCs by NVIDIA's architecture white papers, dense, in TFLOP/s: of float32, and of tensor
-# cores on half precision that sum up in float32.
-PEAKS = {"RTX 3060, 12 GB": (12.7, 25.5), "RTX 4090, 24 GB": (82.6, 165.2)}
-SHARE_OF_PEAK = 0.3
-
 # What Diffusers recomputes as one piece under gradient checkpointing.
 CHECKPOINTED = re.compile(r"(^|\.)(resnets|transformer_blocks)\.\d+$")
 
@@ -202,84 +197,3 @@ def estimate_activations(
     recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     model.enable_gradient_checkpointing(recompute)
     return macs // batch_size, profile_forward(model, dtype, **inputs)[1], largest
-
-
-def print_memory_estimate(
-    activations: tuple[int, int],
-    student: int,
-    teacher: int,
-    batch_size: int,
-    mixed_precision: str | None,
-    use_8bit_adam: bool,
-    use_ema: bool,
-    trained: int | None = None,
-    encoder_bytes: int = 0,
-    features: int = 0,
-) -> None:
-    """Print what a training step holds, by part, in MiB.
-
-    With several processes the sum is the same: DistributedDataParallel's buckets hold the gradients, which are views
-    of them (`gradient_as_bucket_view`).
-
-    Args:
-        activations: Bytes that the forward pass keeps to the backward pass, and those of the block that gradient
-            checkpointing recomputes, 0 without. See [`estimate_activations`].
-        student: Parameters of the student.
-        teacher: Parameters of the teacher, 0 without one.
-        batch_size: Images per device and micro-batch.
-        mixed_precision: "fp16", "bf16", "no" or `None`.
-        use_8bit_adam: Whether the optimizer keeps its moments in 8 bits.
-        use_ema: Whether there is a moving average of the trained weights.
-        trained: Parameters that learn, if not all of the student's; those that do not are held like the teacher's.
-        encoder_bytes: Weights of what encodes images and captions in every step.
-        features: Elements of the teacher's features of one image. The feature term has both models' in float32.
-    """
-    width = dtype_of(mixed_precision).itemsize
-    trained = student if trained is None else trained
-    kept, recomputed = activations
-    parts = {
-        "trained weights (fp32)": 4 * trained,
-        "their copies for autocast": width * trained if width < 4 else 0,
-        "frozen weights of the student": width * (student - trained),
-        "gradients (fp32)": 4 * trained,
-        "optimizer moments": (2 if use_8bit_adam else 8) * trained,
-        "averaged weights": 4 * trained if use_ema else 0,
-        f"student activations, batch {batch_size}": kept,
-        "the block being recomputed": recomputed,
-        "features of both models (fp32)": 8 * features * batch_size,
-        "teacher weights": width * teacher,
-        "encoders' weights": encoder_bytes,
-    }
-    print("memory, estimated, without the teacher's working set and the CUDA context:")
-    for name, size in [*parts.items(), ("sum", sum(parts.values()))]:
-        if size:
-            print(f"  {name:<40}{size / 2**20:>12,.1f} MiB")
-
-
-def print_time_estimate(
-    student_macs: int,
-    teacher_macs: int,
-    images: int,
-    steps: int,
-    checkpointing: bool,
-    mixed_precision: str | None,
-) -> None:
-    """Print what the run computes, and how long that takes where a card reaches a share of its peak.
-
-    A backward pass counts as two forward passes. Encoders are not counted.
-
-    Args:
-        student_macs: Multiply-accumulates of a forward pass on one image.
-        teacher_macs: The teacher's, 0 without one.
-        images: Per step, by all accumulated micro-batches of one process.
-        steps: Of the whole run.
-        checkpointing: Whether the student's forward pass runs twice.
-        mixed_precision: "fp16", "bf16", "no" or `None`.
-    """
-    passes = 4 if checkpointing else 3
-    flops = 2 * steps * images * (passes * student_macs + teacher_macs)
-    print(f"time, estimated: {steps:,} steps of {images} images are {flops:.2e} FLOPs of student and teacher")
-    for card, (single, half) in PEAKS.items():
-        peak = half if dtype_of(mixed_precision).itemsize == 2 else single
-        hours = flops / (SHARE_OF_PEAK * peak * 1e12) / 3600
-        print(f"  {f'{card}, at {SHARE_OF_PEAK:.0%} of {peak} TFLOP/s':<40}{hours:>12,.{1 if hours >= 1 else 3}f} h")

@@ -223,9 +223,9 @@ def flip_views(images: torch.Tensor, both: bool) -> list[torch.Tensor]:
     return [images, images.flip(-1)] if both else [images]
 
 
-def random_flips(rows: torch.Tensor, enabled: bool) -> torch.Tensor:
-    """Which rows are flipped, bool (B,), on their device. The draw is made either way: later draws do not shift."""
-    flips = torch.rand(len(rows), device=rows.device) < 0.5
+def random_flips(count: int, enabled: bool, device: torch.device) -> torch.Tensor:
+    """Which of a batch's images are flipped, bool (B,). The draw is made either way: later draws do not shift."""
+    flips = torch.rand(count, device=device) < 0.5
     return flips if enabled else torch.zeros_like(flips)
 
 

@@ -86,11 +86,11 @@ class StopSignals:
         def interrupted(*arguments: Any, **options: Any) -> Any:
             if self.received is not None:
                 raise Stopped(self.received)
-            self.at_once = True
+            before, self.at_once = self.at_once, True
             try:
                 return work(*arguments, **options)
             finally:
-                self.at_once = False
+                self.at_once = before
 
         return interrupted
 

@@ -50,7 +50,7 @@ class Due:
         return f"every {INTERVAL // 60} minutes" if self.steps is None else f"every {self.steps:,} steps"
 
 
-def count_steps(steps: int, epochs: float | None, batches: int, accelerator: Accelerator) -> int:
+def count_steps(steps: int, epochs: float | None, batches: float, accelerator: Accelerator) -> int:
     """Steps of the whole run.
 
     Args:
@@ -67,7 +67,7 @@ def describe_start(
     accelerator: Accelerator,
     train_state: TrainState,
     teacher: torch.nn.Module | None,
-    data: tuple[int, int, int],
+    data: tuple[int, float, int],
     steps: int,
     checkpoints: Due,
     limit: int | None,
@@ -77,7 +77,7 @@ def describe_start(
 
     Args:
         teacher: The one that runs in each step.
-        data: Images, batches of an epoch of each process, and images of a batch.
+        data: Images, batches of an epoch of each process, and images of a batch. An epoch is a pass over the images.
         steps: Of the whole run.
         checkpoints: When they are due.
         limit: How many of them are kept; `None` is all.
@@ -98,9 +98,10 @@ def describe_start(
 
     images, batches, batch_size = data
     micro_batches = accelerator.gradient_accumulation_steps
+    a_step = batch_size * micro_batches * accelerator.num_processes
     logger.info(
-        f"{images:,} images, {batches:,} batches an epoch; {batch_size * micro_batches * accelerator.num_processes:,} "
-        f"images a step; step {train_state.step:,} of {steps:,}, {steps * micro_batches / batches:,.1f} epochs"
+        f"{images:,} images, {batches:,.10g} batches an epoch; {a_step:,} images a step; "
+        f"step {train_state.step:,} of {steps:,}, {steps * micro_batches / batches:,.1f} epochs"
     )
 
     moments = 2 if "8bit" in type(train_state.optimizer.optimizer).__name__ else 8

@@ -37,11 +37,12 @@ def sample_models(
 
     Args:
         sample: From a model to its samples, the same noise for every model.
+        teacher: `None` where there is none any more: its samples are those that it has left.
         teacher_samples: Empty at first. It keeps the teacher's samples, which do not change, between calls.
     """
     if teacher is not None and not teacher_samples:
         teacher_samples += sample(teacher)
-    samples = {"teacher": teacher_samples} if teacher is not None else {}
+    samples = {"teacher": teacher_samples} if teacher_samples else {}
     samples["student"] = sample(student)
     if ema is not None and ema.optimization_step:  # before the first step they are the student's
         with averaged_weights(ema, trained_parameters(student)):

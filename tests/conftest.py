@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from common.checkpoints import unlock_output
@@ -126,6 +127,11 @@ TWO_PROCESSES = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2
 def launch(*arguments, prefix: tuple = ("accelerate.commands.launch", "--cpu"), **options):
     """Run a script as a user does."""
     return run_file("-m", *prefix, *arguments, **options)
+
+
+def inputs_of(script, shape: tuple, draws: dict, **settings) -> Callable:
+    """A script's `make_inputs` with all but the batch, and its draws with all but their number and device."""
+    return partial(script.make_inputs, draw=partial(script.make_draws, shape=shape, **draws), **settings)
 
 
 def copy_script(script: str, folder: Path) -> None:

@@ -17,7 +17,7 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TWO_PROCESSES, launch
+from conftest import TWO_PROCESSES, inputs_of, launch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
@@ -320,20 +320,16 @@ def test_each_access_draws_from_the_cached_moments_anew(monkeypatch):
     batch = {"moments": torch.stack([moments] * 6), "text": torch.zeros(6, 24, 16)}
     seen = []
 
-    def student(noisy, timesteps, text):
-        seen.append(noisy)
-        return torch.zeros_like(noisy), []
+    def student(sample, timestep, encoder_hidden_states):
+        seen.append(sample)
+        return torch.zeros_like(sample), []
 
-    scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
+    draws = {"steps": 1000, "random_flip": True, "caption_dropout": 0.0}
+    settings = {"scheduler": None, "encoders": None, "no_text": torch.zeros(24, 16)}
+    inputs = inputs_of(train_lift_sd21, (4, 8, 8), draws, **settings)
     for step in (*range(1, 31), 1):
         seed_step(0, step, 0, 0)
-        train_lift_sd21.compute_losses(
-            *(student, None, batch, 0.5, scheduler, None, (1.0, 1.0, 1.0)),
-            encoders=None,
-            no_text=torch.zeros(24, 16),
-            caption_dropout=0.0,
-            random_flip=True,
-        )
+        train_lift_sd21.compute_losses(student, None, batch, 0.5, inputs, None, (1.0, 1.0, 1.0))
     assert torch.equal(seen[0], seen[-1])
     views = torch.stack(seen[:-1])  # (steps, images, C, h, w)
     flipped = views.mean((2, 3, 4)) > 50

@@ -2,7 +2,6 @@
 
 import io
 import shutil
-from types import SimpleNamespace
 
 from common.data import open_image
 from common.training import seed_step
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from conftest import inputs_of
 from PIL import Image
 
 import train_lift_unet
@@ -24,7 +24,7 @@ def load(tmp_path):
     def load_dataset(*flags, channels=1, resolution=16) -> datasets.Dataset:
         fixed = ("--pretrained_teacher_model", "x", "--cache_dir", tmp_path / "cache", "--dataloader_num_workers", 0)
         args = train_lift_unet.parse_args([str(flag) for flag in (*fixed, *flags)])
-        return train_lift_unet.make_dataset(args, channels, resolution)
+        return train_lift_unet.make_dataset(args, channels, resolution)[0]
 
     return load_dataset
 
@@ -326,17 +326,15 @@ def shown(monkeypatch):
     def show(images: torch.Tensor, step: int, seed: int = 0, random_flip: bool = True) -> torch.Tensor:
         seen = []
 
-        def student(noisy, timesteps):
-            seen.append(noisy)
-            return torch.zeros_like(noisy), []
+        def student(sample, timestep):
+            seen.append(sample)
+            return torch.zeros_like(sample), []
 
-        scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
+        draws = {"steps": 1000, "random_flip": random_flip, "antithetic_timesteps": True}
+        inputs = inputs_of(train_lift_unet, images.shape[1:], draws, scheduler=None)
         seed_step(seed, step, 0, 0)
         train_lift_unet.compute_losses(
-            *(student, None, {"images": images}, 0.5, scheduler, None, (1.0, 1.0, 1.0)),
-            reduction="sum",
-            random_flip=random_flip,
-            antithetic_timesteps=True,
+            student, None, {"images": images}, 0.5, inputs, None, (1.0, 1.0, 1.0), reduction="sum"
         )
         return seen[0]
 

@@ -15,7 +15,7 @@ from common.vae import pixel_vae
 import numpy as np
 import pytest
 import torch
-from conftest import TWO_PROCESSES, copy_script, launch
+from conftest import TWO_PROCESSES, copy_script, inputs_of, launch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from full_models import DIT_XL
@@ -598,14 +598,17 @@ def test_a_step_by_hand(dit_teacher):
     teacher.eval()
     scheduler = DDPMScheduler()
     values = {
-        "scheduler": scheduler,
+        "inputs_of": inputs_of(
+            train_lift_dit,
+            (4, 8, 8),
+            {"steps": 1000, "random_flip": True, "label_dropout": 0.5},
+            scheduler=scheduler,
+            encoders=None,
+            null_class=1000,
+        ),
         "kd_alpha": 0.25,
         "lambda_kd_feat": 2.0,
-        "encoders": None,
         "process": train_lift_dit.ReverseProcess(scheduler, torch.device("cpu")),
-        "null_class": 1000,
-        "random_flip": True,
-        "label_dropout": 0.5,
     }
     torch.manual_seed(0)
     batch = {"moments": torch.randn(4, 2, 2, 4, 8, 8).abs(), "labels": torch.tensor([0, 1, 2, 999])}

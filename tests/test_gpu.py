@@ -22,6 +22,7 @@ from common.training import make_accelerator, prepare_models, working_dtype
 import pytest
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
+from conftest import inputs_of
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -123,7 +124,7 @@ class Step(NamedTuple):
     student: FeatureModel
     teacher: FeatureModel
     batch: dict[str, torch.Tensor]
-    scheduler: SchedulerMixin
+    inputs_of: partial
     settings: dict[str, Any]
 
 
@@ -228,8 +229,9 @@ def unet_step(
     inputs = script.example_inputs(unet)
     models = pair_features(unet, teacher, recipe["features"], inputs, always_project=True)
     batch = {"images": torch.zeros(4, 1, 16, 16, dtype=torch.uint8)}
-    settings = {"lambdas": (1.0, 1.0, 1.0), "reduction": "sum", "random_flip": True, "antithetic_timesteps": True}
-    return Step(script, *models, batch, scheduler, settings)
+    draws = {"steps": 1000, "random_flip": True, "antithetic_timesteps": True}
+    inputs = inputs_of(script, (1, 16, 16), draws, scheduler=scheduler)
+    return Step(script, *models, batch, inputs, {"lambdas": (1.0, 1.0, 1.0), "reduction": "sum"})
 
 
 def sd21_step(
@@ -253,9 +255,9 @@ def sd21_step(
     if cached:
         moments = [encoders.encode_images(view) for view in flip_views(images, both=True)]
         batch, encoders = {"moments": torch.stack(moments, dim=1), "text": text}, None
-    settings = {"lambdas": (1.0, 1.0, 1.0), "encoders": encoders, "no_text": text[0]}
-    settings |= {"caption_dropout": 0.1, "random_flip": True}
-    return Step(script, *models, batch, script.load_noise_schedule(source, sampler), settings)
+    draws = {"steps": 1000, "random_flip": True, "caption_dropout": 0.1}
+    how = {"scheduler": script.load_noise_schedule(source, sampler), "encoders": encoders, "no_text": text[0]}
+    return Step(script, *models, batch, inputs_of(script, (4, 8, 8), draws, **how), {"lambdas": (1.0, 1.0, 1.0)})
 
 
 def dit_step(
@@ -278,9 +280,10 @@ def dit_step(
         moments = [encoders.encode_images(view) for view in flip_views(images, both=True)]
         batch, encoders = {"moments": torch.stack(moments, dim=1), "labels": labels}, None
     scheduler = script.load_schedulers(source, DDIMScheduler, "epsilon")[0]
-    settings = {"kd_alpha": 0.9, "lambda_kd_feat": 1.0, "encoders": encoders, "null_class": 1000}
-    settings |= {"process": script.ReverseProcess(scheduler, device), "label_dropout": 0.1, "random_flip": True}
-    return Step(script, *models, batch, scheduler, settings)
+    draws = {"steps": 1000, "random_flip": True, "label_dropout": 0.1}
+    inputs = inputs_of(script, (4, 8, 8), draws, scheduler=scheduler, encoders=encoders, null_class=1000)
+    settings = {"kd_alpha": 0.9, "lambda_kd_feat": 1.0, "process": script.ReverseProcess(scheduler, device)}
+    return Step(script, *models, batch, inputs, settings)
 
 
 def sd3_step(
@@ -310,10 +313,10 @@ def sd3_step(
     if cached:
         moments = [encoders.encode_images(view) for view in flip_views(images, both=True)]
         batch, encoders = {"moments": torch.stack(moments, dim=1), **text}, None
-    noise_levels = {flag: getattr(args, flag) for flag in script.NOISE_FLAGS}
-    settings = script.InputSettings(encoders, no_text, layout, noise_levels, 0.1, True)
-    scheduler = script.load_scheduler(source, device)
-    return Step(script, *models, batch, scheduler, {"lambdas": (1.0, 1.0, 1.0), "settings": settings})
+    draws = {flag: getattr(args, flag) for flag in script.NOISE_FLAGS} | {"caption_dropout": 0.1, "random_flip": True}
+    how = {"scheduler": script.load_scheduler(source, device), "encoders": encoders, "layout": layout}
+    settings = {"lambdas": (1.0, 1.0, 1.0), "weighting_scheme": args.weighting_scheme}
+    return Step(script, *models, batch, inputs_of(script, (4, 8, 8), draws, no_text=no_text, **how), settings)
 
 
 def put_step(step: Step, precision: str) -> Step:
@@ -322,16 +325,19 @@ def put_step(step: Step, precision: str) -> Step:
     Accelerate's autocast is around the student's forward pass alone, whose outputs it converts to float32.
     """
     student, teacher, batch, settings = put((step.student, step.teacher, step.batch, step.settings), "cuda")
-    scheduler = put(step.scheduler, "cuda" if isinstance(step.scheduler, FlowMatchEulerDiscreteScheduler) else "cpu")
+    inputs, scheduler = dict(step.inputs_of.keywords), step.inputs_of.keywords["scheduler"]
+    place = "cuda" if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else "cpu"
+    inputs = {name: put(value, place if name == "scheduler" else "cuda") for name, value in inputs.items()}
+    inputs = partial(step.script.make_inputs, **inputs)
     if precision != "no":
         forward = torch.autocast("cuda", WORKING[precision])(FeatureModel.forward)
         student.forward = types.MethodType(convert_outputs_to_fp32(forward), student)
-    return Step(step.script, student, teacher, batch, scheduler, settings)
+    return Step(step.script, student, teacher, batch, inputs, settings)
 
 
 def losses_of(step: Step) -> dict[str, torch.Tensor]:
     """The loss, as the differentiable "total", and its parts."""
-    settings = {"scheduler": step.scheduler, "kd_loss": make_kd_loss("place"), **step.settings}
+    settings = {"inputs_of": step.inputs_of, "kd_loss": make_kd_loss("place"), **step.settings}
     total, logs = step.script.compute_losses(step.student.train(), step.teacher, step.batch, 0.5, **settings)
     return {"total": total, **logs}
 
@@ -385,7 +391,7 @@ def test_what_is_misplaced_or_of_another_dtype_fails(folders):
         return str(error.value)
 
     devices = "two different devices"
-    assert devices in fails_with(lambda step: step.settings.update(no_text=put(step.settings["no_text"], "cpu")))
+    assert devices in fails_with(lambda step: step.inputs_of.keywords.update(no_text=torch.zeros(24, 16)))
     assert devices in fails_with(lambda step: put(step.teacher.model.conv_in, "cpu"))
     assert devices in fails_with(lambda step: put(step.student.model.time_embedding, "cpu"))
 

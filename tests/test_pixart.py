@@ -10,7 +10,7 @@ import common.card
 import pytest
 import torch
 import train_lift_pixart
-from conftest import ROOT, copy_script, launch
+from conftest import ROOT, copy_script, inputs_of, launch
 from diffusers import PixArtSigmaPipeline
 from safetensors.torch import load_file
 
@@ -76,14 +76,13 @@ def test_tokens_behind_the_mask_do_not_count():
     student, teacher = (FeatureModel(model.eval(), []) for model in models)
     batch = {"moments": torch.ones(2, 1, 2, 4, 8, 8), "text": torch.randn(2, 6, 48), "mask": torch.ones(2, 6).long()}
     batch["mask"][:, 4:] = 0
+    how = {"scheduler": train_lift_pixart.DDPMScheduler(), "encoders": None}
+    how |= {"no_text": {"text": torch.zeros(6, 48), "mask": torch.ones(6).long()}}
+    draws = {"steps": 1000, "random_flip": False, "caption_dropout": 0.0}
     settings = {
-        "scheduler": train_lift_pixart.DDPMScheduler(),
+        "inputs_of": inputs_of(train_lift_pixart, (4, 8, 8), draws, **how),
         "kd_loss": make_kd_loss("place", 16, "error", "l1", "adaptive"),
         "lambdas": (1.0, 1.0, 1.0),
-        "encoders": None,
-        "no_text": {"text": torch.zeros(6, 48), "mask": torch.ones(6).long()},
-        "caption_dropout": 0.0,
-        "random_flip": False,
     }
 
     def losses(**changes) -> dict[str, float]:

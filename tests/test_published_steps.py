@@ -14,6 +14,7 @@ from common.sd3_text import TextLayout
 
 import pytest
 import torch
+from conftest import inputs_of
 from diffusers import (
     DDPMScheduler,
     DiTTransformer2DModel,
@@ -262,12 +263,15 @@ def test_pixel_step(kind, group_size, reduction, widths):
         train_lift_unet.compute_losses,
         {"images": images},
         0.25,
-        scheduler=DDPMScheduler(),
+        inputs_of=inputs_of(
+            train_lift_unet,
+            (1, 16, 16),
+            {"steps": 1000, "random_flip": True, "antithetic_timesteps": args.antithetic_timesteps},
+            scheduler=DDPMScheduler(),
+        ),
         kd_loss=make_loss(args),
         lambdas=(args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat),
         reduction=args.reduction,
-        random_flip=True,
-        antithetic_timesteps=args.antithetic_timesteps,
     )
 
     flips = torch.rand(5, 1, 1, 1) < 0.5
@@ -313,13 +317,16 @@ def test_sd21_step(kind, group_size, prediction_type):
         train_lift_sd21.compute_losses,
         batch,
         0.25,
-        scheduler=DDPMScheduler(**betas, prediction_type=prediction_type),
+        inputs_of=inputs_of(
+            train_lift_sd21,
+            (4, 8, 8),
+            {"steps": 1000, "random_flip": True, "caption_dropout": 0.5},
+            scheduler=DDPMScheduler(**betas, prediction_type=prediction_type),
+            encoders=None,
+            no_text=no_text,
+        ),
         kd_loss=make_loss(args),
         lambdas=(args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat),
-        encoders=None,
-        no_text=no_text,
-        caption_dropout=0.5,
-        random_flip=True,
     )
 
     latents, noise = draw_latents(batch["moments"], random_flip=True)
@@ -410,15 +417,18 @@ def test_dit_step(kind, group_size, steps):
         train_lift_dit.compute_losses,
         batch,
         0.25,
-        scheduler=scheduler,
+        inputs_of=inputs_of(
+            train_lift_dit,
+            (4, 8, 8),
+            {"steps": steps, "random_flip": args.random_flip, "label_dropout": 0.5},
+            scheduler=scheduler,
+            encoders=None,
+            null_class=1000,
+        ),
         kd_loss=make_loss(args),
         kd_alpha=args.kd_alpha,
         lambda_kd_feat=args.lambda_kd_feat,
-        encoders=None,
         process=train_lift_dit.ReverseProcess(scheduler, CPU),
-        null_class=1000,
-        label_dropout=0.5,
-        random_flip=args.random_flip,
     )
 
     latents, noise = draw_latents(batch["moments"], random_flip=True)
@@ -473,21 +483,23 @@ def test_sd3_step(kind, group_size, scheme):
     for name, width in (("text_encoder", 12), ("text_encoder_2", 20)):
         batch |= {name: torch.randn(4, 77, width), f"{name}.pooled": torch.randn(4, width)}
     no_text = torch.randn(85, 48), torch.randn(32)
+    noise_levels = {name: getattr(args, name) for name in train_lift_sd3.NOISE_FLAGS}
     step.run(
         train_lift_sd3.compute_losses,
         batch,
         0.25,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        inputs_of=inputs_of(
+            train_lift_sd3,
+            (4, 8, 8),
+            {"random_flip": True, "caption_dropout": 0.5, **noise_levels},
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            encoders=None,
+            no_text=no_text,
+            layout=TextLayout.of(TINY_SD3, 8),
+        ),
         kd_loss=make_loss(args),
         lambdas=(args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat),
-        settings=train_lift_sd3.InputSettings(
-            None,
-            no_text,
-            TextLayout.of(TINY_SD3, 8),
-            {name: getattr(args, name) for name in train_lift_sd3.NOISE_FLAGS},
-            caption_dropout=0.5,
-            random_flip=True,
-        ),
+        weighting_scheme=scheme,
     )
 
     latents, noise = draw_latents(batch["moments"], random_flip=True)

@@ -532,14 +532,14 @@ def test_dropped_captions_are_empty_for_student_and_teacher(distil, sd_teacher, 
 
     class Spy:
         def __init__(self, model, name):
-            self.model, self.name = model, name
+            self.inner, self.name = model, name
 
-        def __call__(self, noisy, timesteps, text):
-            seen[self.name].append(text)
-            return self.model(noisy, timesteps, text)
+        def __call__(self, **inputs):
+            seen[self.name].append(inputs["encoder_hidden_states"])
+            return self.inner(**inputs)
 
-        def parameters(self):
-            return self.model.parameters()
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
 
     def spied_losses(student, teacher, *others, **options):
         return compute_losses(Spy(student, "student"), Spy(teacher, "teacher"), *others, **options)

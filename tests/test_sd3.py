@@ -15,7 +15,7 @@ from common.teachers import TeacherSource
 
 import pytest
 import torch
-from conftest import copy_script, launch
+from conftest import copy_script, inputs_of, launch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -276,7 +276,7 @@ def test_noise_and_target_are_the_schedulers(shift):
     """Noised as `scale_noise` does; the exact velocity leads an Euler step to sigma 0 back to the clean latents."""
     torch.manual_seed(0)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    sigmas, timesteps = train_lift_sd3.sample_sigmas(scheduler, 16, noise_levels(), torch.device("cpu"))
+    sigmas, timesteps = train_lift_sd3.find_sigmas(scheduler, torch.rand(16))
     assert torch.equal(timesteps, sigmas.flatten() * 1000) and len(timesteps.unique()) > 8
     latents, noise = torch.randn(16, 4, 8, 8), torch.randn(16, 4, 8, 8)
     noisy, velocity = train_lift_sd3.add_noise(latents, noise, sigmas)
@@ -294,7 +294,9 @@ def test_noise_levels_follow_the_flags():
 
     def mean(*flags) -> float:
         torch.manual_seed(0)
-        sigmas, _ = train_lift_sd3.sample_sigmas(scheduler, 20_000, noise_levels(*flags), torch.device("cpu"))
+        how = {"shape": (1, 1, 1), "random_flip": False, "caption_dropout": 0.0, **noise_levels(*flags)}
+        shares = train_lift_sd3.make_draws(20_000, torch.device("cpu"), **how)["shares"]
+        sigmas, _ = train_lift_sd3.find_sigmas(scheduler, shares)
         assert set(sigmas.flatten().tolist()) <= set(scheduler.sigmas.tolist())
         return sigmas.mean().item()
 
@@ -315,11 +317,13 @@ def test_the_data_term_is_weighted(scheme):
     batch |= {"text_encoder": torch.randn(3, 24, 12), "text_encoder.pooled": torch.randn(3, 32)}
     no_text, layout = (torch.zeros(280, 48), torch.zeros(32)), TextLayout.of(TINY_SD3, 256)
     levels = noise_levels("--weighting_scheme", scheme)
-    settings = train_lift_sd3.InputSettings(None, no_text, layout, levels, caption_dropout=0.1, random_flip=False)
+    draws = {"random_flip": False, "caption_dropout": 0.1, **levels}
+    how = {"scheduler": scheduler, "encoders": None, "no_text": no_text, "layout": layout}
+    inputs = inputs_of(train_lift_sd3, (4, 8, 8), draws, **how)
     torch.manual_seed(5)
-    _, target, sigmas = train_lift_sd3.make_inputs(batch, scheduler, settings)
+    _, target, sigmas = inputs(batch)
     torch.manual_seed(5)
-    loss, _ = train_lift_sd3.compute_losses(Still(), None, batch, 0.5, scheduler, None, (1.0, 1.0, 0.1), settings)
+    loss, _ = train_lift_sd3.compute_losses(Still(), None, batch, 0.5, inputs, None, (1.0, 1.0, 0.1), scheme)
     factors = {"cosmap": 2 / torch.pi / (1 - 2 * sigmas + 2 * sigmas**2), "none": 1}
     torch.testing.assert_close(loss, (factors[scheme] * target**2).mean())
 
@@ -328,11 +332,10 @@ def test_dropped_captions_are_the_empty_one():
     batch = {"moments": torch.randn(64, 1, 2, 4, 8, 8), "text_encoder": torch.ones(64, 24, 12)}
     batch["text_encoder.pooled"] = torch.ones(64, 32)
     no_text = torch.full((32, 48), 7.0), torch.full((32,), 7.0)
-    settings = train_lift_sd3.InputSettings(
-        None, no_text, LAYOUT, noise_levels(), caption_dropout=0.5, random_flip=False
-    )
+    draws = {"random_flip": False, "caption_dropout": 0.5, **noise_levels()}
+    how = {"scheduler": FlowMatchEulerDiscreteScheduler(), "encoders": None, "no_text": no_text, "layout": LAYOUT}
     torch.manual_seed(0)
-    inputs, *_ = train_lift_sd3.make_inputs(batch, FlowMatchEulerDiscreteScheduler(), settings)
+    inputs, *_ = inputs_of(train_lift_sd3, (4, 8, 8), draws, **how)(batch)
     dropped = (inputs["pooled_projections"] == 7).all(1)
     assert 16 < dropped.sum() < 48
     assert torch.equal((inputs["encoder_hidden_states"] == 7).all(2).all(1), dropped)

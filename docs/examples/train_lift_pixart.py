@@ -30,7 +30,6 @@ from pathlib import Path
 
 from common.arguments import (
     HelpFormatter,
-    add_caption_arguments,
     add_shared_arguments,
     check_args,
     describe_run,
@@ -39,12 +38,13 @@ from common.arguments import (
     tracked_flags,
 )
 from common.cache import cache_encodings, identify
-from common.captions import count_longer, drop_uncaptioned, load_captioned, read_prompts
+from common.captions import add_caption_arguments, count_longer, drop_uncaptioned, load_captioned, read_prompts
 from common.card import write_model_card
 from common.checkpoints import prepare_output
-from common.costs import dtype_of, estimate_activations, print_memory_estimate, print_time_estimate, profile_forward
+from common.costs import dtype_of, estimate_activations, profile_forward
 from common.data import choose_samples, drop_unreadable, flip_rows, flip_views, load_pixels, random_flips
 from common.ending import Stopped, StopSignals
+from common.estimates import print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
@@ -59,9 +59,11 @@ from common.students import (
     public_config,
     spaced_blocks,
 )
+from common.teacher_cache import Batch, cache_predictions, predict
 from common.teachers import (
     TeacherSource,
     check_parts,
+    freeze,
     load_from,
     load_frozen,
     load_noise_schedule,
@@ -411,64 +413,100 @@ def add_noise(
     return noisy, noise if scheduler.config.prediction_type == "epsilon" else samples
 
 
+def make_draws(
+    count: int,
+    device: torch.device,
+    shape: tuple[int, int, int],
+    steps: int,
+    random_flip: bool,
+    caption_dropout: float,
+) -> dict[str, torch.Tensor]:
+    """All that is random in a batch: flips (B,), two noises (B, C, h, w), timesteps (B,), dropped captions (B,).
+
+    Args:
+        count: B.
+        shape: Of the latents of an image, (C, h, w).
+        steps: Of the noise schedule.
+        random_flip: Whether images are flipped.
+        caption_dropout: Share of the captions that are replaced by the empty one.
+    """
+    return {
+        "flips": random_flips(count, random_flip, device),
+        "vae_noise": torch.randn(count, *shape, device=device),
+        "noise": torch.randn(count, *shape, device=device),
+        "timesteps": torch.randint(steps, (count,), device=device),
+        "dropped": torch.rand(count, device=device) < caption_dropout,
+    }
+
+
 def encode_batch(
-    batch: dict[str, torch.Tensor], encoders: Encoders | None, random_flip: bool
+    batch: Batch, encoders: Encoders | None, flips: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Moments (B, 2, C, h, w), text embeddings (B, L, D) and their mask (B, L) of a batch, cached or computed now."""
-    rows = next(iter(batch.values()))
-    flips = random_flips(rows, random_flip)
     if encoders is None:
-        moments = batch["moments"][torch.arange(len(rows), device=rows.device), flips.long()]
+        moments = batch["moments"][torch.arange(len(flips), device=flips.device), flips.long()]
         return moments, batch["text"], batch["mask"]
     return encoders.encode_images(flip_rows(batch["images"], flips)), *encoders.encode_text(batch["tokens"]).values()
+
+
+def make_inputs(
+    batch: Batch,
+    scheduler: DDPMScheduler,
+    encoders: Encoders | None,
+    no_text: dict[str, torch.Tensor],
+    draw: Callable[[int, torch.device], dict[str, torch.Tensor]],
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A model's inputs, and what it must predict on them, (B, C, h, w).
+
+    Args:
+        batch: With "images", uint8, (B, 3, H, W), and "tokens", (B, 2, L); or with cached "moments",
+            (B, flips, 2, C, h, w), "text", (B, L, D), and "mask", (B, L).
+        encoders: `None` for a cached batch.
+        no_text: Of the empty caption: "text", (L, D), and "mask", (L,).
+        draw: [`make_draws`] with the settings of the run, for a batch that has none.
+    """
+    rows = batch["moments" if encoders is None else "images"]
+    draws = batch["draws"] if "draws" in batch else draw(len(rows), rows.device)
+    moments, text, mask = encode_batch(batch, encoders, draws["flips"])
+    mean, std = moments.float().unbind(1)
+    latents = mean + std * draws["vae_noise"]
+    noisy, target = add_noise(scheduler, latents, draws["noise"], draws["timesteps"])
+    dropped = draws["dropped"][:, None]
+    text, mask = torch.where(dropped[..., None], no_text["text"], text), torch.where(dropped, no_text["mask"], mask)
+    inputs = {"hidden_states": noisy, "encoder_hidden_states": text, "encoder_attention_mask": mask}
+    return inputs | {"timestep": draws["timesteps"]}, target
 
 
 def compute_losses(
     student: FeatureModel,
     teacher: FeatureModel | None,
-    batch: dict[str, torch.Tensor],
+    batch: Batch,
     progress: float,
-    scheduler: DDPMScheduler,
+    inputs_of: Callable[[Batch], tuple[dict[str, torch.Tensor], torch.Tensor]],
     kd_loss: KDLoss | None,
     lambdas: tuple[float, float, float],
-    encoders: Encoders | None,
-    no_text: dict[str, torch.Tensor],
-    caption_dropout: float,
-    random_flip: bool,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One micro-batch's loss and its parts, as tensors that stay on the device.
 
     Args:
-        batch: With "images", uint8, (B, 3, H, W), and "tokens", (B, 2, L); or with cached "moments",
-            (B, flips, 2, C, h, w), "text", (B, L, D), and "mask", (B, L).
+        teacher: `None` without distillation, and for batches with the "teacher"'s prediction.
+        batch: See [`make_inputs`].
         progress: Share of the run that is done, for the scheduled weights.
+        inputs_of: [`make_inputs`] with all but the batch.
         kd_loss: Between the outputs of student and teacher; `None` without distillation.
         lambdas: Weights of the task term, the output term and the feature term.
-        encoders: `None` for a cached batch.
-        no_text: Of the empty caption: "text", (L, D), and "mask", (L,).
-        caption_dropout: Share of the captions that are replaced by the empty one.
     """
-    moments, text, mask = encode_batch(batch, encoders, random_flip)
-    mean, std = moments.float().contiguous().unbind(1)  # randn_like follows the layout in memory
-    latents = mean + std * torch.randn_like(mean)
-    count, device = len(latents), latents.device
-    noise = torch.randn_like(latents)
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (count,), device=device)
-    noisy, target = add_noise(scheduler, latents, noise, timesteps)
-    dropped = torch.rand(count, 1, device=device) < caption_dropout  # the same captions for student and teacher
-    text, mask = torch.where(dropped[..., None], no_text["text"], text), torch.where(dropped, no_text["mask"], mask)
-    conditions, channels = {"timestep": timesteps, "encoder_attention_mask": mask}, latents.shape[1]
+    inputs, target = inputs_of(batch)  # the same for student and teacher
 
     lambda_task, lambda_kd_output, lambda_kd_feat = lambdas
-    output, features = student(noisy, text, **conditions)
+    output, features = student(**inputs)
+    channels = target.shape[1]
     prediction, variance = output[:, :channels], output[:, channels:]  # the second is empty where none is learned
     task = F.mse_loss(prediction.float(), target)
     loss, logs = lambda_task * task, {"task": task}
 
     if kd_loss is not None:
-        with torch.no_grad():
-            dtype = next(teacher.parameters()).dtype
-            teacher_output, teacher_features = teacher(noisy.to(dtype), text.to(dtype), **conditions)
+        teacher_output, teacher_features = predict(teacher, inputs, batch)
         kd, parts = kd_loss(prediction, teacher_output[:, :channels], progress)
         loss = loss + lambda_kd_output * kd
         logs |= {"kd": kd, **parts}
@@ -612,12 +650,16 @@ def print_dry_run(
             encoders = vae.num_parameters() + T5EncoderModel(config).num_parameters()
         encoder_bytes = dtype_of(args.mixed_precision).itemsize * encoders
     features = count_features(teacher, recipe["features"], inputs)
-    parameters = count, total if args.kd_loss != "none" else 0
+    live = args.kd_loss != "none" and args.cache_teacher is None
+    parameters = count, total if live else 0
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
     print_memory_estimate(activations, *parameters, *settings, trained, encoder_bytes, features)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if args.kd_loss != "none" else 0, *how)
+    print_time_estimate(macs, teacher_macs if live else 0, *how)
+    outputs = student.config.out_channels * inputs["hidden_states"][0, 0].numel()
+    cached = args.cache_teacher, outputs, args.cache_teacher_dtype, teacher_macs
+    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision)
     print(json.dumps(public_config(student.config), indent=2))
 
 
@@ -653,26 +695,43 @@ def main(args: argparse.Namespace) -> None:
     with accelerator.main_process_first():
         dataset, contents = make_dataset(args, tokenizer)
     prompts = args.validation_prompts or [*dataset.with_format(None)[:4][args.caption_column]]
-    encoders = None
+    workers, encoders = args.dataloader_num_workers, None
+    cache = partial(cache_encodings, cache_dir=args.cache_dir, num_workers=workers, accelerator=accelerator)
     if args.cache_latents:
-        settings = {"cache_dir": args.cache_dir, "batch_size": args.encoding_batch_size}
-        cache = partial(cache_encodings, **settings, num_workers=args.dataloader_num_workers, accelerator=accelerator)
         inputs = dataset, ["", *prompts], contents, tokenizer, source, args.resolution, args.random_flip
-        dataset, text = encode_dataset(*inputs, cache, device, dtype)
+        dataset, text = encode_dataset(*inputs, partial(cache, batch_size=args.encoding_batch_size), device, dtype)
     else:
         encoders = Encoders(source, device, dtype)
         text = encoders.encode_text(tokenize(tokenizer, ["", *prompts]))
-    dataloader = make_dataloader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator)
-    length = args.max_train_steps, args.num_train_epochs, len(dataloader)
-    args.max_train_steps = count_steps(*length, accelerator)
 
     # ---- student
     seed_step(args.seed)
     transformer = PixArtTransformer2DModel.from_config(student_shape.config)
     teacher = load_part(source, PixArtTransformer2DModel, "transformer")
     fill_student(transformer, teacher, recipe, args.student_init)
-    if args.kd_loss == "none":
+    teacher = None if args.kd_loss == "none" else teacher
+
+    # ---- teacher, draws and samples
+    side, channels = transformer.config.sample_size, transformer.config.in_channels
+    how = {"random_flip": args.random_flip, "caption_dropout": args.caption_dropout}
+    how |= {"shape": (channels, side, side), "steps": scheduler.config.num_train_timesteps}
+    draw, no_text = partial(make_draws, **how), {name: rows[0].to(device) for name, rows in text.items()}
+    inputs_of = partial(make_inputs, scheduler=scheduler, encoders=encoders, no_text=no_text, draw=draw)
+    how = {"text": text, "seed": args.seed, "num_inference_steps": args.num_inference_steps}
+    how |= {"scheduler": load_part(source, sampler, "scheduler"), "guidance_scale": args.guidance_scale}
+    sample = partial(stop.interruptible(sample_images), **how, accelerator=accelerator)
+    load_vae = partial(load_frozen, source, AutoencoderKL, "vae", device, torch.float32)
+    teacher_samples, passes = [], args.cache_teacher or 1
+    if args.cache_teacher:
+        key = contents | {"scheduler": dict(scheduler.config), "tokens": args.max_sequence_length}
+        how = source, [*PARTS], key, partial(cache, batch_size=args.train_batch_size), device
+        inputs = dataset, freeze(teacher, device, dtype), inputs_of, draw
+        dataset = cache_predictions(*inputs, passes, args.seed, args.cache_teacher_dtype, *how)
+        teacher_samples += sample(teacher, vae=load_vae()) if accelerator.is_main_process else []
         teacher = None
+    dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator)
+    length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
+    args.max_train_steps = count_steps(*length, accelerator)
     inputs = example_inputs(transformer, args.max_sequence_length)
     student, teacher_model = pair_features(transformer, teacher, recipe["features"], inputs)
     xformers = args.enable_xformers_memory_efficient_attention
@@ -688,44 +747,23 @@ def main(args: argparse.Namespace) -> None:
     skipped = torch.zeros(2, device=accelerator.device)
 
     # ---- resume
-    train_state = TrainState(
-        accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
-    )
-    resume = args.resume_from_checkpoint, args.discard_later_checkpoints
-    first_step = load_train_state(output_dir, *resume, train_state)
+    trains = accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
+    train_state, resume = TrainState(*trains), args.resume_from_checkpoint
+    first_step = load_train_state(output_dir, resume, args.discard_later_checkpoints, train_state)
     checkpoints, grids = Due(args.checkpointing_steps), Due(args.validation_steps)
-    data = len(dataset), len(dataloader), args.train_batch_size
+    data = len(dataset) // passes, len(dataloader) / passes, args.train_batch_size
     due = args.max_train_steps, checkpoints, args.checkpoints_total_limit, grids
     describe_start(accelerator, train_state, teacher_model, data, *due)
     size = args.max_train_steps, first_step, args.train_batch_size * args.gradient_accumulation_steps
     metrics = MetricsLog(output_dir, accelerator, tracked_flags(args), *size, train_state.means)
 
     # ---- what a step and a validation do
-    losses_of = partial(
-        compute_losses,
-        student,
-        teacher_model,
-        scheduler=scheduler,
-        kd_loss=make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting),
-        lambdas=(args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat),
-        encoders=encoders,
-        no_text={name: rows[0].to(device) for name, rows in text.items()},
-        caption_dropout=args.caption_dropout,
-        random_flip=args.random_flip,
-    )
-    sample = partial(
-        stop.interruptible(sample_images),
-        scheduler=load_part(source, sampler, "scheduler"),
-        text=text,
-        seed=args.seed,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        accelerator=accelerator,
-    )
-    load_vae = partial(load_frozen, source, AutoencoderKL, "vae", device, torch.float32)
-    validate = partial(
-        log_validation, teacher, transformer, ema, [], sample, load_vae, prompts, output_dir, accelerator
-    )
+    kd_loss = make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting)
+    lambdas = args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat
+    values = {"inputs_of": inputs_of, "kd_loss": kd_loss, "lambdas": lambdas}
+    losses_of = partial(compute_losses, student, teacher_model, **values)
+    shown = teacher_samples, sample, load_vae, prompts, output_dir, accelerator
+    validate = partial(log_validation, teacher, transformer, ema, *shown)
 
     # ---- loop
     batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps, stop)

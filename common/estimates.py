@@ -1,0 +1,123 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""What will a run hold in memory and on the disk, and how long will it take?"""
+
+from common.costs import dtype_of
+
+
+# Peaks of cards for commodity PCs by NVIDIA's architecture white papers, dense, in TFLOP/s: of float32, and of tensor
+# cores on half precision that sum up in float32.
+PEAKS = {"RTX 3060, 12 GB": (12.7, 25.5), "RTX 4090, 24 GB": (82.6, 165.2)}
+SHARE_OF_PEAK = 0.3
+
+
+def print_memory_estimate(
+    activations: tuple[int, int],
+    student: int,
+    teacher: int,
+    batch_size: int,
+    mixed_precision: str | None,
+    use_8bit_adam: bool,
+    use_ema: bool,
+    trained: int | None = None,
+    encoder_bytes: int = 0,
+    features: int = 0,
+) -> None:
+    """Print what a training step holds, by part, in MiB.
+
+    With several processes the sum is the same: DistributedDataParallel's buckets hold the gradients, which are views
+    of them (`gradient_as_bucket_view`).
+
+    Args:
+        activations: Bytes that the forward pass keeps to the backward pass, and those of the block that gradient
+            checkpointing recomputes, 0 without. See [`estimate_activations`].
+        student: Parameters of the student.
+        teacher: Parameters of the teacher, 0 without one.
+        batch_size: Images per device and micro-batch.
+        mixed_precision: "fp16", "bf16", "no" or `None`.
+        use_8bit_adam: Whether the optimizer keeps its moments in 8 bits.
+        use_ema: Whether there is a moving average of the trained weights.
+        trained: Parameters that learn, if not all of the student's; those that do not are held like the teacher's.
+        encoder_bytes: Weights of what encodes images and captions in every step.
+        features: Elements of the teacher's features of one image. The feature term has both models' in float32.
+    """
+    width = dtype_of(mixed_precision).itemsize
+    trained = student if trained is None else trained
+    kept, recomputed = activations
+    parts = {
+        "trained weights (fp32)": 4 * trained,
+        "their copies for autocast": width * trained if width < 4 else 0,
+        "frozen weights of the student": width * (student - trained),
+        "gradients (fp32)": 4 * trained,
+        "optimizer moments": (2 if use_8bit_adam else 8) * trained,
+        "averaged weights": 4 * trained if use_ema else 0,
+        f"student activations, batch {batch_size}": kept,
+        "the block being recomputed": recomputed,
+        "features of both models (fp32)": 8 * features * batch_size,
+        "teacher weights": width * teacher,
+        "encoders' weights": encoder_bytes,
+    }
+    print("memory, estimated, without the teacher's working set and the CUDA context:")
+    for name, size in [*parts.items(), ("sum", sum(parts.values()))]:
+        if size:
+            print(f"  {name:<40}{size / 2**20:>12,.1f} MiB")
+
+
+def print_time_estimate(
+    student_macs: int,
+    teacher_macs: int,
+    images: int,
+    steps: int,
+    checkpointing: bool,
+    mixed_precision: str | None,
+) -> None:
+    """Print what the run computes, and how long that takes where a card reaches a share of its peak.
+
+    A backward pass counts as two forward passes. Encoders are not counted.
+
+    Args:
+        student_macs: Multiply-accumulates of a forward pass on one image.
+        teacher_macs: The teacher's, 0 without one.
+        images: Per step, by all accumulated micro-batches of one process.
+        steps: Of the whole run.
+        checkpointing: Whether the student's forward pass runs twice.
+        mixed_precision: "fp16", "bf16", "no" or `None`.
+    """
+    passes = 4 if checkpointing else 3
+    flops = 2 * steps * images * (passes * student_macs + teacher_macs)
+    print(f"time, estimated: {steps:,} steps of {images} images are {flops:.2e} FLOPs of student and teacher")
+    for card, (single, half) in PEAKS.items():
+        peak = half if dtype_of(mixed_precision).itemsize == 2 else single
+        hours = flops / (SHARE_OF_PEAK * peak * 1e12) / 3600
+        print(f"  {f'{card}, at {SHARE_OF_PEAK:.0%} of {peak} TFLOP/s':<40}{hours:>12,.{1 if hours >= 1 else 3}f} h")
+
+
+def print_cache_estimate(
+    passes: int | None, outputs: int, storage: str, teacher_macs: int, images: int | None, mixed_precision: str | None
+) -> None:
+    """Print what the cache of the teacher's predictions takes on the disk, and how long it takes to fill it.
+
+    Args:
+        passes: `--cache_teacher`; `None` prints nothing.
+        outputs: Elements of a prediction.
+        storage: `--cache_teacher_dtype`.
+        teacher_macs: Multiply-accumulates of a forward pass on one image.
+        images: Of the data set. A dry run does not read it: `None` prints the size for each thousand.
+        mixed_precision: "fp16", "bf16", "no" or `None`.
+    """
+    if passes is None:
+        return
+    width = 4 if storage == "fp32" else 2
+    rows = passes * (images or 1000)
+    of = f"{images:,} images" if images is not None else "each 1,000 images (--max_train_samples says how many)"
+    print(f"the teacher's predictions, cached beforehand, for {of}: {rows * outputs * width / 2**20:,.1f} MiB")
+    for card, (single, half) in PEAKS.items():
+        peak = half if dtype_of(mixed_precision).itemsize == 2 else single
+        minutes = 2 * rows * teacher_macs / (SHARE_OF_PEAK * peak * 1e12) / 60
+        print(f"  {f'{card}, at {SHARE_OF_PEAK:.0%} of {peak} TFLOP/s':<40}{minutes:>12,.3g} min")

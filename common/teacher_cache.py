@@ -1,0 +1,134 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""How does the teacher run before the training alone, on draws that the seed fixes?
+
+A step's draws are its noise, timesteps, flips and dropped captions. Those of a cached run depend on the seed, the row
+and the number of the pass: they are made again whenever the row is read, and only the prediction on them is stored.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from common.arguments import fail
+from common.cache import JoinedDataset, identify
+from common.teachers import TeacherSource
+from common.training import seed_step
+
+import torch
+from accelerate.utils import send_to_device
+
+from lift_utils import FeatureModel
+
+
+Batch = dict[str, Any]  # tensors (B, ...), and by "draws" a dictionary of such
+
+STORED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --cache_teacher_dtype
+
+
+class DrawnDataset(torch.utils.data.Dataset):
+    """The rows of a dataset several times over, each time with other draws beside them, by "draws".
+
+    Row n · N + i is the i-th of N with its n-th draws. They come from the CPU's generator, so that every machine makes
+    the same.
+
+    Args:
+        dataset: Rows of tensors.
+        passes: How often.
+        seed: Of the draws.
+        draw: From a number of rows and a device to their draws, tensors (B, ...).
+    """
+
+    def __init__(
+        self,
+        dataset: torch.utils.data.Dataset,
+        passes: int,
+        seed: int,
+        draw: Callable[[int, torch.device], dict[str, torch.Tensor]],
+    ):
+        self.dataset, self.passes, self.seed, self.draw = dataset, passes, seed, draw
+
+    def __len__(self) -> int:
+        return self.passes * len(self.dataset)
+
+    def __getitem__(self, index: int) -> Batch:
+        number, row = divmod(index, len(self.dataset))
+        with torch.random.fork_rng(devices=[]):
+            seed_step(self.seed, number, row)
+            draws = self.draw(1, torch.device("cpu"))
+        return {**self.dataset[row], "draws": {name: tensor[0] for name, tensor in draws.items()}}
+
+
+def cache_predictions(
+    dataset: torch.utils.data.Dataset,
+    teacher: torch.nn.Module,
+    make_inputs: Callable[[Batch], tuple],
+    draw: partial,
+    passes: int,
+    seed: int,
+    storage: str,
+    source: TeacherSource,
+    parts: list[str],
+    key: dict[str, Any],
+    cache: Callable,
+    device: torch.device,
+) -> JoinedDataset:
+    """The rows of a dataset `passes` times over with their "draws", and by "teacher" the prediction on them.
+
+    Args:
+        teacher: Frozen, on the device, in the dtype that it computes in.
+        make_inputs: From a batch to the keyword arguments of the teacher, and more.
+        draw: See [`DrawnDataset`]; its keywords, JSON-serialisable, go into the key.
+        seed: Of the draws.
+        storage: "fp32", "fp16" or "bf16", which the predictions are rounded to.
+        source: Where the teacher comes from.
+        parts: The folders of its pipeline that shape a prediction.
+        key: What shapes one beside that: the data, the noise schedule.
+        cache: [`common.cache.cache_encodings`] with all but the data, the models, the key, and what is said here.
+    """
+    drawn, model = DrawnDataset(dataset, passes, seed, draw), FeatureModel(teacher, [])
+
+    def load_teacher() -> Callable:
+        def encode(batch: Batch) -> dict[str, torch.Tensor]:
+            inputs = make_inputs(send_to_device(batch, device))[0]
+            prediction = predict(model, inputs, batch)[0].to(STORED[storage])
+            if not torch.isfinite(prediction).all():
+                remedy = "pass --cache_teacher_dtype bf16 or fp32 if it overflows there, or another teacher"
+                fail(f"--cache_teacher_dtype {storage}: the teacher's prediction is not finite; {remedy}")
+            return {"teacher": prediction}
+
+        return encode
+
+    # The number of passes is no part of it: a cache of more passes goes on from one of fewer.
+    key = key | identify(source.path, source.revision, parts) | {"variant": source.variant}
+    key |= {"seed": seed, "stored": storage, "dtype": str(teacher.dtype), "draws": draw.keywords}
+    words = {"period": len(dataset), "description": "Caching the teacher"}
+    return JoinedDataset([drawn, cache(drawn, load_teacher, key, **words)])
+
+
+@torch.no_grad()
+def predict(
+    teacher: FeatureModel | None, inputs: dict[str, torch.Tensor], batch: Batch
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The teacher's prediction and features: computed now, in its own dtype, or taken from a cached batch.
+
+    Timesteps stay what they are: bfloat16 could not tell them apart.
+
+    Args:
+        teacher: `None` for a cached batch, which has no features.
+        inputs: Keyword arguments of the model.
+    """
+    if teacher is None:
+        return batch["teacher"], []
+    dtype = teacher.model.dtype
+    cast = {
+        name: tensor.to(dtype) if tensor.is_floating_point() and name != "timestep" else tensor
+        for name, tensor in inputs.items()
+    }
+    return teacher(**cast)
