@@ -82,6 +82,7 @@ from common.students import (
     spaced_blocks,
 )
 from common.teacher_cache import Batch, cache_predictions, predict
+from common.teacher_weights import count_bytes, hold_teacher
 from common.teachers import (
     TeacherSource,
     freeze,
@@ -224,6 +225,8 @@ def check_script_args(args: argparse.Namespace) -> None:
         fail(f"{found} says which blocks the student has; pass one of --student, --keep_blocks and --student_depth")
     if args.pretrained_teacher_model is None and args.vae is None:
         fail('--vae is not given and there is no teacher to take one from; pass "none" for pixels, or a folder')
+    if args.offload_teacher:
+        fail("--offload_teacher does not go with a DiT, which Diffusers does not offload; drop it")
     if args.vae == "none" and args.cache_latents:
         fail("--cache_latents has nothing to do with --vae none; drop it")
 
@@ -923,7 +926,7 @@ def print_dry_run(
     live = args.kd_loss != "none" and args.cache_teacher is None
     encoders = 0 if args.cache_latents or args.vae == "none" else vae.num_parameters()
     encoder_bytes = dtype_of(args.mixed_precision).itemsize * encoders
-    parameters = count, total if live else 0
+    parameters = count, count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if live else 0
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
     print_memory_estimate(activations, *parameters, *settings, encoder_bytes=encoder_bytes, features=features)
     images = args.train_batch_size * args.gradient_accumulation_steps
@@ -989,7 +992,8 @@ def main(args: argparse.Namespace) -> None:
     keep_labels(transformer)
     if teacher is not None:
         fill_student(transformer, teacher, recipe, args.student_init)
-    teacher = None if args.kd_loss == "none" else teacher
+    how = args.teacher_dtype, dtype, device, args.offload_teacher
+    teacher = hold_teacher(teacher, *how) if teacher is not None and args.kd_loss != "none" else None
     how = {"seed": args.seed, "num_inference_steps": args.num_inference_steps, "classes": list(shown)}
     how |= {"guidance_scale": args.guidance_scale, "accelerator": accelerator}
     sample = partial(stop.interruptible(sample_images), scheduler=sampler, **how)
@@ -997,7 +1001,7 @@ def main(args: argparse.Namespace) -> None:
     if args.cache_teacher:
         key = contents | {"scheduler": dict(scheduler.config), "vae": identify_vae(source, args.vae)}
         how = source, ["transformer"], key, partial(cache, batch_size=args.train_batch_size), device
-        inputs = dataset, freeze(teacher, device, dtype), inputs_of, draw
+        inputs = dataset, teacher, inputs_of, draw
         dataset = cache_predictions(*inputs, passes, args.seed, args.cache_teacher_dtype, *how)
         if accelerator.is_main_process:
             teacher_samples += sample(teacher, vae=copy.deepcopy(vae).to(device))

@@ -65,10 +65,10 @@ from common.students import (
     public_config,
 )
 from common.teacher_cache import Batch, cache_predictions, predict
+from common.teacher_weights import count_bytes, hold_teacher
 from common.teachers import (
     TeacherSource,
     check_parts,
-    freeze,
     load_from,
     load_frozen,
     load_noise_schedule,
@@ -709,7 +709,9 @@ def print_dry_run(
         encoder_bytes = dtype_of(args.mixed_precision).itemsize * encoders
     features = count_features(teacher, recipe["features"], inputs)
     live = args.kd_loss != "none" and args.cache_teacher is None
-    parameters = count + trained if args.lora_rank else count, total if live else 0
+    on_device = live and not args.offload_teacher
+    held = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if on_device else 0
+    parameters = count + trained if args.lora_rank else count, held
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
     print_memory_estimate(activations, *parameters, *settings, trained, encoder_bytes, features)
     images = args.train_batch_size * args.gradient_accumulation_steps
@@ -766,7 +768,8 @@ def main(args: argparse.Namespace) -> None:
     unet = UNet2DConditionModel.from_config(student_shape.config)
     teacher = load_part(source, UNet2DConditionModel, "unet")
     fill_student(unet, teacher, recipe, args.student_init)
-    teacher = None if args.kd_loss == "none" else teacher
+    how = args.teacher_dtype, dtype, device, args.offload_teacher
+    teacher = hold_teacher(teacher, *how) if args.kd_loss != "none" else None
     if args.lora_rank:  # before the features: a layer's adapter is part of its output
         add_adapters(unet, args.lora_rank, LORA_TARGETS, dtype)
 
@@ -784,7 +787,7 @@ def main(args: argparse.Namespace) -> None:
     if args.cache_teacher:
         key = contents | {"scheduler": dict(scheduler.config)}
         how = source, [*PARTS], key, partial(cache, batch_size=args.train_batch_size), device
-        inputs = dataset, freeze(teacher, device, dtype), inputs_of, draw
+        inputs = dataset, teacher, inputs_of, draw
         dataset = cache_predictions(*inputs, passes, args.seed, args.cache_teacher_dtype, *how)
         teacher_samples += sample(teacher, vae=load_vae()) if accelerator.is_main_process else []
         teacher = None

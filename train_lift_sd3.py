@@ -83,6 +83,7 @@ from common.students import (
     spaced_blocks,
 )
 from common.teacher_cache import Batch, cache_predictions, predict
+from common.teacher_weights import count_bytes, first_place, hold_teacher
 from common.teachers import (
     TeacherSource,
     check_parts,
@@ -242,6 +243,7 @@ def check_script_args(args: argparse.Namespace) -> None:
             "--student_init teacher": args.student_init == "teacher",
             "a --kd_loss with a teacher": args.kd_loss != "none",
             "blocks of the teacher, not a JSON file": not (args.student or "").endswith(".json"),
+            "a teacher in the run's precision on the device": not (args.teacher_dtype or args.offload_teacher),
         }
         missing = [name for name, met in needed.items() if not met]
         if missing:
@@ -405,7 +407,7 @@ def choose_blocks(
     def measure() -> tuple[list[float], list[int]]:
         device, dtype = accelerator.device, working_dtype(accelerator)
         teacher = load_frozen(source, SD3Transformer2DModel, "transformer", device, dtype)
-        model = FeatureModel(teacher, [])
+        model = FeatureModel(hold_teacher(teacher, None, dtype, device, offload=False), [])
         seed_step(seed)
         rows = torch.utils.data.Subset(dataset, torch.randperm(len(dataset))[:INFLUENCE_IMAGES].tolist())
 
@@ -844,7 +846,8 @@ def print_dry_run(
     held = count + trained if args.lora_rank else count
     held = trained if args.share_backbone else held
     live = args.kd_loss != "none" and args.cache_teacher is None
-    teacher_held = total if live else 0
+    on_device = live and not args.offload_teacher
+    teacher_held = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if on_device else 0
     encoder_bytes = 0 if args.cache_latents else sum(encoders.values())
     features = count_features(teacher, recipe["features"], inputs, item=1)
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
@@ -911,11 +914,12 @@ def main(args: argparse.Namespace) -> None:
         kept = choose_blocks(source, args.student_depth, *data, args.resume_from_checkpoint, accelerator)
         student_shape, recipe = build_student(teacher_shape, vae_shape, args, kept)
     seed_step(args.seed)
-    teacher = load_frozen(source, SD3Transformer2DModel, "transformer", device, dtype)
+    how = args.teacher_dtype, dtype, device, args.offload_teacher
+    teacher = load_frozen(source, SD3Transformer2DModel, "transformer", *first_place(*how))
     with torch.device("meta" if args.share_backbone else "cpu"):
         transformer = SD3Transformer2DModel.from_config(student_shape.config)
     fill_student(transformer, teacher, recipe, args.student_init, args.share_backbone)
-    teacher = None if args.kd_loss == "none" else teacher
+    teacher = hold_teacher(teacher, *how) if args.kd_loss != "none" else None
     if args.lora_rank:  # seeded anew, so that the adapters do not depend on how the student was made
         seed_step(args.seed)
         add_adapters(transformer, args.lora_rank, LORA_TARGETS, dtype)

@@ -66,7 +66,8 @@ from common.students import (
     public_config,
 )
 from common.teacher_cache import Batch, cache_predictions, predict
-from common.teachers import TeacherSource, check_weights, freeze, load_weights, make_noise_schedule
+from common.teacher_weights import count_bytes, hold_teacher
+from common.teachers import TeacherSource, check_weights, load_weights, make_noise_schedule
 from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
 from common.training import (
     check_skipped,
@@ -487,20 +488,25 @@ def compute_losses(
 
 @torch.no_grad()
 def sample_images(
-    unet: UNet2DModel, scheduler: DDPMScheduler, seed: int, count: int, num_inference_steps: int
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    seed: int,
+    count: int,
+    num_inference_steps: int,
+    device: torch.device,
 ) -> list[Image.Image]:
-    """Samples by DDIM from the noise that the seed fixes, the same for every model."""
-    training, dtype = unet.training, unet.dtype
-    if dtype != torch.float32:  # the pipeline cannot hand out bfloat16 images; widening the weights loses nothing
-        unet.float()
-    pipeline = DDIMPipeline(unet=unet.eval(), scheduler=DDIMScheduler.from_config(scheduler.config))
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed)
-    images = pipeline(count, generator, num_inference_steps=num_inference_steps).images
-    if dtype != torch.float32:
-        unet.to(dtype)
+    """Samples by DDIM from the noise that the seed fixes, the same for every model, whatever its precision."""
+    training = unet.training
+    unet.eval()
+    sampler = DDIMScheduler.from_config(scheduler.config)
+    sampler.set_timesteps(num_inference_steps)
+    shape = count, unet.config.in_channels, *image_size(unet)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    for step in sampler.timesteps:
+        images = sampler.step(unet(images, step).sample.float(), step, images).prev_sample
     unet.train(training)
-    return images
+    pixels = (images / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
+    return DDIMPipeline.numpy_to_pil(pixels)
 
 
 def log_validation(
@@ -567,7 +573,9 @@ def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dic
         print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision)
     live = args.kd_loss != "none" and args.cache_teacher is None
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
-    print_memory_estimate(activations, count, total if live else 0, *settings, features=features)
+    on_device = live and not args.offload_teacher
+    held = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if on_device else 0
+    print_memory_estimate(activations, count, held, *settings, features=features)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
     print_time_estimate(macs, teacher_macs if live else 0, *how)
@@ -626,16 +634,19 @@ def main(args: argparse.Namespace) -> None:
         seed=args.seed,
         count=args.num_validation_images,
         num_inference_steps=args.num_inference_steps,
+        device=device,
     )
 
     # ---- teacher
+    if teacher is not None:
+        teacher = hold_teacher(teacher, args.teacher_dtype, dtype, device, args.offload_teacher)
     live_teacher, teacher_samples, passes = teacher, [], args.cache_teacher or 1
     if args.cache_teacher:
         parts = ["unet" if (Path(source.path) / "unet").is_dir() else "."]
         key = contents | {"scheduler": dict(scheduler.config)}
         settings = {"cache_dir": args.cache_dir, "batch_size": args.train_batch_size}
         cache = partial(cache_encodings, **settings, num_workers=args.dataloader_num_workers, accelerator=accelerator)
-        inputs = dataset, freeze(teacher, device, dtype), inputs_of, draw
+        inputs = dataset, teacher, inputs_of, draw
         how = passes, args.seed, args.cache_teacher_dtype, source, parts, key, cache, device
         dataset = cache_predictions(*inputs, *how)
         teacher_samples += sample(teacher) if accelerator.is_main_process else []

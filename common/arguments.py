@@ -85,6 +85,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     models = parser.add_argument_group("models")
     models.add_argument("--teacher_revision", help="branch, tag or commit of the teacher on the Hub")
     models.add_argument("--variant", help="weights variant of the teacher, e.g. fp16")
+    dtypes = "of the teacher's weights in the training (default: the run's precision); fp8 and nf4 compute in that"
+    models.add_argument("--teacher_dtype", choices=("fp32", "fp16", "bf16", "fp8", "nf4"), help=dtypes)
+    models.add_argument("--offload_teacher", action="store_true", help="keep it on the CPU, move it layer by layer")
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_name", help="dataset on the Hub")
@@ -221,8 +224,13 @@ def check_args(args: argparse.Namespace) -> None:
         if not torch.cuda.is_available():
             fail("--enable_xformers_memory_efficient_attention needs a CUDA device; drop it: attention is SDPA then")
         check_xformers()
-    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-        fail("--use_8bit_adam needs bitsandbytes; pip install bitsandbytes, or drop the flag")
+    if args.offload_teacher and not (torch.cuda.is_available() or args.dry_run):
+        fail("--offload_teacher needs a CUDA device to move the teacher to; drop it")
+    if args.offload_teacher and args.compile:
+        fail("--offload_teacher with --compile: its weights move while they are compiled; drop one of them")
+    for flag, given in (("--use_8bit_adam", args.use_8bit_adam), ("--teacher_dtype nf4", args.teacher_dtype == "nf4")):
+        if given and importlib.util.find_spec("bitsandbytes") is None:
+            fail(f"{flag} needs bitsandbytes; pip install bitsandbytes, or drop the flag")
     if getattr(args, "lora_rank", 0) and importlib.util.find_spec("peft") is None:
         fail(f"--lora_rank {args.lora_rank} needs peft; pip install peft, or drop the flag")
     if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:

@@ -20,7 +20,7 @@ SHARE_OF_PEAK = 0.3
 def print_memory_estimate(
     activations: tuple[int, int],
     student: int,
-    teacher: int,
+    teacher_bytes: int,
     batch_size: int,
     mixed_precision: str | None,
     use_8bit_adam: bool,
@@ -38,7 +38,7 @@ def print_memory_estimate(
         activations: Bytes that the forward pass keeps to the backward pass, and those of the block that gradient
             checkpointing recomputes, 0 without. See [`estimate_activations`].
         student: Parameters of the student.
-        teacher: Parameters of the teacher, 0 without one.
+        teacher_bytes: Weights of the teacher, 0 without one on the device.
         batch_size: Images per device and micro-batch.
         mixed_precision: "fp16", "bf16", "no" or `None`.
         use_8bit_adam: Whether the optimizer keeps its moments in 8 bits.
@@ -60,7 +60,7 @@ def print_memory_estimate(
         f"student activations, batch {batch_size}": kept,
         "the block being recomputed": recomputed,
         "features of both models (fp32)": 8 * features * batch_size,
-        "teacher weights": width * teacher,
+        "teacher weights": teacher_bytes,
         "encoders' weights": encoder_bytes,
     }
     print("memory, estimated, without the teacher's working set and the CUDA context:")

@@ -82,7 +82,7 @@ def cache_predictions(
     """The rows of a dataset `passes` times over with their "draws", and by "teacher" the prediction on them.
 
     Args:
-        teacher: Frozen, on the device, in the dtype that it computes in.
+        teacher: Of [`common.teacher_weights.hold_teacher`].
         make_inputs: From a batch to the keyword arguments of the teacher, and more.
         draw: See [`DrawnDataset`]; its keywords, JSON-serialisable, go into the key.
         seed: Of the draws.
@@ -107,7 +107,8 @@ def cache_predictions(
 
     # The number of passes is no part of it: a cache of more passes goes on from one of fewer.
     key = key | identify(source.path, source.revision, parts) | {"variant": source.variant}
-    key |= {"seed": seed, "stored": storage, "dtype": str(teacher.dtype), "draws": draw.keywords}
+    held = sorted({str(weight.dtype) for weight in teacher.parameters()})
+    key |= {"seed": seed, "stored": storage, "dtype": str(teacher.dtype), "held": held, "draws": draw.keywords}
     words = {"period": len(dataset), "description": "Caching the teacher"}
     return JoinedDataset([drawn, cache(drawn, load_teacher, key, **words)])
 
@@ -116,19 +117,12 @@ def cache_predictions(
 def predict(
     teacher: FeatureModel | None, inputs: dict[str, torch.Tensor], batch: Batch
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The teacher's prediction and features: computed now, in its own dtype, or taken from a cached batch.
-
-    Timesteps stay what they are: bfloat16 could not tell them apart.
+    """The teacher's prediction and features: computed now, or taken from a cached batch.
 
     Args:
-        teacher: `None` for a cached batch, which has no features.
+        teacher: Of [`common.teacher_weights.hold_teacher`]; `None` for a cached batch, which has no features.
         inputs: Keyword arguments of the model.
     """
     if teacher is None:
         return batch["teacher"], []
-    dtype = teacher.model.dtype
-    cast = {
-        name: tensor.to(dtype) if tensor.is_floating_point() and name != "timestep" else tensor
-        for name, tensor in inputs.items()
-    }
-    return teacher(**cast)
+    return teacher(**inputs)

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 
 from common.arguments import fail, first_line
 from common.ending import TIMEOUT, StopSignals, outlive_signals
-from common.teachers import check_weights, freeze
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
@@ -121,17 +120,13 @@ def prepare_models(
     xformers: bool,
     compiled: bool,
 ) -> None:
-    """Freeze the teacher, on the device in the run's precision, and set both models up as asked for, in place."""
+    """Set both models up as asked for, in place."""
     models = [model for model in (student, teacher) if model is not None]
     if gradient_checkpointing:
         student.model.enable_gradient_checkpointing()
     if xformers:
         for model in models:
             _use_xformers(model.model, accelerator.mixed_precision)
-    if teacher is not None:
-        freeze(teacher, accelerator.device, working_dtype(accelerator))
-        if accelerator.mixed_precision == "fp16":  # as they were loaded, they have been checked
-            check_weights(teacher.model, "--mixed_precision fp16: the teacher")
     if compiled:
         # A recomputed block must not capture its feature again: that would break the graph at each block.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True

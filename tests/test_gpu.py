@@ -16,6 +16,7 @@ from common.arguments import check_xformers
 from common.data import flip_views
 from common.sd3_text import T5, TextLayout, join_text
 from common.students import pair_features
+from common.teacher_weights import hold_teacher
 from common.teachers import TeacherSource, load_part, load_skeleton
 from common.training import make_accelerator, prepare_models, working_dtype
 
@@ -80,13 +81,12 @@ def test_attention_that_xformers_cannot_compute_is_said_in_one_line(model, preci
 
 
 def test_a_teacher_that_float16_cannot_hold_is_refused():
-    teacher = UNet2DModel(**TINY_UNET)
-    teacher.conv_in.weight.data[0] = 1e6
-    models = FeatureModel(UNet2DModel(**TINY_UNET), []), FeatureModel(teacher, [])
-    accelerator = argparse.Namespace(mixed_precision="fp16", device=torch.device("cpu"))
-    line = r"^error: --mixed_precision fp16: .* not finite \(conv_in.weight …\); pass --mixed_precision bf16"
-    with pytest.raises(SystemExit, match=line):
-        prepare_models(*models, accelerator, False, xformers=False, compiled=False)
+    for flag, given, working in (("mixed_precision", None, "fp16"), ("teacher_dtype", "fp16", "no")):
+        teacher = UNet2DModel(**TINY_UNET)
+        teacher.conv_in.weight.data[0] = 1e6
+        line = rf"^error: --{flag} fp16: .* not finite \(conv_in.weight …\); pass --mixed_precision bf16"
+        with pytest.raises(SystemExit, match=line):
+            hold_teacher(teacher, given, WORKING[working], torch.device("cpu"), offload=False)
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
@@ -211,7 +211,9 @@ def make_step(
     accelerator = argparse.Namespace(mixed_precision=precision, device=torch.device("cpu"))
     source = TeacherSource(str(folder), None, None, script.EXPECTED)
     make = {"unet": unet_step, "sd21": sd21_step, "dit": dit_step, "sd3": sd3_step}[name]
-    step = make(script, args, source, accelerator.device, working_dtype(accelerator), cached)
+    dtype = working_dtype(accelerator)
+    step = make(script, args, source, accelerator.device, dtype, cached)
+    hold_teacher(step.teacher.model, None, dtype, accelerator.device, offload=False)
     prepare_models(step.student, step.teacher, accelerator, compiled, xformers=False, compiled=compiled)
     return step
 

@@ -60,10 +60,10 @@ from common.students import (
     spaced_blocks,
 )
 from common.teacher_cache import Batch, cache_predictions, predict
+from common.teacher_weights import count_bytes, hold_teacher
 from common.teachers import (
     TeacherSource,
     check_parts,
-    freeze,
     load_from,
     load_frozen,
     load_noise_schedule,
@@ -651,7 +651,8 @@ def print_dry_run(
         encoder_bytes = dtype_of(args.mixed_precision).itemsize * encoders
     features = count_features(teacher, recipe["features"], inputs)
     live = args.kd_loss != "none" and args.cache_teacher is None
-    parameters = count, total if live else 0
+    on_device = live and not args.offload_teacher
+    parameters = count, count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if on_device else 0
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
     print_memory_estimate(activations, *parameters, *settings, trained, encoder_bytes, features)
     images = args.train_batch_size * args.gradient_accumulation_steps
@@ -709,7 +710,8 @@ def main(args: argparse.Namespace) -> None:
     transformer = PixArtTransformer2DModel.from_config(student_shape.config)
     teacher = load_part(source, PixArtTransformer2DModel, "transformer")
     fill_student(transformer, teacher, recipe, args.student_init)
-    teacher = None if args.kd_loss == "none" else teacher
+    how = args.teacher_dtype, dtype, device, args.offload_teacher
+    teacher = hold_teacher(teacher, *how) if args.kd_loss != "none" else None
 
     # ---- teacher, draws and samples
     side, channels = transformer.config.sample_size, transformer.config.in_channels
@@ -725,7 +727,7 @@ def main(args: argparse.Namespace) -> None:
     if args.cache_teacher:
         key = contents | {"scheduler": dict(scheduler.config), "tokens": args.max_sequence_length}
         how = source, [*PARTS], key, partial(cache, batch_size=args.train_batch_size), device
-        inputs = dataset, freeze(teacher, device, dtype), inputs_of, draw
+        inputs = dataset, teacher, inputs_of, draw
         dataset = cache_predictions(*inputs, passes, args.seed, args.cache_teacher_dtype, *how)
         teacher_samples += sample(teacher, vae=load_vae()) if accelerator.is_main_process else []
         teacher = None

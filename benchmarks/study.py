@@ -1,0 +1,267 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""A small set-up in which losses are compared: garments of 16 pixels, a teacher of 1.1M parameters, its 1.6 % student.
+
+All runs are those of train_lift_unet.py, by its own flags. A run's samples are compared with photographs that no model
+has seen, in the features of a classifier of the garments.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+from tqdm import tqdm
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "demos"), str(ROOT / "eval")]
+
+from common.arguments import fail
+from common.metrics import read_metrics
+
+from evaluate import frechet_distance, kernel_inception_distance
+from fashion import find_fashion_mnist, read_fashion_mnist
+from fork_server import make_fork_server, start_run
+from generate import denoise, plain_unet
+from small_models import train_classifier
+
+
+SIDE = 16
+IMAGES = 20_000  # to train on
+TEACHER = {
+    "sample_size": SIDE,
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": [32, 64, 64],
+    "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 8,
+}
+TEACHER_STEPS = 4000
+SAMPLES, SAMPLE_BATCH = 5000, 500
+# Where the error to the teacher is measured, and on how many images.
+TIMESTEPS, PROBES = (0, 20, 50, 100, 200, 400, 600, 800, 900, 950, 999), 256
+
+
+class Run(NamedTuple):
+    """A training of train_lift_unet.py."""
+
+    experiment: str
+    name: str  # what the table calls it
+    seed: int
+    flags: dict[str, Any]  # without dashes; True is a switch
+
+    @property
+    def key(self) -> str:
+        """Its place among finished runs, and its folder."""
+        return re.sub(r"[^\w.+-]+", "_", f"{self.experiment}/{self.name}-{self.seed}".replace("/", "--"))
+
+
+def set_environment() -> None:
+    """What all runs need in their environment, before the server for them is started."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+
+
+def shrink(images: np.ndarray) -> np.ndarray:
+    """Grey images, uint8 (N, 28, 28), at `SIDE` pixels."""
+    return np.stack([np.array(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX)) for image in images])
+
+
+class Study:
+    """The data, the teacher and the classifier in a folder, made where they are missing, and runs on them.
+
+    Args:
+        folder: Of everything that is made.
+        lines: A file of one JSON line for each finished run.
+        jobs: Runs side by side, with a thread each.
+    """
+
+    def __init__(self, folder: Path, lines: Path, jobs: int):
+        self.folder, self.lines, self.jobs = folder.resolve(), lines, jobs
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.context = make_fork_server(("train_lift_unet", "datasets.packaged_modules.imagefolder.imagefolder"))
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """The stored lines of finished runs by their keys."""
+        if not self.lines.exists():
+            return {}
+        return {line["key"]: line for line in map(json.loads, self.lines.read_text().splitlines())}
+
+    def prepare(self) -> None:
+        """Write the images, and train the classifier and the teacher, unless they are there."""
+        source = find_fashion_mnist(ROOT / ".data")
+        images, labels = read_fashion_mnist(source, "train")
+        images = shrink(images)
+        if not (self.folder / "images").exists():
+            temporary = self.folder / ".images"
+            temporary.mkdir(exist_ok=True)
+            for index, image in enumerate(tqdm(images[:IMAGES], desc="Writing images")):
+                Image.fromarray(image).save(temporary / f"{index:05d}.png")
+            temporary.rename(self.folder / "images")
+        train_classifier(self.folder / "classifier.pt", images, labels)
+        np.save(self.folder / "unseen.npy", shrink(read_fashion_mnist(source, "t10k")[0]))
+        self.train_teacher("teacher", TEACHER, TEACHER_STEPS)
+
+    def train_teacher(self, name: str, config: dict[str, Any], steps: int) -> None:
+        """Train a teacher from scratch, unless it is there."""
+        recipe = self.folder / f"{name}.json"
+        recipe.write_text(json.dumps({"config": config}))
+        flags = {"student": recipe, "kd_loss": "none", "max_train_steps": steps, "learning_rate": 2e-3}
+        flags |= {"train_batch_size": 64, "lr_scheduler": "cosine", "lr_warmup_steps": 200, "ema_decay": 0.999}
+        self.train(self.folder / name, flags)
+
+    def train(self, output_dir: Path, flags: dict[str, Any]) -> None:
+        """Run train_lift_unet.py to its end, or go on with it; a run that fails ends this program with its log."""
+        if (output_dir / "model_index.json").exists():
+            return
+        flags = {
+            "output_dir": output_dir,
+            "train_data_dir": self.folder / "images",
+            "cache_dir": self.folder / "cache",
+            "dataloader_num_workers": 0,
+            "report_to": "none",
+            "logging_steps": 100,
+            "checkpoints_total_limit": 1,
+            "resume_from_checkpoint": "latest",
+            "num_validation_images": 10,
+            **flags,
+        }
+        words = [part for name, value in flags.items() for part in ((f"--{name}",) if value is True else (f"--{name}", value))]
+        output_dir.mkdir(parents=True, exist_ok=True)
+        log = output_dir / "log.txt"
+        process = start_run(self.context, "train_lift_unet", words, log, self.folder)
+        process.join()
+        if process.exitcode:
+            fail(f"{output_dir} ended with exit code {process.exitcode}: {log.read_text()[-2000:]}")
+
+    def run_all(self, runs: list[Run]) -> None:
+        """Train and measure what is not finished, `jobs` side by side."""
+        done = self.finished()
+        left = [run for run in runs if run.key not in done]
+        if not left:
+            return
+        self.prepare()
+        bar = tqdm(total=len(left), desc="Runs")
+        with ThreadPoolExecutor(self.jobs) as pool:
+            for line in pool.map(self.run, left):
+                with self.lines.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                bar.update()
+                bar.write(f"{line['key']}: {line['figures']['fd_50']:.1f}")
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Train a student and measure it; returns its line."""
+        folder = self.folder / "runs" / run.key
+        flags = {"pretrained_teacher_model": self.folder / "teacher", "student": 0.125, "student_init": "random"}
+        flags |= {"train_batch_size": 64, "max_train_steps": 2000, "learning_rate": 8e-3, "lambda_kd_feat": 0}
+        flags |= {"lr_scheduler": "cosine", "lr_warmup_steps": 100, "ema_decay": 0.99, "seed": run.seed, **run.flags}
+        self.train(folder, flags)
+        figures = folder / "figures.json"
+        if not figures.exists():
+            teacher = Path(flags["pretrained_teacher_model"])
+            process = self.context.Process(target=measure, args=(folder, teacher, self.folder, figures))
+            process.start()
+            process.join()
+            if process.exitcode:
+                fail(f"{folder} could not be measured: exit code {process.exitcode}")
+        rows = read_metrics(folder / "metrics.jsonl")
+        last = rows[-1]
+        return {
+            "key": run.key,
+            **run._asdict(),
+            "flags": {name: str(value) if isinstance(value, Path) else value for name, value in run.flags.items()},
+            "commit": commit(),
+            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+            "last": {name: last[name] for name in ("step", "loss", "task", "kd", "kd_mse", "feat") if name in last},
+            "images_per_second": float(np.median([row["images_per_second"] for row in rows[1:]])),
+            "figures": json.loads(figures.read_text()),
+        }
+
+
+def commit() -> str:
+    """The commit that the code is of."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+# ------------------------------------------------------------------------------------------------------ the figures
+
+
+@torch.no_grad()
+def measure(model: Path, teacher: Path, study: Path, figures: Path) -> None:
+    """Distances of a model's samples to unseen images, and its errors to the teacher by timestep, as a JSON file.
+
+    "fd_N" and "kd_N" are the Fréchet and the kernel distance of samples by N steps of DDIM; "errors" has the mean
+    square difference of the predictions, and "shifts" that of their means over an image, for each of [`TIMESTEPS`].
+    """
+    torch.set_num_threads(1)
+    classifier = torch.jit.load(str(study / "classifier.pt")).eval()
+    unseen = torch.from_numpy(np.load(study / "unseen.npy")).float().unsqueeze(1)
+    reference = classifier(unseen)[0].numpy()
+    pipeline = DDPMPipeline.from_pretrained(model)
+    student = pipeline.unet.eval()
+    result: dict[str, Any] = {"parameters": student.num_parameters()}
+    for steps in (5, 10, 50):
+        features = classifier(sample(student, pipeline.scheduler, steps))[0].numpy()
+        moments = [(each.mean(0), np.cov(each, rowvar=False)) for each in (features, reference)]
+        result[f"fd_{steps}"] = frechet_distance(*moments[0], *moments[1])
+        result[f"kid_{steps}"] = kernel_inception_distance(features, reference, seed=0)
+    result |= compare(student, UNet2DModel.from_pretrained(teacher, subfolder="unet").eval(), unseen[:PROBES])
+    figures.write_text(json.dumps(result))
+
+
+def sample(model: UNet2DModel, schedule: DDPMScheduler, steps: int) -> torch.Tensor:
+    """Samples by DDIM, float32 (SAMPLES, 1, SIDE, SIDE), whole numbers in [0, 255], from the same noise for all."""
+    scheduler, batches = DDIMScheduler.from_config(schedule.config), []
+    for start in range(0, SAMPLES, SAMPLE_BATCH):
+        generators = [torch.Generator().manual_seed(start + index) for index in range(SAMPLE_BATCH)]
+        shape, device = (1, 1, SIDE, SIDE), torch.device("cpu")
+        batches.append(denoise(plain_unet(model), scheduler, shape, generators, steps, device))
+    return ((torch.cat(batches) / 2 + 0.5).clamp(0, 1) * 255).round()
+
+
+def compare(student: UNet2DModel, teacher: UNet2DModel, images: torch.Tensor) -> dict[str, list[float]]:
+    """The student's errors to the teacher on noisy images, float32 (N, 1, SIDE, SIDE) in [0, 255], by timestep."""
+    schedule, errors = DDPMScheduler(), {"errors": [], "shifts": []}
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    for timestep in TIMESTEPS:
+        timesteps = torch.full((len(images),), timestep)
+        noisy = schedule.add_noise(images / 127.5 - 1, noise, timesteps)
+        difference = student(noisy, timesteps).sample - teacher(noisy, timesteps).sample
+        errors["errors"].append(difference.square().mean().item())
+        errors["shifts"].append(difference.mean((1, 2, 3)).square().mean().item())
+    return errors
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean and its standard error, NaN of a single value."""
+    array = np.array(values)
+    return array.mean().item(), (array.std(ddof=1) / np.sqrt(len(array))).item() if len(array) > 1 else float("nan")
+
+
+def cell(values: list[float], digits: int = 1) -> str:
+    """A table's cell: the mean ± its standard error."""
+    mean, error = mean_and_error(values)
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if np.isfinite(error) else "")
+
+
+Pick = Callable[[dict[str, Any]], float]
