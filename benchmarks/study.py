@@ -14,11 +14,9 @@ has seen, in the features of a classifier of the garments.
 
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,12 +28,14 @@ from PIL import Image
 from tqdm import tqdm
 
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "demos"), str(ROOT / "eval")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demos"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.arguments import fail
 from common.metrics import read_metrics
 
+from device import describe_device
 from evaluate import frechet_distance, kernel_inception_distance
 from fashion import find_fashion_mnist, read_fashion_mnist
 from fork_server import make_fork_server, start_run
@@ -43,6 +43,7 @@ from generate import denoise, plain_unet
 from small_models import train_classifier
 
 
+ROOT = Path(__file__).resolve().parents[1]
 SIDE = 16
 IMAGES = 20_000  # to train on
 TEACHER = {
@@ -145,7 +146,7 @@ class Study:
             "num_validation_images": 10,
             **flags,
         }
-        words = [part for name, value in flags.items() for part in ((f"--{name}",) if value is True else (f"--{name}", value))]
+        words = [str(part) for name, value in flags.items() for part in (f"--{name}", value) if part is not True]
         output_dir.mkdir(parents=True, exist_ok=True)
         log = output_dir / "log.txt"
         process = start_run(self.context, "train_lift_unet", words, log, self.folder)
@@ -190,7 +191,7 @@ class Study:
             **run._asdict(),
             "flags": {name: str(value) if isinstance(value, Path) else value for name, value in run.flags.items()},
             "commit": commit(),
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+            "machine": f"{describe_device(torch.device('cpu'))}, a thread per run, torch {torch.__version__}",
             "last": {name: last[name] for name in ("step", "loss", "task", "kd", "kd_mse", "feat") if name in last},
             "images_per_second": float(np.median([row["images_per_second"] for row in rows[1:]])),
             "figures": json.loads(figures.read_text()),
@@ -262,6 +263,3 @@ def cell(values: list[float], digits: int = 1) -> str:
     """A table's cell: the mean ± its standard error."""
     mean, error = mean_and_error(values)
     return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if np.isfinite(error) else "")
-
-
-Pick = Callable[[dict[str, Any]], float]

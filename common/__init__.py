@@ -9,7 +9,12 @@
 """What the four training scripts share and is not the method: a question a file. The method is lift_utils.py."""
 
 import logging
+import os
 
+
+# The CPU's threads wait for each other by spinning, here for microseconds, not milliseconds: where other jobs share
+# the cores, a step took several times as long (docs/evidence.md). libgomp reads it with torch; a user's value stays.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # On some CPUs bitsandbytes, which Diffusers imports, warns of a kernel that nothing here uses. To be heard in time,
 # our own imports come before those of Diffusers: see pyproject.toml.

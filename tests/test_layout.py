@@ -7,7 +7,7 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_file
 
 
 SCRIPTS = sorted(ROOT.glob("train_lift_*.py"))
@@ -135,3 +135,15 @@ def test_what_the_scripts_repeat_is_the_same_text():
 def test_the_docstring_has_a_command_of_the_script(path):
     text = ast.get_docstring(ast.parse(path.read_text()))
     assert re.search(rf"accelerate launch .*{path.name}", text)
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_waiting_threads_spin_shortly_unless_the_user_says_otherwise(given):
+    """Set before torch is loaded: libgomp reads it then. What a user has set stays."""
+    for path in SCRIPTS:
+        text = path.read_text()
+        assert text.index("\nfrom common.") < text.index("\nimport torch\n"), path.name
+    setting = f"os.environ['GOMP_SPINCOUNT'] = '{given}'" if given else "os.environ.pop('GOMP_SPINCOUNT', None)"
+    shown = "print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    finished = run_file("-c", f"import os, sys; {setting}; import common; {shown}")
+    assert finished.stdout.split() == [given or "3000", "False"]
