@@ -42,6 +42,7 @@ from device import describe_device
 from fork_server import make_fork_server
 from small_runs import (
     CACHED,
+    CACHED_TEACHER,
     MOST,
     PHASES,
     PLAIN,
@@ -81,7 +82,8 @@ def make_cases(script: str, folder: Path, images: int = IMAGES) -> dict[str, Cas
         images: Of a case with a cache.
     """
     if script == "unet":
-        return {"plain": make_case(script, folder, 24, *PLAIN), "most": make_case(script, folder, 24, *MOST)}
+        cached = make_case(script, folder, images, *MOST, *CACHED_TEACHER)
+        return {"plain": make_case(script, folder, 24, *PLAIN), "most": cached}
     cached = make_case(script, folder, images, *MOST, *CACHED)
     return {"plain": make_case(script, folder, 24, *PLAIN), "most": cached}
 

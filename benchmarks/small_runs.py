@@ -65,6 +65,7 @@ MOST = (
     *("--use_ema", "--use_8bit_adam"),
 )
 CACHED = ("--cache_latents", "--encoding_batch_size", "32")
+CACHED_TEACHER = ("--cache_teacher", "2", "--lambda_kd_feat", "0")
 PHASES = ("start-up", "caching", "steps", "checkpoint", "validation", "final save", "end")
 
 

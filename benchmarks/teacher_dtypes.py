@@ -55,7 +55,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 @torch.no_grad()
 def measure(folder: str, images: str, count: int, timesteps: int, device: torch.device) -> dict[str, dict]:
     """Bytes of the weights, and relative errors by timestep, for each of [`DTYPES`]."""
-    flags = ["--teacher", folder, "--students", folder, "--images", images, "--columns", str(count)]
+    flags = ["--teacher", folder, "--students", folder, "--names", "itself", "--images", images]
+    flags += ["--columns", str(count)]
     flags = report.parse_args(flags)
     settings = report.flags_of(folder, flags)
     pipeline = generate.load_pipeline(settings, device)
