@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
-import torch.nn.functional as F
 
 
 # A slope is cov / var, so its gradient grows like 1 / var: a flat student (a zero-initialised output layer) would meet
@@ -179,9 +178,9 @@ def check_group_size(group_size: int, elements: int) -> None:
 
 # ----------------------------------------------------------------------------------- the output term of a training run
 
-# (student_prediction, teacher_prediction, progress) -> (loss, its parts to log). `progress` is the share of the
-# training steps that are done, in [0, 1].
-KDLoss = Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+# (student_prediction, teacher_prediction, progress, weights=None) -> (loss, its parts to log). `progress` is the share
+# of the training steps that are done, in [0, 1]; `weights` are those of the samples, (B,).
+KDLoss = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 def make_kd_loss(
@@ -194,7 +193,7 @@ def make_kd_loss(
     """The loss between the student's and the teacher's output, built once for a training run.
 
     Args:
-        kind: "place", "lift", "mse" (plain output distillation), or "none", which gives `None`.
+        kind: "place", "lift", plain distillation by "mse" or "rms", or "none", which gives `None`.
         group_size: Elements per group of PLACE. The other kinds do not use it.
         group_by: See [`lift_place_loss`].
         norm: See [`lift_place_loss`].
@@ -207,12 +206,14 @@ def make_kd_loss(
     """
     if kind == "none":
         return None
-    if kind == "mse":
-        return _output_mse
+    if kind in ("mse", "rms"):
+        return partial(_plain_loss, kind)
 
     def kd_loss(
-        student_prediction: torch.Tensor, teacher_prediction: torch.Tensor, progress: float
+        student_prediction: torch.Tensor, teacher_prediction: torch.Tensor, progress: float, weights: None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if weights is not None:
+            raise ValueError(f"{kind} compares a batch's groups, and has no weights of samples; use mse or rms")
         parts = lift_place_loss(
             student_prediction,
             teacher_prediction,
@@ -222,7 +223,7 @@ def make_kd_loss(
             group_by=group_by,
         )
         logs = {"coarse": parts.coarse, "fine": parts.fine, "weight": parts.weight}
-        logs |= _output_mse(student_prediction.detach(), teacher_prediction, progress)[1]
+        logs |= _plain_loss("mse", student_prediction.detach(), teacher_prediction, progress)[1]
         for name, value in (("slope", parts.slope), ("intercept", parts.intercept)):
             logs |= {f"{name}_mean": value.mean(), f"{name}_std": value.std(correction=0)}
         return parts.fine if weighting == "fine_only" else parts.loss, logs
@@ -230,21 +231,26 @@ def make_kd_loss(
     return kd_loss
 
 
-def _output_mse(
-    student_prediction: torch.Tensor, teacher_prediction: torch.Tensor, progress: float
+def _plain_loss(
+    kind: str, student: torch.Tensor, teacher: torch.Tensor, progress: float, weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    loss = F.mse_loss(student_prediction.float(), teacher_prediction.float())
-    return loss, {"kd_mse": loss, "teacher_finite": torch.isfinite(teacher_prediction).all().float()}
+    logs = {"kd_mse": prediction_error(student, teacher), "teacher_finite": torch.isfinite(teacher).all().float()}
+    return prediction_error(student, teacher, kind, weights), logs
+
+
+def prediction_error(
+    prediction: torch.Tensor, target: torch.Tensor, kind: str = "mse", weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The batch's mean of each sample's mean square ("mse") or its root ("rms"), in float32, by weights (B,)."""
+    error = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    error = (error + 1e-8).sqrt() if kind == "rms" else error
+    return (error if weights is None else weights * error).mean()
 
 
 def fine_weighting(weighting: str, progress: float) -> str | float:
     """What [`lift_place_loss`] takes as `weighting` at a share of the run, for a `weighting` of [`make_kd_loss`]."""
-    schedule = {
-        "linear": progress,
-        "cosine": (1 - math.cos(math.pi * progress)) / 2,
-        "coarse_only": 0.0,
-        "fine_only": 1.0,
-    }
+    schedule = {"linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}
+    schedule |= {"coarse_only": 0.0, "fine_only": 1.0}
     return schedule.get(weighting, weighting)
 
 

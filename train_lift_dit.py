@@ -90,6 +90,7 @@ from common.teachers import (
     load_noise_schedule,
     load_part,
     load_skeleton,
+    min_snr_weights,
     vae_factor,
 )
 from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
@@ -127,7 +128,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.training_utils import EMAModel
 from PIL import Image
 
-from lift_utils import FeatureModel, KDLoss, make_kd_loss
+from lift_utils import FeatureModel, KDLoss, make_kd_loss, prediction_error
 
 
 logger = get_logger(__name__)
@@ -194,6 +195,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--encoding_batch_size", type=int, default=16, help="images at a time for --cache_latents")
 
     group = groups["distillation"]
+    group.add_argument("--snr_gamma", type=float, help="weigh timesteps by min-SNR-γ, of which 5 is usual")
     group.add_argument("--kd_alpha", type=float, default=0.9, help="weight of the teacher, 1 minus that of the data")
     group.add_argument("--lambda_kd_feat", type=float, default=1e-2, help="first weight of the tokens, falling to 0")
 
@@ -741,6 +743,8 @@ def compute_losses(
     kd_alpha: float,
     lambda_kd_feat: float,
     process: ReverseProcess,
+    task_loss: str = "mse",
+    snr_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One micro-batch's loss and its parts, as tensors that stay on the device.
 
@@ -754,13 +758,16 @@ def compute_losses(
         kd_loss: Between the outputs of student and teacher; `None` without distillation.
         kd_alpha: α.
         process: Of the scheduler.
+        task_loss: "mse" or "rms", on the data.
+        snr_weights: Of the timesteps, (T,), in `task` and `kd`; `None` is without.
     """
     inputs, target, latents = inputs_of(batch)  # the same for student and teacher
     noisy, timesteps = inputs["hidden_states"], inputs["timestep"]
 
     output, features = student(**inputs)
     prediction, variance = split_output(output, latents.shape[1])
-    task = F.mse_loss(prediction.float(), target)
+    weights = snr_weights[timesteps] if snr_weights is not None else None
+    task = prediction_error(prediction, target, task_loss, weights)
     logs = {"task": task}
     if variance is not None:
         logs["vb"] = variational_bound(process, prediction, variance, latents, noisy, timesteps)
@@ -769,7 +776,7 @@ def compute_losses(
     if kd_loss is not None:
         teacher_output, teacher_features = predict(teacher, inputs, batch)
         teacher_prediction, teacher_variance = split_output(teacher_output, latents.shape[1])
-        kd, parts = kd_loss(prediction, teacher_prediction, progress)
+        kd, parts = kd_loss(prediction, teacher_prediction, progress, weights)
         logs |= {"kd": kd, **parts}
         if variance is not None:
             outputs = (prediction, variance), (teacher_prediction, teacher_variance)
@@ -1043,6 +1050,8 @@ def main(args: argparse.Namespace) -> None:
         kd_alpha=args.kd_alpha,
         lambda_kd_feat=args.lambda_kd_feat,
         process=ReverseProcess(scheduler, device),
+        task_loss=args.task_loss,
+        snr_weights=min_snr_weights(scheduler, args.snr_gamma, device),
     )
     grid = teacher_samples, sample, partial(copy.deepcopy, vae), list(shown.values()), output_dir, accelerator
     validate = partial(log_validation, teacher, transformer, ema, *grid)

@@ -75,6 +75,7 @@ from common.teachers import (
     load_part,
     load_skeleton,
     load_weights,
+    min_snr_weights,
     vae_factor,
 )
 from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
@@ -110,7 +111,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lift_utils import FeatureModel, KDLoss, make_kd_loss
+from lift_utils import FeatureModel, KDLoss, make_kd_loss, prediction_error
 
 
 logger = get_logger(__name__)
@@ -217,9 +218,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     groups["data"].add_argument(
         "--cache_latents", action="store_true", help="run the VAE and the text encoder once, before the training"
     )
-    groups["distillation"].add_argument(
-        "--lambda_kd_feat", type=float, default=1.0, help="weight of the block features"
-    )
+    group = groups["distillation"]
+    group.add_argument("--lambda_kd_feat", type=float, default=1.0, help="weight of the block features")
+    group.add_argument("--snr_gamma", type=float, help="weigh timesteps by min-SNR-γ, of which 5 is usual")
 
     parser.set_defaults(**RECIPE)
     args = parser.parse_args(input_args)
@@ -547,6 +548,8 @@ def compute_losses(
     inputs_of: Callable[[Batch], tuple[dict[str, torch.Tensor], torch.Tensor]],
     kd_loss: KDLoss | None,
     lambdas: tuple[float, float, float],
+    task_loss: str = "mse",
+    snr_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One micro-batch's loss and its parts, as tensors that stay on the device.
 
@@ -557,17 +560,20 @@ def compute_losses(
         inputs_of: [`make_inputs`] with all but the batch.
         kd_loss: Between the outputs of student and teacher; `None` without distillation.
         lambdas: Weights of the task term, the output term and the feature term.
+        task_loss: "mse" or "rms", on the data.
+        snr_weights: Of the timesteps, (T,), in the terms on the data and on the teacher's output; `None` is without.
     """
     inputs, target = inputs_of(batch)  # the same for student and teacher
 
     lambda_task, lambda_kd_output, lambda_kd_feat = lambdas
     prediction, features = student(**inputs)
-    task = F.mse_loss(prediction.float(), target)
+    weights = snr_weights[inputs["timestep"]] if snr_weights is not None else None
+    task = prediction_error(prediction, target, task_loss, weights)
     loss, logs = lambda_task * task, {"task": task}
 
     if kd_loss is not None:
         teacher_prediction, teacher_features = predict(teacher, inputs, batch)
-        kd, parts = kd_loss(prediction, teacher_prediction, progress)
+        kd, parts = kd_loss(prediction, teacher_prediction, progress, weights)
         loss = loss + lambda_kd_output * kd
         logs |= {"kd": kd, **parts}
         if features:
@@ -821,7 +827,8 @@ def main(args: argparse.Namespace) -> None:
     # ---- what a step and a validation do
     kd_loss = make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting)
     lambdas = args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat
-    values = {"inputs_of": inputs_of, "kd_loss": kd_loss, "lambdas": lambdas}
+    values = {"inputs_of": inputs_of, "kd_loss": kd_loss, "lambdas": lambdas, "task_loss": args.task_loss}
+    values |= {"snr_weights": min_snr_weights(scheduler, args.snr_gamma, device)}
     losses_of = partial(compute_losses, student, teacher_model, **values)
     shown = teacher_samples, sample, load_vae, prompts, output_dir, accelerator
     validate = partial(log_validation, teacher, unet, ema, *shown)

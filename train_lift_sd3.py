@@ -125,7 +125,7 @@ from diffusers import (
 from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from PIL import Image
 
-from lift_utils import FeatureModel, KDLoss, make_kd_loss
+from lift_utils import FeatureModel, KDLoss, make_kd_loss, prediction_error
 
 
 logger = get_logger(__name__)
@@ -655,6 +655,7 @@ def compute_losses(
     kd_loss: KDLoss | None,
     lambdas: tuple[float, float, float],
     weighting_scheme: str,
+    task_loss: str = "mse",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One micro-batch's loss and its parts, as tensors that stay on the device.
 
@@ -666,18 +667,19 @@ def compute_losses(
         kd_loss: Between the outputs of student and teacher; `None` without distillation.
         lambdas: Weights of the task term, the output term and the feature term.
         weighting_scheme: Of the loss on the data.
+        task_loss: "mse" or "rms", on the data.
     """
     inputs, target, sigmas = inputs_of(batch)  # the same for student and teacher
 
     lambda_task, lambda_kd_output, lambda_kd_feat = lambdas
     prediction, features = student(**inputs)
     weights = compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
-    task = (weights * (prediction.float() - target).square()).mean()
+    task = prediction_error(prediction, target, task_loss, weights.flatten())
     loss, logs = lambda_task * task, {"task": task}
 
     if kd_loss is not None:
         teacher_prediction, teacher_features = predict(teacher, inputs, batch)
-        kd, parts = kd_loss(prediction, teacher_prediction, progress)
+        kd, parts = kd_loss(prediction, teacher_prediction, progress, None)
         loss = loss + lambda_kd_output * kd
         logs |= {"kd": kd, **parts}
         if features:
@@ -965,12 +967,8 @@ def main(args: argparse.Namespace) -> None:
     # ---- what a step and a validation do
     kd_loss = make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting)
     lambdas = args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat
-    values = {
-        "inputs_of": inputs_of,
-        "kd_loss": kd_loss,
-        "lambdas": lambdas,
-        "weighting_scheme": args.weighting_scheme,
-    }
+    how = {"task_loss": args.task_loss, "weighting_scheme": args.weighting_scheme}
+    values = {"inputs_of": inputs_of, "kd_loss": kd_loss, "lambdas": lambdas, **how}
     losses_of = partial(compute_losses, student, teacher_model, **values)
     shown = teacher_samples, sample, load_vae, prompts, output_dir, accelerator
     validate = partial(log_validation, teacher, transformer, ema, *shown)

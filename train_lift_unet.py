@@ -67,7 +67,7 @@ from common.students import (
 )
 from common.teacher_cache import Batch, cache_predictions, predict
 from common.teacher_weights import count_bytes, hold_teacher
-from common.teachers import TeacherSource, check_weights, load_weights, make_noise_schedule
+from common.teachers import TeacherSource, check_weights, load_weights, make_noise_schedule, min_snr_weights
 from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
 from common.training import (
     check_skipped,
@@ -93,7 +93,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm.auto import tqdm
 
-from lift_utils import FeatureModel, KDLoss, make_kd_loss
+from lift_utils import FeatureModel, KDLoss, make_kd_loss, prediction_error
 
 
 logger = get_logger(__name__)
@@ -154,6 +154,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--reduction", default="sum", choices=("sum", "mean"), help="of every term over a sample's elements"
     )
+    group.add_argument("--snr_gamma", type=float, help="weigh timesteps by min-SNR-γ, of which 5 is usual")
     group.add_argument("--lambda_task", type=float, default=1.0, help="weight of the loss on the data")
     group.add_argument("--lambda_kd_output", type=float, default=1.0, help="weight of the output term")
     group.add_argument("--lambda_kd_feat", type=float, default=1e-6, help="weight of the block features (FitNet)")
@@ -446,6 +447,8 @@ def compute_losses(
     kd_loss: KDLoss | None,
     lambdas: tuple[float, float, float],
     reduction: str,
+    task_loss: str = "mse",
+    snr_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One micro-batch's loss and its parts, as tensors that stay on the device.
 
@@ -457,6 +460,8 @@ def compute_losses(
         kd_loss: Between the outputs of student and teacher; `None` without distillation.
         lambdas: Weights of the task term, the output term and the feature term.
         reduction: "sum" or "mean" of every term over a sample's elements.
+        task_loss: "mse" or "rms", on the data.
+        snr_weights: Of the timesteps, (T,), in the terms on the data and on the teacher's output; `None` is without.
     """
     inputs, target = inputs_of(batch)  # the same for student and teacher
 
@@ -465,12 +470,13 @@ def compute_losses(
 
     lambda_task, lambda_kd_output, lambda_kd_feat = lambdas
     prediction, features = student(**inputs)
-    task = scale(F.mse_loss(prediction.float(), target), prediction)
+    weights = snr_weights[inputs["timestep"]] if snr_weights is not None else None
+    task = scale(prediction_error(prediction, target, task_loss, weights), prediction)
     loss, logs = lambda_task * task, {"task": task}
 
     if kd_loss is not None:
         teacher_prediction, teacher_features = predict(teacher, inputs, batch)
-        kd, parts = kd_loss(prediction, teacher_prediction, progress)
+        kd, parts = kd_loss(prediction, teacher_prediction, progress, weights)
         kd = scale(kd, prediction)
         loss = loss + lambda_kd_output * kd
         logs |= {"kd": kd, **parts}
@@ -690,6 +696,8 @@ def main(args: argparse.Namespace) -> None:
         inputs_of=inputs_of,
         kd_loss=make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting),
         lambdas=(args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat),
+        task_loss=args.task_loss,
+        snr_weights=min_snr_weights(scheduler, args.snr_gamma, device),
         reduction=args.reduction,
     )
     shown = teacher_samples, sample, output_dir, accelerator

@@ -103,12 +103,11 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     data.add_argument("--dataloader_num_workers", type=int, default=workers, help="processes that decode images")
 
     kd = parser.add_argument_group("distillation")
-    kd.add_argument("--kd_loss", default="place", choices=("place", "lift", "mse", "none"), help="output term")
+    kd.add_argument("--kd_loss", default="place", choices=("place", "lift", "mse", "rms", "none"), help="output term")
+    kd.add_argument("--task_loss", default="mse", choices=("mse", "rms"), help="on the data; rms: its root, by image")
     draws = "run the teacher before the training alone, for this many draws of noise per image"
     kd.add_argument("--cache_teacher", type=int, metavar="DRAWS", help=draws)
-    kd.add_argument(
-        "--cache_teacher_dtype", default="fp16", choices=("fp32", "fp16", "bf16"), help="how its predictions are kept"
-    )
+    kd.add_argument("--cache_teacher_dtype", default="fp16", choices=("fp32", "fp16", "bf16"), help="of what it keeps")
     kd.add_argument("--group_size", type=int, default=16, help="elements per PLACE group")
     kd.add_argument("--group_by", default="error", choices=("error", "position"), help="how PLACE groups elements")
     kd.add_argument("--coarse_norm", default="l1", choices=("l1", "l2"), help="norm of the coarse term")
@@ -158,9 +157,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     training.add_argument("--compile", action="store_true", help="torch.compile teacher and student")
 
     logs = parser.add_argument_group("checkpoints, logs and the Hub")
-    logs.add_argument(
-        "--checkpointing_steps", type=int, help="optimizer steps between checkpoints (default: half an hour)"
-    )
+    logs.add_argument("--checkpointing_steps", type=int, help="steps between checkpoints (default: half an hour)")
     logs.add_argument("--checkpoints_total_limit", type=int, default=3, help="keep this many checkpoints, the newest")
     logs.add_argument(
         "--resume_from_checkpoint", help='a checkpoint folder, or "latest" (starts anew if there is none)'
@@ -170,9 +167,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     )
     logs.add_argument("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl")
     logs.add_argument("--report_to", default="tensorboard", help='a tracker of Accelerate, "all" or "none"')
-    logs.add_argument(
-        "--validation_steps", type=int, help="optimizer steps between sample grids (default: half an hour)"
-    )
+    logs.add_argument("--validation_steps", type=int, help="steps between sample grids (default: half an hour)")
     logs.add_argument("--push_to_hub", action="store_true", help="upload the student (log in first: hf auth login)")
     logs.add_argument("--hub_model_id", help="repository to push to (default: the output folder's name)")
     logs.add_argument("--hub_private_repo", action="store_true", help="make that repository private")
@@ -203,6 +198,8 @@ def check_args(args: argparse.Namespace) -> None:
         fail(f"--lambda_task 0 with --kd_loss {args.kd_loss} leaves nothing to learn from; raise one of the weights")
     if args.cache_teacher is not None:
         check_cached_teacher(args)
+    if getattr(args, "snr_gamma", None) is not None and args.kd_loss in ("place", "lift"):
+        fail(f"--snr_gamma {args.snr_gamma} is not for --kd_loss {args.kd_loss}; pass mse, rms or none, or drop it")
     if args.dry_run and args.num_train_epochs is not None:
         fail(f"--num_train_epochs {args.num_train_epochs} with --dry_run, which reads no data; pass --max_train_steps")
     if not args.dry_run:
@@ -282,8 +279,11 @@ def describe_run(args: argparse.Namespace) -> RunFacts:
         f"{args.kd_weighting} weight",
         "lift": f"LIFT, {args.coarse_norm} coarse term, {args.kd_weighting} weight",
         "mse": "mean squared error to the teacher's output",
+        "rms": "root mean squared error of each image to the teacher's output",
         "none": "none: the loss on the data alone",
     }[args.kd_loss]
+    gamma = getattr(args, "snr_gamma", None)
+    method += f"; {args.task_loss} on the data" + (f"; min-SNR-{gamma:g} weights" if gamma is not None else "")
     if args.cache_teacher:
         method += f", the teacher's predictions cached for {args.cache_teacher} draws per image"
     weights = [f"{name} {value}" for name, value in vars(args).items() if name.startswith("lambda_")]

@@ -48,7 +48,7 @@ RANGES = {
     **dict.fromkeys(("num_inference_steps", "timesteps"), STEPS),
     **dict.fromkeys(("max_unreadable", "caption_dropout", "label_dropout", "kd_alpha"), SHARE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "ema_decay"), DECAY),
-    **dict.fromkeys(("max_grad_norm", "adam_epsilon", "logit_std"), POSITIVE),
+    **dict.fromkeys(("max_grad_norm", "adam_epsilon", "logit_std", "snr_gamma"), POSITIVE),
     **dict.fromkeys(("learning_rate", "adam_weight_decay", "lr_warmup_steps", "lora_rank"), NOT_NEGATIVE),
     **dict.fromkeys(("lambda_task", "lambda_kd_output", "lambda_kd_feat", "guidance_scale"), NOT_NEGATIVE),
     **dict.fromkeys(("dataloader_num_workers", "num_workers"), PROCESSES),

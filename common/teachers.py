@@ -23,6 +23,7 @@ from common.finite import first_non_finite
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers.training_utils import compute_snr
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
@@ -252,6 +253,24 @@ def make_noise_schedule(source: TeacherSource, sampler: type, config: dict[str, 
         return DDPMScheduler.from_config(config)
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         fail(f"--pretrained_teacher_model {source.path}: its {kind}: {first_line(error)}; {source.expected}")
+
+
+def min_snr_weights(scheduler: DDPMScheduler, gamma: float | None, device: torch.device) -> torch.Tensor | None:
+    """Weights of the timesteps, (T,), on the device: min-SNR-γ (Hang et al., ICCV 2023) for what is predicted.
+
+    Args:
+        gamma: γ, the signal-to-noise ratio from which on a timestep weighs no more; `None` is without weights.
+    """
+    if gamma is None:
+        return None
+    snr = compute_snr(scheduler, torch.arange(scheduler.config.num_train_timesteps))
+    clipped = snr.clamp(max=gamma)
+    weights = {
+        "epsilon": torch.where(snr > 0, clipped / snr, 1.0),  # in the limit of no signal
+        "v_prediction": clipped / (snr + 1),
+        "sample": clipped,
+    }
+    return weights[scheduler.config.prediction_type].to(device)
 
 
 def load_noise_schedule(source: TeacherSource, sampler: type) -> DDPMScheduler:
