@@ -57,7 +57,7 @@ TEACHER = {
     "norm_num_groups": 8,
 }
 TEACHER_STEPS = 4000
-SAMPLES, SAMPLE_BATCH = 5000, 500
+SAMPLES, SAMPLE_BATCH, SAMPLING_STEPS = 2000, 500, (10, 50)
 # Where the error to the teacher is measured, and on how many images.
 TIMESTEPS, PROBES = (0, 20, 50, 100, 200, 400, 600, 800, 900, 950, 999), 256
 
@@ -221,7 +221,7 @@ def measure(model: Path, teacher: Path, study: Path, figures: Path) -> None:
     pipeline = DDPMPipeline.from_pretrained(model)
     student = pipeline.unet.eval()
     result: dict[str, Any] = {"parameters": student.num_parameters()}
-    for steps in (5, 10, 50):
+    for steps in SAMPLING_STEPS:
         features = classifier(sample(student, pipeline.scheduler, steps))[0].numpy()
         moments = [(each.mean(0), np.cov(each, rowvar=False)) for each in (features, reference)]
         result[f"fd_{steps}"] = frechet_distance(*moments[0], *moments[1])
