@@ -1007,9 +1007,9 @@ def main(args: argparse.Namespace) -> None:
     teacher_samples, passes = [], args.cache_teacher or 1
     if args.cache_teacher:
         key = contents | {"scheduler": dict(scheduler.config), "vae": identify_vae(source, args.vae)}
-        how = source, ["transformer"], key, partial(cache, batch_size=args.train_batch_size), device
-        inputs = dataset, teacher, inputs_of, draw
-        dataset = cache_predictions(*inputs, passes, args.seed, args.cache_teacher_dtype, *how)
+        how = passes, args.seed, args.cache_teacher_dtype, source, ["transformer"], key
+        how += partial(cache, batch_size=args.train_batch_size), device
+        dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
         if accelerator.is_main_process:
             teacher_samples += sample(teacher, vae=copy.deepcopy(vae).to(device))
         teacher = None

@@ -931,9 +931,9 @@ def main(args: argparse.Namespace) -> None:
     teacher_samples, passes = [], args.cache_teacher or 1
     if args.cache_teacher:
         key = contents | {"scheduler": dict(scheduler.config), "text": [*text_encoders, args.max_sequence_length]}
-        how = source, [*PARTS, *TEXT_PARTS], key, partial(cache, batch_size=args.train_batch_size), device
-        inputs = dataset, teacher, inputs_of, draw
-        dataset = cache_predictions(*inputs, passes, args.seed, args.cache_teacher_dtype, *how)
+        how = passes, args.seed, args.cache_teacher_dtype, source, [*PARTS, *TEXT_PARTS], key
+        how += partial(cache, batch_size=args.train_batch_size), device
+        dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
         teacher_samples += sample(teacher, vae=load_vae()) if accelerator.is_main_process else []
         teacher = None
     dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator)

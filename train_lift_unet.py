@@ -652,9 +652,8 @@ def main(args: argparse.Namespace) -> None:
         key = contents | {"scheduler": dict(scheduler.config)}
         settings = {"cache_dir": args.cache_dir, "batch_size": args.train_batch_size}
         cache = partial(cache_encodings, **settings, num_workers=args.dataloader_num_workers, accelerator=accelerator)
-        inputs = dataset, teacher, inputs_of, draw
         how = passes, args.seed, args.cache_teacher_dtype, source, parts, key, cache, device
-        dataset = cache_predictions(*inputs, *how)
+        dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
         teacher_samples += sample(teacher) if accelerator.is_main_process else []
         teacher.to("meta")  # its size stays, for the model card
         live_teacher = None

@@ -1,5 +1,6 @@
 """The teacher's predictions, cached: the live teacher's on the same draws, computed once, shared, and resumed."""
 
+import gc
 import importlib
 import re
 import shutil
@@ -108,6 +109,24 @@ def test_the_loss_and_its_gradient_are_the_live_teachers(
     monkeypatch.setattr(module, "compute_losses", spied)
     distil(script, "--cache_teacher_dtype", dtype, "--kd_loss", kind)
     assert seen == [{"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]] * 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_teacher_is_gone_in_the_steps(distil, monkeypatch, script):
+    """The student's class is the teacher's: one such model has weights then."""
+    module, alive = importlib.import_module(f"train_lift_{script}"), []
+    losses = module.compute_losses
+
+    def spied(student, *others, **options):
+        gc.collect()
+        models = [each for each in gc.get_objects() if type(each) is type(student.model)]
+        alive.append([each for each in models if not any(weight.is_meta for weight in each.parameters())])
+        assert alive[-1] == [student.model]
+        return losses(student, *others, **options)
+
+    monkeypatch.setattr(module, "compute_losses", spied)
+    distil(script)
+    assert len(alive) == 2
 
 
 def test_draws_are_the_seeds_whoever_makes_them():
