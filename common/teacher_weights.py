@@ -8,6 +8,7 @@
 # specific language governing permissions and limitations under the License.
 """In what precision, and where, are the weights of a teacher held that runs in every step?"""
 
+import logging
 import re
 from functools import partial
 from typing import Any
@@ -17,6 +18,8 @@ from common.teachers import check_weights, freeze
 
 import torch
 
+
+logger = logging.getLogger(__name__)  # not Accelerate's, which says nothing before a run is set up
 
 # What --teacher_dtype may be; without it, the teacher is in the precision of the run.
 PLAIN = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -44,6 +47,9 @@ def hold_teacher(
     if computes == torch.float16:
         flag = "--mixed_precision" if working == torch.float16 else "--teacher_dtype"
         check_weights(teacher, f"{flag} fp16: the teacher")
+    if teacher_dtype in COMPRESSED:
+        narrow, total = count_narrow(teacher, teacher_dtype), sum(weight.numel() for weight in teacher.parameters())
+        logger.info(f"--teacher_dtype {teacher_dtype} holds {narrow / total:.0%} of the teacher's weights")
     if teacher_dtype == "fp8":
         teacher.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=computes)
     elif teacher_dtype == "nf4":
@@ -109,6 +115,11 @@ def _cast_inputs(dtype: torch.dtype, model: torch.nn.Module, inputs: tuple, name
     return tuple(cast(value) for value in inputs), {name: cast(value) for name, value in named.items()}
 
 
+def count_narrow(teacher: torch.nn.Module, teacher_dtype: str | None) -> int:
+    """How many of its weights [`hold_teacher`] compresses."""
+    return sum(layer.weight.numel() for layer in _narrow_layers(teacher, teacher_dtype).values())
+
+
 def count_bytes(teacher: torch.nn.Module, teacher_dtype: str | None, mixed_precision: str | None) -> int:
     """Bytes of a teacher's weights as [`hold_teacher`] holds them on the device.
 
@@ -117,6 +128,6 @@ def count_bytes(teacher: torch.nn.Module, teacher_dtype: str | None, mixed_preci
         mixed_precision: "fp16", "bf16", "no" or `None`.
     """
     wide = PLAIN.get(teacher_dtype, dtype_of(mixed_precision)).itemsize
-    narrow = sum(layer.weight.numel() for layer in _narrow_layers(teacher, teacher_dtype).values())
+    narrow = count_narrow(teacher, teacher_dtype)
     total = sum(parameter.numel() for parameter in teacher.parameters())
     return round(wide * (total - narrow) + COMPRESSED.get(teacher_dtype, 0) * narrow)
