@@ -160,3 +160,14 @@ def test_the_loop_is_that_of_the_scripts():
         for path in (EXAMPLE, ROOT / "train_lift_sd21.py")
     ]
     assert loops[0] == loops[1]
+
+
+def test_the_teacher_may_be_cached_and_compressed(run, pixart, captioned, tmp_path, monkeypatch):
+    """A cached run learns from the live teacher's predictions; the mask and the variance are among them."""
+    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
+    flags = ("--pretrained_teacher_model", pixart, "--train_data_dir", captioned, *SHORT, "--lambda_kd_feat", 0)
+    flags += ("--cache_dir", tmp_path / "cache", "--cache_latents", "--cache_teacher", 2, "--teacher_dtype", "fp8")
+    run("train_lift_pixart", *flags, "--output_dir", tmp_path / "student")
+    rows = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["kd"] > 0 and row["variance"] > 0 and "feat" not in row for row in rows)
+    assert len(list((tmp_path / "cache" / "lift-encodings").iterdir())) == 3  # the data, the prompts, the predictions
