@@ -78,14 +78,14 @@ def save_sd21(folder: Path) -> Path:
     """Stable Diffusion 2.1-base."""
     text = CLIPTextConfig(hidden_size=1024, num_hidden_layers=23, num_attention_heads=16, intermediate_size=4096)
     with torch.device("meta"):
-        parts = {"unet": UNet2DConditionModel(**SD21), "vae": _vae(4), "scheduler": DDPMScheduler()}
+        parts = {"unet": UNet2DConditionModel(**SD21), "vae": make_vae(4), "scheduler": DDPMScheduler()}
     return _save(folder, "StableDiffusionPipeline", parts, {"text_encoder": ("CLIPTextModel", text)})
 
 
 def save_dit(folder: Path) -> Path:
     """DiT-XL/2 at 256 pixels."""
     with torch.device("meta"):
-        parts = {"transformer": DiTTransformer2DModel(**DIT_XL), "vae": _vae(4), "scheduler": DDPMScheduler()}
+        parts = {"transformer": DiTTransformer2DModel(**DIT_XL), "vae": make_vae(4), "scheduler": DDPMScheduler()}
     return _save(folder, "DiTPipeline", parts, {})
 
 
@@ -101,17 +101,24 @@ def save_sd3(folder: Path, transformer: dict[str, Any]) -> Path:
         "text_encoder_3": ("T5EncoderModel", T5Config(**t5)),
     }
     with torch.device("meta"):
-        parts = {"transformer": SD3Transformer2DModel(**transformer), "vae": _vae(16)}
+        parts = {"transformer": SD3Transformer2DModel(**transformer), "vae": make_vae(16)}
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return _save(folder, "StableDiffusion3Pipeline", parts, texts)
 
 
-def _vae(channels: int) -> AutoencoderKL:
+def make_vae(channels: int, narrower: int = 1) -> AutoencoderKL:
+    """The VAE of all published teachers.
+
+    Args:
+        channels: Of the latents.
+        narrower: Divides its widths, for a small one.
+    """
     return AutoencoderKL(
-        block_out_channels=[128, 256, 512, 512],
+        block_out_channels=[width // narrower for width in (128, 256, 512, 512)],
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
         layers_per_block=2,
+        norm_num_groups=32 // narrower,
         latent_channels=channels,
     )
 

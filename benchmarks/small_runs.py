@@ -105,10 +105,14 @@ def make_case(script: str, folder: Path, images: int, *flags: str) -> Case:
     return Case(script, (*source, *FLAGS, *STUDENTS[script], *flags))
 
 
-def write_images(script: str, folder: Path, count: int) -> None:
-    """Random images: grey for the pixel script, in class folders for DiT, with captions for the others."""
+def write_images(script: str, folder: Path, count: int, side: int | None = None) -> None:
+    """Random images: grey for the pixel script, in class folders for DiT, with captions for the others.
+
+    Args:
+        side: In pixels, by default that of the tiny models.
+    """
     folder.mkdir()
-    side = 16 if script == "unet" else 32
+    side = side or (16 if script == "unet" else 32)
     lines = []
     for index in range(count):
         pixels = np.random.default_rng(index).integers(0, 256, (side, side, 3), dtype=np.uint8)

@@ -8,25 +8,39 @@
 # specific language governing permissions and limitations under the License.
 """What a training step costs beyond the work that it cannot avoid.
 
-The script's own `main` runs on random images, and its steps are timed as a whole, with data loading, the loss,
-clipping and logging. Between them the parts are timed alone, on the same models and inputs: the teacher's forward
-pass, the student's forward and backward pass, the optimizer's step, and the loss on the two outputs. Steps and parts
-take turns, so that a busy machine slows both. The aim: a step costs at most 1.05 times its parts, and the loss at most
-2 % of the step.
+A script's own `main` runs on a teacher of random weights and random images (random_teachers.py). Its steps are timed
+as a whole, with data loading, the loss, clipping, averaging and logging. Between them the parts are timed alone, on
+the same models and inputs: the encoders where nothing is cached, the teacher's forward pass where it is not cached, the
+student's forward and backward pass, the optimizer's step, and the loss between the two outputs. Steps and parts take
+turns, so that a busy machine slows both. The bound is the sum of the parts but the loss. The aim: a step costs at most
+1.03 times its bound.
 
-    python benchmarks/step.py                                # a 78.7M teacher and its 1.6 % student at 64 pixels
-    python benchmarks/step.py --small                        # a 1.2M teacher at 32 pixels, fast on a CPU
-    python benchmarks/step.py --steps 50 -- --train_batch_size 32 --mixed_precision bf16 --use_8bit_adam
+    python benchmarks/step.py                          # each script's small models, by what is cached
+    python benchmarks/step.py --script unet --size full --cache none --batch 4
+    python benchmarks/step.py --script all --cache none latents teacher --batch 1 4 16 --precision no bf16 \\
+        --compile off on --optimizer adamw 8bit --json cells.json
 
-Flags after `--` go to the training script.
+All values of the flags are combined to a grid. Each cell is a process of its own, and --json keeps each as soon as it
+is done: the same command goes on where it was stopped, and cells of other commands stay. A table of all cells is
+written beside it, cells.md. Flags after `--` go to the training script, in every cell: `-- --gradient_checkpointing`.
+
+Nothing is compared in features (--lambda_kd_feat 0), so that the cells differ only in what is cached:
+
+    none     encoders and teacher run in every step
+    latents  --cache_latents: the encoders have run before the training (the pixel script has none)
+    teacher  that, and --cache_teacher 1: the teacher has, too
 """
 
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
+import os
 import resource
+import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,44 +49,76 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from PIL import Image
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.arguments import fail
+from common.teacher_cache import Batch, predict
 
-from full_models import CELEBA
+from accelerate.optimizer import AcceleratedOptimizer
 
 from device import describe_device
-from lift_utils import KDLoss
+from lift_utils import FeatureModel, KDLoss
+from random_teachers import SIZES, list_flags
+from small_runs import SCRIPTS
 
 
-UNETS = {
-    False: CELEBA,
-    True: {
-        "sample_size": 32,
-        "block_out_channels": (32, 64, 64),
-        "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 8,
-    },
+CACHES = {
+    "none": (),
+    "latents": ("--cache_latents",),
+    "teacher": ("--cache_latents", "--cache_teacher", "1"),
 }
+# What makes two cells the same.
+SETTINGS = ("script", "size", "cache", "batch", "precision", "compile", "optimizer", "flags", "steps", "threads")
+SETTINGS += ("device", "torch")
+ENCODERS, TEACHER, STUDENT = "encoders", "teacher forward", "student forward and backward"
+OPTIMIZER, LOSS, WHOLE = "optimizer step", "loss", "whole step"
+IMAGES = 64
+# With these glibc keeps freed memory, as the CUDA allocator does. Otherwise page faults are timed with the work.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": "8589934592",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+# ------------------------------------------------------------------------------------------------- in a cell's process
 
 
 class Done(Exception):
     """Raised to leave the training loop once enough steps are timed."""
 
 
-class Stopwatch:
-    """Collects seconds by name. Waits for the device before and after each measurement."""
+def synchronize() -> None:
+    """Wait until the GPU is idle, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
-    def __init__(self) -> None:
+
+def peak_memory() -> float:
+    """The most that was allocated on the GPU, or without one that the process has held, in MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Probe:
+    """Replaces a script's `compute_losses` with a function that times each step and then, alone, its parts.
+
+    Args:
+        script: The training script's module. Its functions are replaced for good.
+        steps: Steps to time.
+        warmup: Steps before them. After these, and before any part is timed alone, the memory is read.
+    """
+
+    def __init__(self, script: ModuleType, steps: int, warmup: int):
+        self.steps, self.warmup, self.done = steps, warmup, 0
+        self.start: float | None = None
         self.seconds: dict[str, list[float]] = {}
+        self.compute_losses, script.compute_losses = script.compute_losses, self.step
+        self.guarded_step, script.guarded_step = script.guarded_step, self.keep_optimizer
 
     def time(self, name: str, function: Callable[[], object]) -> None:
         """Call the function and keep the seconds it took."""
@@ -82,172 +128,311 @@ class Stopwatch:
         synchronize()
         self.seconds.setdefault(name, []).append(time.perf_counter() - start)
 
-
-def synchronize() -> None:
-    """Wait until the GPU is idle, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-class Probe:
-    """Replaces a script's `compute_losses` with a function that times the last step and then, alone, its parts.
-
-    Args:
-        script: The training script's module. Its functions are replaced for good.
-        steps: Steps to time.
-        warmup: Steps before them.
-    """
-
-    def __init__(self, script: ModuleType, steps: int, warmup: int):
-        self.steps, self.warmup = steps, warmup
-        self.watch, self.start, self.inputs = Stopwatch(), None, {}
-        self.compute_losses, script.compute_losses = script.compute_losses, self.step
-        self.make_kd_loss, script.make_kd_loss = script.make_kd_loss, self.wrap_kd_loss
-        self.guarded_step, script.guarded_step = script.guarded_step, self.keep_optimizer
-
-    def wrap_kd_loss(self, *args: Any, **kwargs: Any) -> KDLoss:
-        """Stands in for `make_kd_loss`: the loss that it makes also keeps its inputs."""
-        self.kd_loss = self.make_kd_loss(*args, **kwargs)
-
-        def kd_loss(
-            student_prediction: torch.Tensor, teacher_prediction: torch.Tensor, progress: float
-        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            self.inputs["loss"] = student_prediction.detach(), teacher_prediction, progress
-            return self.kd_loss(student_prediction, teacher_prediction, progress)
-
-        return kd_loss
-
     def keep_optimizer(self, optimizer: AcceleratedOptimizer, *step: torch.Tensor) -> None:
         """Stands in for `guarded_step`, and keeps the optimizer with the step's gradients."""
-        self.optimizer = optimizer
-        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.gradients = [parameter.grad for parameter in self.parameters]
+        if self.done >= self.warmup:  # before, they would count as memory of the run
+            self.optimizer = optimizer
+            self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            self.gradients = [parameter.grad for parameter in self.parameters]
         self.guarded_step(optimizer, *step)
 
     def step(
-        self, student: torch.nn.Module, teacher: torch.nn.Module, *args: Any, **kwargs: Any
+        self,
+        student: FeatureModel,
+        teacher: FeatureModel | None,
+        batch: Batch,
+        progress: float,
+        inputs_of: Callable[[Batch], tuple],
+        kd_loss: KDLoss,
+        **settings: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Stands in for `compute_losses`, which is called once per step, right after the data loading."""
         synchronize()
         now = time.perf_counter()
+        if self.start is None and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # of what came before: samples, caches
         if self.start is not None:
-            self.watch.seconds.setdefault("whole step", []).append(now - self.start)
-            self.time_parts(student, teacher)
-            if len(self.watch.seconds["whole step"]) == self.steps + self.warmup:
+            self.done += 1
+            if self.done == 1:
+                self.first_step_ended = time.time()
+            if self.done == self.warmup:
+                self.peak = peak_memory()
+            if self.done > self.warmup:
+                self.seconds.setdefault(WHOLE, []).append(now - self.start)
+                self.time_parts(student, teacher)
+                if self.done == self.warmup + 1:  # the parts' first run may compile or allocate
+                    self.seconds.clear()
+            if self.done == self.warmup + 1 + self.steps:
                 raise Done
-        else:
-            for name, model in (("student", student), ("teacher", teacher)):
-                model.register_forward_pre_hook(
-                    lambda _, args, kwargs, name=name: self.inputs.update({name: (args, kwargs)}), with_kwargs=True
-                )
+
+        def keep_made(batch: Batch) -> tuple:
+            self.batch, self.inputs_of, self.inputs = batch, inputs_of, (made := inputs_of(batch))[0]
+            return made
+
+        def keep_outputs(
+            student_prediction: torch.Tensor, teacher_prediction: torch.Tensor, progress: float
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            self.kd_loss, self.outputs = kd_loss, (student_prediction.detach(), teacher_prediction, progress)
+            return kd_loss(student_prediction, teacher_prediction, progress)
+
         synchronize()
         self.start = time.perf_counter()
-        return self.compute_losses(student, teacher, *args, **kwargs)
+        functions = {"inputs_of": keep_made, "kd_loss": keep_outputs}
+        return self.compute_losses(student, teacher, batch, progress, **functions, **settings)
 
-    def time_parts(self, student: torch.nn.Module, teacher: torch.nn.Module) -> None:
+    def time_parts(self, student: FeatureModel, teacher: FeatureModel | None) -> None:
         """Time the parts of the last step, on its inputs."""
-        (student_args, student_kwargs), (teacher_args, teacher_kwargs) = self.inputs["student"], self.inputs["teacher"]
 
         def forward_backward() -> None:
-            prediction, features = student(*student_args, **student_kwargs)
+            prediction, features = student(**self.inputs)
             torch.autograd.backward([prediction, *features], [torch.ones_like(x) for x in (prediction, *features)])
 
-        def teacher_forward() -> None:
-            with torch.no_grad():
-                teacher(*teacher_args, **teacher_kwargs)
-
         def loss_alone() -> None:
-            student_prediction, teacher_prediction, progress = self.inputs["loss"]
-            student_prediction.requires_grad_()
-            loss, _ = self.kd_loss(student_prediction, teacher_prediction, progress)
+            student_prediction, teacher_prediction, progress = self.outputs
+            loss, _ = self.kd_loss(student_prediction.requires_grad_(), teacher_prediction, progress)
             torch.autograd.grad(loss, student_prediction)
 
-        self.watch.time("teacher forward", teacher_forward)
-        self.watch.time("student forward and backward", forward_backward)
+        if self.inputs_of.keywords.get("encoders") is not None:
+            self.time(ENCODERS, lambda: self.inputs_of(self.batch))
+        if teacher is not None:
+            self.time(TEACHER, lambda: predict(teacher, self.inputs, self.batch))
+        self.time(STUDENT, forward_backward)
         for parameter, gradient in zip(self.parameters, self.gradients):
-            parameter.grad = gradient
-        self.watch.time("optimizer step", self.optimizer.optimizer.step)
+            # While a gradient scaler looks for its scale, gradients are infinite; this step is not skipped.
+            parameter.grad = gradient.nan_to_num_(0, 0, 0) if gradient is not None else None
+        self.time(OPTIMIZER, self.optimizer.optimizer.step)
         self.optimizer.optimizer.zero_grad()
-        self.watch.time("loss", loss_alone)
+        self.time(LOSS, loss_alone)
 
 
-def write_inputs(folder: Path, config: dict, images: int) -> None:
-    """Write a pipeline of random weights and a folder of random images."""
-    DDPMPipeline(UNet2DModel(**config), DDPMScheduler()).save_pretrained(folder / "teacher")
-    (folder / "images").mkdir()
-    size = (config["sample_size"], config["sample_size"], 3)
-    for index in range(images):
-        pixels = np.random.default_rng(index).integers(0, 256, size, dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+def script_flags(cell: dict[str, Any], inputs: Path, output: Path, warmup: int) -> list[str]:
+    """The command line of the training script for a cell."""
+    cached = CACHES[cell["cache"]]
+    if cell["script"] == "unet":
+        cached = tuple(flag for flag in cached if flag != "--cache_latents")
+    elif cell["script"] == "sd3" and cell["cache"] == "none":
+        cached = ("--no-cache_latents",)  # it caches by default
+    return [
+        *list_flags(cell["script"], cell["size"], inputs),
+        *("--output_dir", str(output / "student"), "--cache_dir", str(output / "cache"), "--report_to", "none"),
+        *("--train_batch_size", str(cell["batch"]), "--gradient_accumulation_steps", "1", "--lambda_kd_feat", "0"),
+        *("--max_train_steps", str(warmup + cell["steps"] + 2), "--dataloader_num_workers", "0"),
+        *("--mixed_precision", cell["precision"], *cached),
+        *(("--compile",) if cell["compile"] == "on" else ()),
+        *(("--use_8bit_adam",) if cell["optimizer"] == "8bit" else ()),
+        *shlex.split(cell["flags"]),
+    ]
+
+
+def run_cell(cell: dict[str, Any], inputs: Path, output: Path, warmup: int) -> dict[str, Any]:
+    """Train, and return what was measured.
+
+    Args:
+        cell: Its settings.
+        inputs: The folder of the teacher and the images.
+        output: An empty folder.
+        warmup: Steps that are not timed.
+    """
+    script = importlib.import_module(f"train_lift_{cell['script']}")
+    args = script.parse_args(script_flags(cell, inputs, output, warmup))
+    probe = Probe(script, cell["steps"], warmup)
+    with contextlib.suppress(Done):
+        script.main(args)
+    seconds = {name: statistics.median(values) for name, values in probe.seconds.items()}
+    parts = [values for name, values in probe.seconds.items() if name not in (WHOLE, LOSS)]
+    # Each step is compared with the parts timed right after it: both see the machine in the same state.
+    ratios = [whole / sum(alone) for whole, *alone in zip(probe.seconds[WHOLE], *parts)]
+    return {
+        "milliseconds": {name: 1000 * value for name, value in seconds.items()},
+        "whole / bound": statistics.median(ratios),
+        "loss / whole": seconds[LOSS] / seconds[WHOLE],
+        "images per second": cell["batch"] / seconds[WHOLE],
+        "peak memory MiB": probe.peak,
+        "first step ended": probe.first_step_ended,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ the grid
+
+
+def list_cells(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The settings of all cells of the grid."""
+    scripts = SCRIPTS if "all" in args.script else args.script
+    gpu = torch.cuda.is_available()
+    same = {"size": args.size, "flags": shlex.join(args.flags), "steps": args.steps, "threads": args.threads}
+    same |= {"device": describe_device(torch.device("cuda" if gpu else "cpu")), "torch": torch.__version__}
+    axes = {"script": scripts, "cache": args.cache, "batch": args.batch, "precision": args.precision}
+    axes |= {"compile": args.compile, "optimizer": args.optimizer}
+    cells = [dict(zip(axes, values)) | same for values in itertools.product(*axes.values())]
+    return [cell for cell in cells if (cell["script"], cell["cache"]) != ("unet", "latents")]
+
+
+def identify(cell: dict[str, Any]) -> tuple:
+    """What makes two cells the same."""
+    return tuple(cell[name] for name in SETTINGS)
+
+
+def measure(cell: dict[str, Any], inputs: Path, warmup: int) -> dict[str, Any]:
+    """Run a cell in a process of its own; returns what was measured, or that it did not fit the GPU."""
+    with tempfile.TemporaryDirectory() as output:
+        settings = json.dumps({"cell": cell, "inputs": str(inputs), "output": output, "warmup": warmup})
+        environment = {**os.environ, **KEEP_MEMORY, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(cell["threads"])}
+        started = time.time()
+        finished = subprocess.run(
+            [sys.executable, __file__, "--in_process", settings],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if finished.returncode == 0:
+            found = json.loads((Path(output) / "measured.json").read_text())
+            return found | {"seconds to the end of the first step": found.pop("first step ended") - started}
+    last = finished.stdout.strip().rpartition("\n")[2]
+    if "does not fit the GPU" in last:
+        return {"error": "does not fit the GPU"}
+    fail(f"the cell {identify(cell)} ended with {last}\n{finished.stdout[-3000:]}")
+
+
+def write_json(path: Path, cells: list[dict[str, Any]]) -> None:
+    """Replace a file's JSON at once: a run that is stopped leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(cells, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def run_grid(args: argparse.Namespace, command: str) -> list[dict[str, Any]]:
+    """Measure the cells that --json has not yet; returns them all, in the grid's order."""
+    kept = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else []
+    known = {identify(cell): cell for cell in kept}
+    wanted = list_cells(args)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = args.inputs or Path(folder)
+        for number, cell in enumerate(wanted, 1):
+            if identify(cell) in known:
+                continue
+            name = " ".join(str(cell[axis]) for axis in SETTINGS[:7])
+            print(f"{number} of {len(wanted)}: {name}", file=sys.stderr, flush=True)
+            prepare_inputs(cell["script"], cell["size"], inputs)
+            known[identify(cell)] = cell | {"command": command} | measure(cell, inputs, args.warmup)
+            if args.json:
+                write_json(args.json, list(known.values()))
+    return list(known.values()) if args.json else [known[identify(cell)] for cell in wanted]
+
+
+def prepare_inputs(script: str, size: str, inputs: Path) -> None:
+    """Write a script's teacher and images in a process of its own: none of its memory stays."""
+    if not (inputs / f"{script}-{size}-images").exists():
+        file = Path(__file__).with_name("random_teachers.py")
+        flags = ("--script", script, "--size", size, "--images", str(IMAGES), "--folder", str(inputs))
+        subprocess.run([sys.executable, str(file), *flags], check=True, capture_output=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+def make_tables(cells: list[dict[str, Any]]) -> str:
+    """A Markdown table per script, and the speed-ups of a cached teacher."""
+    text = ""
+    parts = ENCODERS, TEACHER, STUDENT, OPTIMIZER, LOSS, WHOLE
+    heads = ("cell", *(f"{name}, ms" for name in parts), "step / bound", "images / s", "peak MiB", "first step, s")
+    for script in dict.fromkeys(cell["script"] for cell in cells):
+        text += f"\n### `train_lift_{script}.py`\n\n"
+        text += f"| {' | '.join(heads)} |\n|---|{'--:|' * (len(heads) - 1)}\n"
+        for cell in (cell for cell in cells if cell["script"] == script):
+            if "error" in cell:
+                text += f"| {describe(cell)} | {cell['error']} |{' |' * (len(heads) - 2)}\n"
+                continue
+            milliseconds = [cell["milliseconds"].get(name) for name in parts]
+            row = [describe(cell), *("–" if value is None else f"{value:.1f}" for value in milliseconds)]
+            row += [f"{cell['whole / bound']:.3f}", f"{cell['images per second']:.2f}"]
+            row += [f"{cell['peak memory MiB']:,.0f}", f"{cell['seconds to the end of the first step']:.0f}"]
+            text += f"| {' | '.join(row)} |\n"
+    return text + make_speedups(cells)
+
+
+def describe(cell: dict[str, Any]) -> str:
+    """What tells a cell from the others in its table."""
+    words = [cell["size"], f"cache {cell['cache']}", f"batch {cell['batch']}"]
+    words += [{"no": "fp32"}.get(cell["precision"], cell["precision"])]
+    words += ["compiled"] if cell["compile"] == "on" else []
+    words += ["8-bit AdamW"] if cell["optimizer"] == "8bit" else []
+    return ", ".join(words) + (f", `{cell['flags']}`" if cell["flags"] else "")
+
+
+def make_speedups(cells: list[dict[str, Any]]) -> str:
+    """How much faster a step is with the teacher cached than with it live, everything else being equal."""
+    measured = {identify(cell): cell for cell in cells if "error" not in cell}
+    text = ""
+    for cell in measured.values():
+        if cell["cache"] == "teacher":
+            live = [measured.get(identify(cell | {"cache": name})) for name in ("none", "latents")]
+            own = cell["milliseconds"][WHOLE]
+            found = [f"{other['milliseconds'][WHOLE] / own:.2f}" if other else "–" for other in live]
+            name = describe(cell).replace(" cache teacher,", "")
+            text += f"| {cell['script']}: {name} | {' | '.join(found)} |\n"
+    head = "\n### Speed-up by a cached teacher, compared with\n\n| cell | nothing cached | latents cached |\n|---|--:|--:|\n"
+    return head + text if text else ""
+
+
+def write_markdown(path: Path, cells: list[dict[str, Any]]) -> None:
+    """The tables, below what they were made on and by."""
+    machines = dict.fromkeys((cell["device"], cell["threads"], cell["torch"], cell["steps"]) for cell in cells)
+    text = "# Training steps and their parts\n\nMade by\n\n```bash\n"
+    text += "\n".join(dict.fromkeys(cell["command"] for cell in cells)) + "\n```\n\n"
+    for device, threads, version, steps in machines:
+        text += f"- {device}, threads: {threads}, torch {version}; medians of {steps} steps, one run.\n"
+    text += "- step / bound: median ratio of a whole step to the sum of its parts but the loss.\n"
+    memory = "allocated on the GPU" if torch.cuda.is_available() else "of the process"
+    text += (
+        f"- peak: {memory}, from the start to the second step. First step: from the start of the process to its end,"
+    )
+    text += " with all caching.\n"
+    path.write_text(text + make_tables(cells), encoding="utf-8")
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, or `input_args`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--script", default="train_lift_unet", choices=["train_lift_unet"], help="script to time")
-    parser.add_argument("--small", action="store_true", help="use a small pair of models")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps (default: 20)")
+    parser.add_argument("--script", nargs="+", default=["all"], choices=[*SCRIPTS, "all"], help="default: all")
+    parser.add_argument("--size", default="small", choices=SIZES, help="of the models (default: small)")
+    parser.add_argument("--cache", nargs="+", default=[*CACHES], choices=[*CACHES], help="default: all three")
+    parser.add_argument("--batch", nargs="+", type=int, default=[4], help="images per step (default: 4)")
+    parser.add_argument("--precision", nargs="+", default=["no"], choices=("no", "bf16", "fp16"), help="default: no")
+    parser.add_argument("--compile", nargs="+", default=["off"], choices=("off", "on"), help="default: off")
+    parser.add_argument("--optimizer", nargs="+", default=["adamw"], choices=("adamw", "8bit"), help="default: adamw")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of a cell (default: 10)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them (default: 2)")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
+    parser.add_argument("--json", type=Path, help="keep the cells in this file, and a table beside it")
+    parser.add_argument("--inputs", type=Path, help="keep the teachers and images in this folder (default: nowhere)")
+    parser.add_argument("--in_process", help=argparse.SUPPRESS)  # one cell: what `measure` gives its process
     parser.add_argument("flags", nargs="*", help="after --: flags for the training script")
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    for name in ("steps", "warmup", "threads"):
+        if getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)} is out of range; pass 1 or more")
+    if not 1 <= min(args.batch) <= max(args.batch) <= IMAGES:
+        fail(f"--batch {args.batch} is out of range; pass 1 to {IMAGES}, the number of images")
+    if "none" in [args.flags[at + 1] for at, flag in enumerate(args.flags[:-1]) if flag == "--kd_loss"]:
+        fail("--kd_loss none has no loss to time; pass place, lift or mse")
+    return args
 
 
-def main(args: argparse.Namespace) -> None:
-    """Time the steps, print the table, and write the JSON."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    script = importlib.import_module(args.script)
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_inputs(Path(folder), UNETS[args.small], images=128)
-        flags = [
-            *("--pretrained_teacher_model", f"{folder}/teacher", "--train_data_dir", f"{folder}/images"),
-            *("--output_dir", f"{folder}/student", "--cache_dir", f"{folder}/cache", "--report_to", "none"),
-            *("--train_batch_size", "16" if args.small else "4", "--dataloader_num_workers", "0", *args.flags),
-        ]
-        script_args = script.parse_args(flags)
-        if script_args.kd_loss == "none":
-            fail("--kd_loss none has no loss to time; pass place, lift or mse")
-        probe = Probe(script, args.steps, args.warmup)
-        with contextlib.suppress(Done):
-            script.main(script_args)
-
-    timed = {name: values[args.warmup :] for name, values in probe.watch.seconds.items()}
-    seconds = {name: statistics.median(values) for name, values in timed.items()}
-    parts = zip(timed["teacher forward"], timed["student forward and backward"], timed["optimizer step"])
-    # Each step is compared with the parts timed right after it: both see the machine in the same state.
-    ratio = statistics.median(whole / sum(alone) for whole, alone in zip(timed["whole step"], parts))
-    whole = seconds["whole step"]
-    on_gpu = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result = {
-        "device": describe_device(torch.device("cuda" if on_gpu else "cpu")),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "script": args.script,
-        "flags": " ".join(args.flags),
-        "batch": script_args.train_batch_size,
-        "milliseconds": {name: 1000 * value for name, value in seconds.items()},
-        "whole / parts": ratio,
-        "loss / whole": seconds["loss"] / whole,
-        "images per second": script_args.train_batch_size / whole,
-        "peak memory MiB": peak / 2**20,
-    }
-    print(f"\n{result['device']}, {result['threads']} threads, torch {result['torch']}, batch {result['batch']}, ")
-    print(f"medians of {args.steps} steps\n")
-    print("| part | ms |\n|---|--:|")
-    for name, value in result["milliseconds"].items():
-        print(f"| {name} | {value:.2f} |")
-    print(f"\nwhole step / (teacher forward + student forward and backward + optimizer): {ratio:.3f}")
-    print(f"loss / whole step: {result['loss / whole']:.2%}")
-    print(f"images per second: {result['images per second']:.1f}")
-    print(f"peak memory: {result['peak memory MiB']:,.0f} MiB ({'allocated on the GPU' if on_gpu else 'the process'})")
+def main(args: argparse.Namespace, command: str) -> None:
+    """Measure the grid and print its tables, or in a cell's process that cell alone."""
+    if args.in_process:
+        options = json.loads(args.in_process)
+        output = Path(options["output"])
+        found = run_cell(options["cell"], Path(options["inputs"]), output, options["warmup"])
+        (output / "measured.json").write_text(json.dumps(found))
+        return
+    cells = run_grid(args, command)
+    print(make_tables(cells))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_markdown(args.json.with_suffix(".md"), cells)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(parse_args(), f"python benchmarks/step.py {shlex.join(sys.argv[1:])}".rstrip())

@@ -98,7 +98,7 @@ def save_pixel_pipeline(folder: Path, **unet: Any) -> Path:
 def save_sd_pipeline(folder: Path, prediction_type: str = "epsilon", **unet: Any) -> Path:
     """A tiny random Stable Diffusion pipeline: 32 pixels, four levels; `unet` overrides its U-Net's config."""
     torch.manual_seed(0)
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     vae = _vae()
     config = {
         "sample_size": 8,
@@ -167,15 +167,15 @@ def _vae(**config: Any) -> AutoencoderKL:
     )
 
 
-def _tokenizer() -> CLIPTokenizer:
-    """A token for each of WORDS; others are spelt by letters."""
+def make_tokenizer(length: int = TOKENS) -> CLIPTokenizer:
+    """A token for each of WORDS; others are spelt by letters. Captions have `length` tokens."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'!-"
     spelt = [[*word[:-1], f"{word[-1]}</w>"] for word in WORDS]
     merges = [("".join(parts[:at]), parts[at]) for parts in spelt for at in range(1, len(parts))]
     merges = list(dict.fromkeys(merges))
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
     tokens = dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"])
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=TOKENS)
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=length)
 
 
 def _clip_config(width: int, tokenizer: CLIPTokenizer, **config: Any) -> CLIPTextConfig:
@@ -194,7 +194,7 @@ def _clip_config(width: int, tokenizer: CLIPTokenizer, **config: Any) -> CLIPTex
 
 
 def _clip(width: int) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     return CLIPTextModelWithProjection(_clip_config(width, tokenizer, projection_dim=width)), tokenizer
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from common.arguments import fail
-from common.cache import JoinedDataset, identify
+from common.cache import JoinedDataset, identify, read_rows
 from common.teachers import TeacherSource
 from common.training import seed_step
 
@@ -58,11 +58,18 @@ class DrawnDataset(torch.utils.data.Dataset):
         return self.passes * len(self.dataset)
 
     def __getitem__(self, index: int) -> Batch:
-        number, row = divmod(index, len(self.dataset))
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Batch]:
+        """A batch of rows, read together."""
+        places = [divmod(index, len(self.dataset)) for index in indices]
+        rows, drawn = read_rows(self.dataset, [row for _, row in places]), []
         with torch.random.fork_rng(devices=[]):
-            seed_step(self.seed, number, row)
-            draws = self.draw(1, torch.device("cpu"))
-        return {**self.dataset[row], "draws": {name: tensor[0] for name, tensor in draws.items()}}
+            for number, row in places:
+                seed_step(self.seed, number, row)
+                draws = self.draw(1, torch.device("cpu"))
+                drawn.append({name: tensor[0] for name, tensor in draws.items()})
+        return [{**row, "draws": draws} for row, draws in zip(rows, drawn)]
 
 
 def cache_predictions(
