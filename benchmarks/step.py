@@ -10,10 +10,10 @@
 
 A script's own `main` runs on a teacher of random weights and random images (random_teachers.py). Its steps are timed
 as a whole, with data loading, the loss, clipping, averaging and logging. Between them the parts are timed alone, on
-the same models and inputs: the encoders where nothing is cached, the teacher's forward pass where it is not cached, the
-student's forward and backward pass, the optimizer's step, and the loss between the two outputs. Steps and parts take
-turns, so that a busy machine slows both. The bound is the sum of the parts but the loss. The aim: a step costs at most
-1.03 times its bound.
+the same models and inputs. The bound is the sum of the parts that no distillation can avoid: the encoders where
+nothing is cached, the teacher's forward pass where it is not cached, the student's forward and backward pass, and the
+optimizer's step. Timed beside them are the loss between the two outputs, and clipping with averaging. Steps and parts
+take turns, so that a busy machine slows both. The aim: a step costs at most 1.03 times its bound.
 
     python benchmarks/step.py                          # each script's small models, by what is cached
     python benchmarks/step.py --script unet --size full --cache none --batch 4
@@ -58,6 +58,7 @@ from common.arguments import fail
 from common.teacher_cache import Batch, predict
 
 from accelerate.optimizer import AcceleratedOptimizer
+from diffusers.training_utils import EMAModel
 
 from device import describe_device
 from lift_utils import FeatureModel, KDLoss
@@ -74,7 +75,8 @@ CACHES = {
 SETTINGS = ("script", "size", "cache", "batch", "precision", "compile", "optimizer", "flags", "steps", "threads")
 SETTINGS += ("device", "torch")
 ENCODERS, TEACHER, STUDENT = "encoders", "teacher forward", "student forward and backward"
-OPTIMIZER, LOSS, WHOLE = "optimizer step", "loss", "whole step"
+OPTIMIZER, LOSS, AVERAGE, WHOLE = "optimizer step", "loss", "clipping and average", "whole step"
+BOUND = (ENCODERS, TEACHER, STUDENT, OPTIMIZER)
 IMAGES = 64
 # With these glibc keeps freed memory, as the CUDA allocator does. Otherwise page faults are timed with the work.
 KEEP_MEMORY = {
@@ -119,6 +121,8 @@ class Probe:
         self.seconds: dict[str, list[float]] = {}
         self.compute_losses, script.compute_losses = script.compute_losses, self.step
         self.guarded_step, script.guarded_step = script.guarded_step, self.keep_optimizer
+        self.make_average, script.EMAModel = script.EMAModel, self.keep_average
+        self.average: EMAModel | None = None
 
     def time(self, name: str, function: Callable[[], object]) -> None:
         """Call the function and keep the seconds it took."""
@@ -127,6 +131,11 @@ class Probe:
         function()
         synchronize()
         self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+    def keep_average(self, parameters: list[torch.nn.Parameter], **options: Any) -> EMAModel:
+        """Stands in for `EMAModel`, and keeps it with what it averages."""
+        self.averaged, self.average = parameters, self.make_average(parameters, **options)
+        return self.average
 
     def keep_optimizer(self, optimizer: AcceleratedOptimizer, *step: torch.Tensor) -> None:
         """Stands in for `guarded_step`, and keeps the optimizer with the step's gradients."""
@@ -192,6 +201,11 @@ class Probe:
             loss, _ = self.kd_loss(student_prediction.requires_grad_(), teacher_prediction, progress)
             torch.autograd.grad(loss, student_prediction)
 
+        def clip_and_average() -> None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            if self.average is not None:
+                self.average.step(self.averaged)
+
         if self.inputs_of.keywords.get("encoders") is not None:
             self.time(ENCODERS, lambda: self.inputs_of(self.batch))
         if teacher is not None:
@@ -201,6 +215,7 @@ class Probe:
             # While a gradient scaler looks for its scale, gradients are infinite; this step is not skipped.
             parameter.grad = gradient.nan_to_num_(0, 0, 0) if gradient is not None else None
         self.time(OPTIMIZER, self.optimizer.optimizer.step)
+        self.time(AVERAGE, clip_and_average)
         self.optimizer.optimizer.zero_grad()
         self.time(LOSS, loss_alone)
 
@@ -239,7 +254,7 @@ def run_cell(cell: dict[str, Any], inputs: Path, output: Path, warmup: int) -> d
     with contextlib.suppress(Done):
         script.main(args)
     seconds = {name: statistics.median(values) for name, values in probe.seconds.items()}
-    parts = [values for name, values in probe.seconds.items() if name not in (WHOLE, LOSS)]
+    parts = [probe.seconds[name] for name in BOUND if name in seconds]
     # Each step is compared with the parts timed right after it: both see the machine in the same state.
     ratios = [whole / sum(alone) for whole, *alone in zip(probe.seconds[WHOLE], *parts)]
     return {
@@ -335,7 +350,7 @@ def prepare_inputs(script: str, size: str, inputs: Path) -> None:
 def make_tables(cells: list[dict[str, Any]]) -> str:
     """A Markdown table per script, and the speed-ups of a cached teacher."""
     text = ""
-    parts = ENCODERS, TEACHER, STUDENT, OPTIMIZER, LOSS, WHOLE
+    parts = *BOUND, LOSS, AVERAGE, WHOLE
     heads = ("cell", *(f"{name}, ms" for name in parts), "step / bound", "images / s", "peak MiB", "first step, s")
     for script in dict.fromkeys(cell["script"] for cell in cells):
         text += f"\n### `train_lift_{script}.py`\n\n"
@@ -371,9 +386,10 @@ def make_speedups(cells: list[dict[str, Any]]) -> str:
             own = cell["milliseconds"][WHOLE]
             found = [f"{other['milliseconds'][WHOLE] / own:.2f}" if other else "–" for other in live]
             name = describe(cell).replace(" cache teacher,", "")
-            text += f"| {cell['script']}: {name} | {' | '.join(found)} |\n"
-    head = "\n### Speed-up by a cached teacher, compared with\n\n| cell | nothing cached | latents cached |\n|---|--:|--:|\n"
-    return head + text if text else ""
+            if any(live):
+                text += f"| {cell['script']}: {name} | {' | '.join(found)} |\n"
+    head = "\n### Speed-up by a cached teacher, compared with\n\n| cell | nothing cached | latents cached |\n"
+    return f"{head}|---|--:|--:|\n{text}" if text else ""
 
 
 def write_markdown(path: Path, cells: list[dict[str, Any]]) -> None:
@@ -383,7 +399,7 @@ def write_markdown(path: Path, cells: list[dict[str, Any]]) -> None:
     text += "\n".join(dict.fromkeys(cell["command"] for cell in cells)) + "\n```\n\n"
     for device, threads, version, steps in machines:
         text += f"- {device}, threads: {threads}, torch {version}; medians of {steps} steps, one run.\n"
-    text += "- step / bound: median ratio of a whole step to the sum of its parts but the loss.\n"
+    text += "- step / bound: median ratio of a whole step to the sum of its first four parts.\n"
     memory = "allocated on the GPU" if torch.cuda.is_available() else "of the process"
     text += (
         f"- peak: {memory}, from the start to the second step. First step: from the start of the process to its end,"
@@ -420,6 +436,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def name_command(words: list[str]) -> str:
+    """The command as another machine would run it: without the folder of the inputs."""
+    at = words.index("--inputs") if "--inputs" in words else len(words)
+    return f"python benchmarks/step.py {shlex.join(words[:at] + words[at + 2 :])}".rstrip()
+
+
 def main(args: argparse.Namespace, command: str) -> None:
     """Measure the grid and print its tables, or in a cell's process that cell alone."""
     if args.in_process:
@@ -435,4 +457,4 @@ def main(args: argparse.Namespace, command: str) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(), f"python benchmarks/step.py {shlex.join(sys.argv[1:])}".rstrip())
+    main(parse_args(), name_command(sys.argv[1:]))

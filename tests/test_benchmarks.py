@@ -1,5 +1,6 @@
 """The first demo and the benchmarks, run as the Makefile runs them but with a small budget."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,8 @@ from diffusers import DDIMPipeline
 from PIL import Image
 
 import cache
+import random_teachers
+import step
 import train_lift_sd21
 from result_tables import as_markdown, tables_from_files
 
@@ -62,16 +65,45 @@ def test_loss_benchmark_prints_a_table(tmp_path):
     assert finished.stdout.count("\n| ") == 1 + len(rows)
 
 
-def test_step_benchmark_prints_the_ratio(tmp_path):
-    path = tmp_path / "step.json"
-    flags = ("--small", "--steps", 2, "--warmup", 1, "--threads", 1, "--json", path)
-    finished = run_file("benchmarks/step.py", *flags, "--", "--train_batch_size", 2)
-    assert finished.returncode == 0, finished.stdout
-    result = json.loads(path.read_text())
-    assert result["batch"] == 2 and result["whole / parts"] > 0.5 and 0 < result["loss / whole"] < 1
-    assert f"loss / whole step: {result['loss / whole']:.2%}" in finished.stdout
-    finished = run_file("benchmarks/step.py", "--small", "--", "--kd_loss", "none")
-    assert finished.returncode == 1 and "--kd_loss none has no loss to time" in finished.stdout
+def test_step_benchmark_measures_a_grid_once(tmp_path, monkeypatch, capsys):
+    path, inputs = tmp_path / "cells.json", tmp_path / "inputs"
+    random_teachers.write_inputs("sd21", "tiny", 8, inputs)
+    flags = ["--script", "sd21", "--size", "tiny", "--cache", "none", "teacher", "--batch", "2", "--steps", "2"]
+    flags += ["--warmup", "1", "--threads", "1", "--json", str(path), "--inputs", str(inputs)]
+    step.main(step.parse_args(flags), step.name_command(flags))
+    text, table = path.read_text(), path.with_suffix(".md").read_text()
+    live, cached = json.loads(text)
+    assert (live["cache"], cached["cache"]) == ("none", "teacher") and live["batch"] == 2
+    assert set(live["milliseconds"]) - set(cached["milliseconds"]) == {"encoders", "teacher forward"}
+    for cell in (live, cached):
+        assert cell["whole / bound"] > 0.5 and 0 < cell["loss / whole"] < 1 < cell["peak memory MiB"]
+        assert cell["seconds to the end of the first step"] > cell["milliseconds"]["whole step"] / 1000
+        assert "--threads 1" in cell["command"] and "--inputs" not in cell["command"]
+    speedup = live["milliseconds"]["whole step"] / cached["milliseconds"]["whole step"]
+    assert f"| sd21: tiny, batch 2, fp32 | {speedup:.2f} | – |" in table and table.count("\n| tiny, cache ") == 2
+    assert table.endswith(capsys.readouterr().out.rstrip("\n") + "\n")
+
+    monkeypatch.setattr(step, "measure", None)  # all is there
+    step.main(step.parse_args(flags), "another command")
+    assert path.read_text() == text
+    with pytest.raises(SystemExit, match="--kd_loss none has no loss to time"):
+        step.parse_args(["--", "--kd_loss", "none"])
+    with pytest.raises(SystemExit, match=r"--batch \[65\] is out of range; pass 1 to 64"):
+        step.parse_args(["--batch", "65"])
+
+
+@pytest.mark.parametrize("script", ["unet", "sd21", "dit", "sd3"])
+def test_step_benchmark_caches_what_a_cell_says(script, tmp_path):
+    images = tmp_path / f"{script}-small-images"
+    images.mkdir()
+    (images / "0.png").touch()
+    module, found = importlib.import_module(f"train_lift_{script}"), {}
+    for cell in step.list_cells(step.parse_args(["--script", script, "--batch", "3", "--optimizer", "8bit"])):
+        args = module.parse_args(step.script_flags(cell, tmp_path, tmp_path, 2))
+        assert args.use_8bit_adam and args.train_batch_size == 3 and args.lambda_kd_feat == 0
+        found[cell["cache"]] = (getattr(args, "cache_latents", None), args.cache_teacher)
+    expected = {"none": (False, None), "latents": (True, None), "teacher": (True, 1)}
+    assert found == ({"none": (None, None), "teacher": (None, 1)} if script == "unet" else expected)
 
 
 def test_shrunk_models_keep_the_proportions():
