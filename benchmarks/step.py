@@ -178,11 +178,9 @@ class Probe:
             self.batch, self.inputs_of, self.inputs = batch, inputs_of, (made := inputs_of(batch))[0]
             return made
 
-        def keep_outputs(
-            student_prediction: torch.Tensor, teacher_prediction: torch.Tensor, progress: float
-        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            self.kd_loss, self.outputs = kd_loss, (student_prediction.detach(), teacher_prediction, progress)
-            return kd_loss(student_prediction, teacher_prediction, progress)
+        def keep_outputs(prediction: torch.Tensor, *others: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            self.kd_loss, self.outputs = kd_loss, (prediction.detach(), *others)
+            return kd_loss(prediction, *others)
 
         synchronize()
         self.start = time.perf_counter()
@@ -197,9 +195,9 @@ class Probe:
             torch.autograd.backward([prediction, *features], [torch.ones_like(x) for x in (prediction, *features)])
 
         def loss_alone() -> None:
-            student_prediction, teacher_prediction, progress = self.outputs
-            loss, _ = self.kd_loss(student_prediction.requires_grad_(), teacher_prediction, progress)
-            torch.autograd.grad(loss, student_prediction)
+            prediction, *others = self.outputs
+            loss, _ = self.kd_loss(prediction.requires_grad_(), *others)
+            torch.autograd.grad(loss, prediction)
 
         def clip_and_average() -> None:
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
