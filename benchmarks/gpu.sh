@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# What only a GPU can tell, in slices: benchmarks/gpu.sh 1, ..., 6, or all. See benchmarks/gpu.py.
+# GPU_SIZE=tiny takes tiny models, with which it also runs on a CPU. OUT is where the results go.
+set -u
+cd "$(dirname "$0")/.."
+python=.venv/bin/python
+[ -x "$python" ] || python=python3
+slices=${1:?pass 1 to 6, or all}
+[ "$slices" = all ] && slices="1 2 3 4 5 6"
+status=0
+for slice in $slices; do
+    echo "slice $slice"
+    # What is done is kept: after ten minutes, the same command goes on.
+    timeout --kill-after 5 590 "$python" benchmarks/gpu.py --slice "$slice" --size "${GPU_SIZE:-full}" \
+        --output "${OUT:-benchmarks/results/gpu}" || { status=$?; echo "slice $slice ended with exit code $status"; }
+done
+exit $status
