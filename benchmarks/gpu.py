@@ -59,11 +59,10 @@ from step import Done, prepare_inputs, write_json
 
 
 Result = dict[str, Any]
-
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 ON_GPU = torch.cuda.is_available()
 BATCH = {"unet": 32, "sd21": 4, "dit": 16, "sd3": 2}  # of slice 1
-LARGEST_BATCH = 64
+LARGEST_BATCH = 64 if ON_GPU else 1
 PUBLISHED = {"sd21": (50_000, 128), "dit": (100_000, 256), "sd3": (50_000, 32)}  # steps, images per step
 WEIGHTS = {"unet": "unet", "sd21": "unet", "dit": "transformer", "sd3": "transformer"}  # the student's folder
 # Dense, half precision, in TFLOP/s, by NVIDIA's data sheets and white papers. The first name that is found counts.
@@ -101,8 +100,7 @@ GRIDS = (
     "--script sd3 --cache latents teacher --batch 4 --precision bf16 --optimizer 8bit -- --gradient_checkpointing",
     "--script unet --cache none teacher --batch 32 --precision bf16",
 )
-STEPS = 12  # of a run of slices 2 and 3
-SETTLED = 4  # steps before the speed is taken
+STEPS, SETTLED = 12, 4  # of a run of slices 2 and 3, and of these those before the speed is taken
 
 
 # ------------------------------------------------------------------------------------------------- in a run's process
@@ -155,10 +153,11 @@ class Results:
 
     Args:
         path: Where it is written. Where there is none yet, what RESULTS has by this name is taken over.
+        minutes: After which no run is started any more.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, minutes: float):
+        self.path, self.minutes, self.started = path, minutes, time.monotonic()
         kept = next((each for each in (path, RESULTS / path.name) if each.exists()), None)
         self.found: list[Result] = json.loads(kept.read_text(encoding="utf-8")) if kept else []
 
@@ -169,6 +168,7 @@ class Results:
         for old in self.found:
             if settings.items() <= old.items() and ("error" not in old or fits_not(old)):
                 return old
+        self.check_time()
         started = time.time()
         print(f"{time.strftime('%H:%M:%S')} {' '.join(map(str, settings.values()))}", flush=True)
         found = settings | measure()
@@ -177,6 +177,11 @@ class Results:
         write_json(self.path, self.found)
         print(f"  {summarise(found)}", flush=True)
         return found
+
+    def check_time(self) -> None:
+        """End the process where the minutes are over."""
+        if time.monotonic() > self.started + 60 * self.minutes:
+            raise SystemExit(f"{self.minutes:g} minutes are over; the same command goes on with {self.path.stem}")
 
 
 def summarise(found: Result) -> str:
@@ -211,11 +216,10 @@ def run_apart(script: str, size: str, inputs: Path, flags: list[str], gibibytes:
 
 def common_flags(script: str, size: str, inputs: Path) -> list[str]:
     """What all runs of a script have in common."""
-    workers = "4" if ON_GPU else "0"
     return [
         *list_flags(script, size, inputs),
         *("--cache_dir", str(inputs / "cache"), "--report_to", "none", "--logging_steps", "1"),
-        *("--gradient_accumulation_steps", "1", "--dataloader_num_workers", workers),
+        *("--gradient_accumulation_steps", "1", "--dataloader_num_workers", "4" if ON_GPU else "0"),
     ]
 
 
@@ -259,11 +263,11 @@ def measure_memory(number: int, results: Results, size: str, inputs: Path) -> No
         for limit in case.limits if ON_GPU else (None,):
             if limit is not None and limit > total:
                 continue
-            while batch <= (LARGEST_BATCH if ON_GPU else 2):
+            while batch <= LARGEST_BATCH:
                 settings = {"script": case.script, "size": size, "case": case.name, "flags": case.flags}
                 settings |= {"limit GiB": limit, "batch": batch}
-                if fits_not(results.get(settings, lambda at=(case, batch, limit): run_case(*at, size, inputs))):
-                    break  # a larger card takes this batch, or a larger one
+                if "error" in results.get(settings, lambda at=(case, batch, limit): run_case(*at, size, inputs)):
+                    break  # a larger card may take this batch
                 batch *= 2
 
 
@@ -288,12 +292,13 @@ def run_case(case: Case, batch: int, limit: int | None, size: str, inputs: Path)
     return found | ({"share of the peak": teraflops / peak} if peak else {})
 
 
-def time_steps(path: Path, size: str, inputs: Path) -> None:
+def time_steps(results: Results, size: str, inputs: Path) -> None:
     """Slice 4: step.py, which keeps its own list. Without a GPU, its first grid in what a CPU computes."""
     for grid in GRIDS if ON_GPU else GRIDS[3:4]:
+        results.check_time()
         grid = grid if ON_GPU else grid.replace("--compile off on", "").replace("--batch 16", "--batch 2 --steps 2")
         own, _, passed = grid.partition(" -- ")
-        flags = [*own.split(), "--size", size, "--json", str(path), "--inputs", str(inputs)]
+        flags = [*own.split(), "--size", size, "--json", str(results.path.resolve()), "--inputs", str(inputs)]
         finished = run_python("benchmarks/step.py", *flags, *(["--", *passed.split()] if passed else []))
         print(finished.stdout, flush=True)
         if finished.returncode != 0:
@@ -344,8 +349,8 @@ def compare(script: str, *runs: Path) -> Result:
     return {"largest difference of a weight": largest, "last losses": losses}
 
 
-def run_tests(results: Results) -> None:
-    """Slice 6: the tests of what a GPU shows."""
+def run_tests(results: Results, size: str, inputs: Path) -> None:
+    """Slice 6: the tests of what a GPU shows, which have their own sizes and inputs."""
 
     def measure() -> Result:
         finished = run_python("-m", "pytest", "-q", "tests/test_gpu.py")
@@ -363,6 +368,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON lists")
     parser.add_argument("--inputs", type=Path, default=ROOT / "runs" / "gpu", help="folder of teachers and images")
     parser.add_argument("--in_process", help=argparse.SUPPRESS)  # a run: what `run_apart` gives its process
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after them (default: no end)")
     args = parser.parse_args(input_args)
     if args.slice is None and args.in_process is None:
         fail("--slice is not given; pass 1 to 6, or run benchmarks/gpu.sh all")
@@ -381,14 +387,12 @@ def main(args: argparse.Namespace) -> None:
     names = {1: "losses", 2: "memory", 3: "memory-sd3", 4: "steps", 5: "resume", 6: "tests"}
     inputs = args.inputs.resolve()
     inputs.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"{names[args.slice]}.json"
-    slices = {
-        1: lambda: check_losses(Results(path), args.size, inputs),
-        4: lambda: time_steps(path.resolve(), args.size, inputs),
-        5: lambda: kill_and_resume(Results(path), args.size, inputs),
-        6: lambda: run_tests(Results(path)),
-    }
-    slices.get(args.slice, lambda: measure_memory(args.slice, Results(path), args.size, inputs))()
+    results = Results(args.output / f"{names[args.slice]}.json", args.minutes)
+    if args.slice in MEMORY:
+        measure_memory(args.slice, results, args.size, inputs)
+    else:
+        slices = {1: check_losses, 4: time_steps, 5: kill_and_resume, 6: run_tests}
+        slices[args.slice](results, args.size, inputs)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ nothing is cached, the teacher's forward pass where it is not cached, the studen
 optimizer's step. Timed beside them are the loss between the two outputs, and clipping with averaging. Steps and parts
 take turns, so that a busy machine slows both. The aim: a step costs at most 1.03 times its bound.
 
+On a GPU, and with several threads, what is measured is the time that passes. With one thread on a CPU it is the
+processor's time that the process takes, so that other work on the machine does not count.
+
     python benchmarks/step.py                          # each script's small models, by what is cached
     python benchmarks/step.py --script unet --size full --cache none --batch 4
     python benchmarks/step.py --script all --cache none latents teacher --batch 1 4 16 --precision no bf16 \\
@@ -99,6 +102,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def counts_processor() -> bool:
+    """Whether the processor's time is measured, and not the time that passes."""
+    return torch.get_num_threads() == 1 and not torch.cuda.is_available()
+
+
 def peak_memory() -> float:
     """The most that was allocated on the GPU, or without one that the process has held, in MiB."""
     if torch.cuda.is_available():
@@ -118,6 +126,7 @@ class Probe:
     def __init__(self, script: ModuleType, steps: int, warmup: int):
         self.steps, self.warmup, self.done = steps, warmup, 0
         self.start: float | None = None
+        self.clock = time.process_time if counts_processor() else time.perf_counter
         self.seconds: dict[str, list[float]] = {}
         self.compute_losses, script.compute_losses = script.compute_losses, self.step
         self.guarded_step, script.guarded_step = script.guarded_step, self.keep_optimizer
@@ -127,10 +136,10 @@ class Probe:
     def time(self, name: str, function: Callable[[], object]) -> None:
         """Call the function and keep the seconds it took."""
         synchronize()
-        start = time.perf_counter()
+        start = self.clock()
         function()
         synchronize()
-        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+        self.seconds.setdefault(name, []).append(self.clock() - start)
 
     def keep_average(self, parameters: list[torch.nn.Parameter], **options: Any) -> EMAModel:
         """Stands in for `EMAModel`, and keeps it with what it averages."""
@@ -157,7 +166,7 @@ class Probe:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Stands in for `compute_losses`, which is called once per step, right after the data loading."""
         synchronize()
-        now = time.perf_counter()
+        now = self.clock()
         if self.start is None and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # of what came before: samples, caches
         if self.start is not None:
@@ -183,7 +192,7 @@ class Probe:
             return kd_loss(prediction, *others)
 
         synchronize()
-        self.start = time.perf_counter()
+        self.start = self.clock()
         functions = {"inputs_of": keep_made, "kd_loss": keep_outputs}
         return self.compute_losses(student, teacher, batch, progress, **functions, **settings)
 
@@ -397,12 +406,12 @@ def write_markdown(path: Path, cells: list[dict[str, Any]]) -> None:
     text += "\n".join(dict.fromkeys(cell["command"] for cell in cells)) + "\n```\n\n"
     for device, threads, version, steps in machines:
         text += f"- {device}, threads: {threads}, torch {version}; medians of {steps} steps, one run.\n"
+    if not torch.cuda.is_available():
+        text += "- With one thread, times are the process's own on its processor: other work does not count.\n"
     text += "- step / bound: median ratio of a whole step to the sum of its first four parts.\n"
     memory = "allocated on the GPU" if torch.cuda.is_available() else "of the process"
-    text += (
-        f"- peak: {memory}, from the start to the second step. First step: from the start of the process to its end,"
-    )
-    text += " with all caching.\n"
+    text += f"- peak: {memory}, up to the last step of the warm-up.\n"
+    text += "- first step: seconds that passed from the start of the process to this step's end, with all caching.\n"
     path.write_text(text + make_tables(cells), encoding="utf-8")
 
 

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run_file
 from diffusers import DDIMPipeline
 from PIL import Image
 
 import cache
+import gpu
 import random_teachers
 import step
 import train_lift_sd21
@@ -104,6 +106,44 @@ def test_step_benchmark_caches_what_a_cell_says(script, tmp_path):
         found[cell["cache"]] = (getattr(args, "cache_latents", None), args.cache_teacher)
     expected = {"none": (False, None), "latents": (True, None), "teacher": (True, 1)}
     assert found == ({"none": (None, None), "teacher": (None, 1)} if script == "unet" else expected)
+
+
+def test_gpu_benchmark_runs_without_one_and_once(tmp_path, monkeypatch):
+    inputs = tmp_path / "inputs"
+    random_teachers.write_inputs("dit", "tiny", 16, inputs)
+    monkeypatch.setattr(gpu, "SCRIPTS", ("dit",))
+    flags = ["--slice", "1", "--size", "tiny", "--output", str(tmp_path), "--inputs", str(inputs)]
+    gpu.main(gpu.parse_args(flags))
+    found = json.loads((tmp_path / "losses.json").read_text())
+    assert [each["precision"] for each in found] == ["bf16", "no"]
+    for each in found:
+        assert len(each["losses"]) == 20 and each["not finite"] == 0 and each["falls by"] > 0
+
+    monkeypatch.setattr(gpu, "run_apart", None)  # all is there
+    gpu.main(gpu.parse_args(flags))
+    assert json.loads((tmp_path / "losses.json").read_text()) == found
+    with pytest.raises(SystemExit, match="0 minutes are over; the same command goes on with resume"):
+        gpu.main(gpu.parse_args([*flags, "--slice", "5", "--minutes", "0"]))
+    with pytest.raises(SystemExit, match="--size full needs a GPU"):
+        gpu.parse_args(["--slice", "1"])
+
+
+def test_gpu_benchmark_doubles_the_batch_until_it_does_not_fit(tmp_path, monkeypatch):
+    tried = []
+
+    def run_case(case: gpu.Case, batch: int, limit: int, *where) -> dict:
+        tried.append((limit, batch))
+        return {"images per second": 1.0} if batch < limit / 2 else {"error": "error: 8 does not fit the GPU"}
+
+    monkeypatch.setattr(gpu, "ON_GPU", True)
+    monkeypatch.setattr(gpu, "LARGEST_BATCH", 64)
+    monkeypatch.setattr(gpu, "run_case", run_case)
+    monkeypatch.setattr(gpu, "describe_device", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=20 * 2**30))
+    monkeypatch.setattr(gpu, "MEMORY", {2: (gpu.Case("sd21", "bk_tiny", "", (12, 18, 24)),)})
+    for _ in range(2):  # the second time all is there, what did not fit among it
+        gpu.measure_memory(2, gpu.Results(tmp_path / "memory.json", 1), "tiny", tmp_path)
+        assert tried == [(12, 1), (12, 2), (12, 4), (12, 8), (18, 8), (18, 16)]
 
 
 def test_shrunk_models_keep_the_proportions():
