@@ -67,10 +67,11 @@ def cache_encodings(
     text = json.dumps(key, sort_keys=True, indent=2)
     root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "lift-encodings"
     folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
+    period = period or len(dataset)
     ends = {
-        start: min(start + CACHE_SHARD, first + (period or len(dataset)))
-        for first in range(0, len(dataset), period or len(dataset))
-        for start in range(first, first + (period or len(dataset)), CACHE_SHARD)
+        start: min(start + CACHE_SHARD, first + period)
+        for first in range(0, len(dataset), period)
+        for start in range(first, first + period, CACHE_SHARD)
     }
     shards = {start: folder / f"rows-{start:09d}" for start in ends}
     mine = list(shards)[accelerator.process_index :: accelerator.num_processes]

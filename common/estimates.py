@@ -92,10 +92,9 @@ def print_time_estimate(
     passes = 4 if checkpointing else 3
     flops = 2 * steps * images * (passes * student_macs + teacher_macs)
     print(f"time, estimated: {steps:,} steps of {images} images are {flops:.2e} FLOPs of student and teacher")
-    for card, (single, half) in PEAKS.items():
-        peak = half if dtype_of(mixed_precision).itemsize == 2 else single
-        hours = flops / (SHARE_OF_PEAK * peak * 1e12) / 3600
-        print(f"  {f'{card}, at {SHARE_OF_PEAK:.0%} of {peak} TFLOP/s':<40}{hours:>12,.{1 if hours >= 1 else 3}f} h")
+    for card, seconds in _seconds_by_card(flops, mixed_precision).items():
+        hours = seconds / 3600
+        print(f"  {card:<40}{hours:>12,.{1 if hours >= 1 else 3}f} h")
 
 
 def print_cache_estimate(
@@ -113,11 +112,18 @@ def print_cache_estimate(
     """
     if passes is None:
         return
-    width = 4 if storage == "fp32" else 2
+    width = dtype_of(storage).itemsize
     rows = passes * (images or 1000)
     of = f"{images:,} images" if images is not None else "each 1,000 images (--max_train_samples says how many)"
     print(f"the teacher's predictions, cached beforehand, for {of}: {rows * outputs * width / 2**20:,.1f} MiB")
+    for card, seconds in _seconds_by_card(2 * rows * teacher_macs, mixed_precision).items():
+        print(f"  {card:<40}{seconds / 60:>12,.3g} min")
+
+
+def _seconds_by_card(flops: int, mixed_precision: str | None) -> dict[str, float]:
+    """How long the FLOPs take on each card, by its name and the share of its peak."""
+    seconds = {}
     for card, (single, half) in PEAKS.items():
         peak = half if dtype_of(mixed_precision).itemsize == 2 else single
-        minutes = 2 * rows * teacher_macs / (SHARE_OF_PEAK * peak * 1e12) / 60
-        print(f"  {f'{card}, at {SHARE_OF_PEAK:.0%} of {peak} TFLOP/s':<40}{minutes:>12,.3g} min")
+        seconds[f"{card}, at {SHARE_OF_PEAK:.0%} of {peak} TFLOP/s"] = flops / (SHARE_OF_PEAK * peak * 1e12)
+    return seconds

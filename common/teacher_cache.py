@@ -18,7 +18,7 @@ from typing import Any
 
 from common.arguments import fail
 from common.cache import JoinedDataset, identify, read_rows
-from common.teachers import TeacherSource
+from common.teachers import PLAIN, TeacherSource
 from common.training import seed_step
 
 import torch
@@ -28,8 +28,6 @@ from lift_utils import FeatureModel
 
 
 Batch = dict[str, Any]  # tensors (B, ...), and by "draws" a dictionary of such
-
-STORED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --cache_teacher_dtype
 
 
 class DrawnDataset(torch.utils.data.Dataset):
@@ -104,7 +102,7 @@ def cache_predictions(
     def load_teacher() -> Callable:
         def encode(batch: Batch) -> dict[str, torch.Tensor]:
             inputs = make_inputs(send_to_device(batch, device))[0]
-            prediction = predict(model, inputs, batch)[0].to(STORED[storage])
+            prediction = predict(model, inputs, batch)[0].to(PLAIN[storage])
             if not torch.isfinite(prediction).all():
                 remedy = "pass --cache_teacher_dtype bf16 or fp32 if it overflows there, or another teacher"
                 fail(f"--cache_teacher_dtype {storage}: the teacher's prediction is not finite; {remedy}")

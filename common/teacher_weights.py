@@ -14,17 +14,15 @@ from functools import partial
 from typing import Any
 
 from common.costs import dtype_of
-from common.teachers import check_weights, freeze
+from common.teachers import PLAIN, check_weights, freeze
 
 import torch
 
 
 logger = logging.getLogger(__name__)  # not Accelerate's, which says nothing before a run is set up
 
-# What --teacher_dtype may be; without it, the teacher is in the precision of the run.
-PLAIN = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BLOCK = 64  # weights of nf4 that share a float32 scale
-COMPRESSED = {"fp8": 1, "nf4": 0.5 + 4 / BLOCK}  # bytes per weight
+COMPRESSED = {"fp8": 1, "nf4": 0.5 + 4 / BLOCK}  # bytes per weight, by --teacher_dtype
 
 
 def hold_teacher(

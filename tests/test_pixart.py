@@ -160,6 +160,11 @@ def test_the_loop_is_that_of_the_scripts():
         for path in (EXAMPLE, ROOT / "train_lift_sd21.py")
     ]
     assert loops[0] == loops[1]
+    draws = [
+        path.read_text().split("def make_draws(")[1].split("\ndef ")[0]
+        for path in (EXAMPLE, ROOT / "train_lift_sd21.py")
+    ]
+    assert draws[0] == draws[1]
 
 
 def test_the_teacher_may_be_cached_and_compressed(run, pixart, captioned, tmp_path, monkeypatch):
