@@ -16,11 +16,12 @@
     3  memory and speed of half SD3-medium at 512 pixels: whole, and as LoRA with --share_backbone
     4  xformers, compile, 8-bit AdamW and a cached teacher, by step.py
     5  a run that is killed and resumed, beside one that is not
-    6  tests/test_gpu.py
+    6  tests that have a GPU's part, on it
 
 The models have random weights (random_teachers.py), nothing is downloaded. Each slice writes a JSON list and keeps
-each run as soon as it is done: the same command goes on where it was stopped. Slices 2 and 3 hold a run to the memory
-of a card of 12, 16 or 24 GiB, its CUDA context included, and double the batch until it does not fit.
+each run as soon as it is done: the same command goes on where it was stopped. Runs start side by side, as many as the
+GPU holds, and are timed in turns. Slices 2 and 3 hold a run to the memory of a card of 12, 16 or 24 GiB, its CUDA
+context included, and double or halve the batch until it is the largest that fits.
 """
 
 import argparse
@@ -38,6 +39,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +57,9 @@ from safetensors.torch import load_file
 from device import describe_device
 from random_teachers import SIZES, list_flags
 from small_runs import ROOT, SCRIPTS
-from step import Done, prepare_inputs, write_json
+from step import FITS_NOT, Done, is_measured, list_cells, prepare_inputs, run_cells, write_json, write_markdown
+from step import parse_args as parse_step_args
+from turns import run_in_turns, wait_for_turn
 
 
 Result = dict[str, Any]
@@ -68,66 +72,86 @@ WEIGHTS = {"unet": "unet", "sd21": "unet", "dit": "transformer", "sd3": "transfo
 # Dense, half precision, in TFLOP/s, by NVIDIA's data sheets and white papers. The first name that is found counts.
 PEAKS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "A100": 312.0, "RTX 4090": 165.2, "RTX 3060": 25.5}
 SAVING = "--use_8bit_adam --gradient_checkpointing"
+NEEDED = 24  # GiB that a run takes at most, where it is not held to less
+LIMIT = 240  # seconds for a run, the starts of the others beside it included
 
 
 class Case(NamedTuple):
-    """What slices 2 and 3 measure, at growing batches."""
+    """What slices 2 and 3 measure."""
 
     script: str
     name: str
     flags: str
-    limits: tuple[int | None, ...]  # GiB of the cards, growing; None is the whole GPU
-    first_batch: int = 1
+    first_batches: dict[int, int]  # by the GiB of a card; those that --dry_run says are the largest that fit
 
 
 MEMORY = {
     2: (
-        Case("sd21", "bk_tiny", f"--mixed_precision fp16 --cache_latents {SAVING}", (12, 24)),
-        Case("dit", "d14", "--mixed_precision bf16 --cache_latents --use_8bit_adam", (12, 24, None), 8),
+        Case("sd21", "bk_tiny", f"--mixed_precision fp16 --cache_latents {SAVING}", {12: 16, 24: 64}),
+        Case("dit", "d14", "--mixed_precision bf16 --cache_latents --use_8bit_adam", {12: 16, 24: 64}),
     ),
     3: (
-        Case("sd3", "half, shared LoRA", f"--mixed_precision bf16 {SAVING} --lora_rank 64 --share_backbone", (12, 16)),
-        Case("sd3", "half, whole", f"--mixed_precision bf16 {SAVING}", (16, 24)),
-        Case("sd3", "half, LoRA", f"--mixed_precision bf16 {SAVING} --lora_rank 64", (12, 16), 4),
+        Case(
+            "sd3",
+            "half, shared LoRA",
+            f"--mixed_precision bf16 {SAVING} --lora_rank 64 --share_backbone",
+            {12: 16, 16: 32},
+        ),
+        Case("sd3", "half, whole", f"--mixed_precision bf16 {SAVING}", {24: 8}),
+        Case("sd3", "half, LoRA", f"--mixed_precision bf16 {SAVING} --lora_rank 64", {12: 16, 16: 32}),
     ),
 }
+
+
+class Run(NamedTuple):
+    """A training in a process of its own."""
+
+    settings: Result  # what tells it from the others of its slice
+    script: str
+    flags: list[str]  # beside those that say what is trained on what
+    gibibytes: int | None = None  # of the card that it is held to
+
+
 # Of slice 4: arguments of step.py, each a grid.
 GRIDS = (
+    "--script dit --cache latents teacher --batch 16 --precision bf16 --compile off on",
     "--script sd21 --cache latents teacher --batch 8 --precision fp16 --compile off on",
     "--script sd21 --cache latents --batch 8 --precision fp16 --optimizer 8bit",
     "--script sd21 --cache latents --batch 8 --precision fp16 -- --enable_xformers_memory_efficient_attention",
-    "--script dit --cache latents teacher --batch 16 --precision bf16 --compile off on",
     "--script sd3 --cache latents teacher --batch 4 --precision bf16 --optimizer 8bit -- --gradient_checkpointing",
     "--script unet --cache none teacher --batch 32 --precision bf16",
 )
-STEPS, SETTLED = 12, 4  # of a run of slices 2 and 3, and of these those before the speed is taken
+TESTS = "tests/test_gpu.py tests/test_teacher_weights.py tests/test_teacher_cache.py tests/test_losses.py"
+STEPS, LOGGED, SETTLED = 16, 4, 2  # of a run of slices 2 and 3: steps, steps per row, rows before it is timed
 
 
 # ------------------------------------------------------------------------------------------------- in a run's process
 
 
-def train(script: str, flags: list[str], gibibytes: int | None) -> Result:
+def train(script: str, flags: list[str], gibibytes: int | None, context: int, turn_at: int | None) -> Result:
     """Run a script's `main` up to where it would save its last step; returns its metrics and peaks of memory.
 
     Args:
         flags: Of the script.
         gibibytes: The card's memory, `None` for all that there is.
+        context: Bytes of it that CUDA takes for the process.
+        turn_at: The step before which it waits until no other run is timed; `None`: it does not.
     """
-    context = 0
-    if ON_GPU:
-        torch.cuda.init()
-        free, total = torch.cuda.mem_get_info()
-        context = total - free  # of a process alone on the GPU
-        if gibibytes is not None:
-            torch.cuda.set_per_process_memory_fraction((gibibytes * 2**30 - context) / total)
+    if ON_GPU and gibibytes is not None:
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction((gibibytes * 2**30 - context) / total)
     module = importlib.import_module(f"train_lift_{script}")
-
-    compute_losses, found = module.compute_losses, {}
+    compute_losses, found, steps = module.compute_losses, {}, itertools.count(1)
 
     def start(*arguments: Any, **settings: Any) -> tuple:
-        if ON_GPU and not found:
+        step = next(steps)
+        if ON_GPU and step == 1:
             found["peak before the steps MiB"] = torch.cuda.max_memory_allocated() / 2**20
             torch.cuda.reset_peak_memory_stats()
+        if step == turn_at:
+            if ON_GPU:
+                torch.cuda.synchronize()
+            wait_for_turn()
         return compute_losses(*arguments, **settings)
 
     def leave(*arguments: Any) -> None:
@@ -161,22 +185,31 @@ class Results:
         kept = next((each for each in (path, RESULTS / path.name) if each.exists()), None)
         self.found: list[Result] = json.loads(kept.read_text(encoding="utf-8")) if kept else []
 
-    def get(self, settings: Result, measure: Callable[[], Result]) -> Result:
-        """The result with these settings, measured now unless it is there; one that failed is measured anew."""
-        device = describe_device(torch.device("cuda" if ON_GPU else "cpu"))
-        settings = settings | {"device": device, "torch": torch.__version__}
-        for old in self.found:
-            if settings.items() <= old.items() and ("error" not in old or fits_not(old)):
-                return old
-        self.check_time()
-        started = time.time()
-        print(f"{time.strftime('%H:%M:%S')} {' '.join(map(str, settings.values()))}", flush=True)
-        found = settings | measure()
-        found["seconds"] = time.time() - started
+    def find(self, settings: Result) -> Result | None:
+        """The result with these settings, on this device by this torch."""
+        settings = self.complete(settings)
+        return next((found for found in self.found if settings.items() <= found.items()), None)
+
+    def misses(self, settings: Result) -> bool:
+        """Whether there is no result with these settings, or an error; what does not fit the GPU is a result."""
+        return not is_measured(self.find(settings) or {"error": "none yet"})
+
+    def keep(self, settings: Result, measured: Result, started: float) -> None:
+        """Write what was measured; it replaces a result with these settings.
+
+        Args:
+            started: When, in seconds since the epoch.
+        """
+        settings = self.complete(settings)
+        found = settings | measured | {"seconds": time.time() - started}
         self.found = [old for old in self.found if not settings.items() <= old.items()] + [found]
         write_json(self.path, self.found)
-        print(f"  {summarise(found)}", flush=True)
-        return found
+        print(f"{time.strftime('%H:%M:%S')} {' '.join(map(str, settings.values()))}: {summarise(found)}", flush=True)
+
+    def complete(self, settings: Result) -> Result:
+        """The settings, with the device and torch's version."""
+        device = describe_device(torch.device("cuda" if ON_GPU else "cpu"))
+        return settings | {"device": device, "torch": torch.__version__}
 
     def check_time(self) -> None:
         """End the process where the minutes are over."""
@@ -190,42 +223,87 @@ def summarise(found: Result) -> str:
     return ", ".join(f"{name} {value}" for name, value in (numbers | {"error": found.get("error", "none")}).items())
 
 
-def fits_not(found: Result) -> bool:
-    """Whether a run ended because the GPU's memory was too small."""
-    return "does not fit the GPU" in found.get("error", "")
-
-
-def run_apart(script: str, size: str, inputs: Path, flags: list[str], gibibytes: int | None = None) -> Result:
-    """[`train`] in a process of its own; of one that fails, the "error", its last line.
+def run_all(
+    results: Results,
+    runs: list[Run],
+    size: str,
+    inputs: Path,
+    finish: Callable[[Run, Result], Result],
+    turn_at: int | None = None,
+) -> list[Result]:
+    """What the runs have measured, now or before.
 
     Args:
         size: Of the models.
-        inputs: Folder of teachers and images. Caches are kept there, too.
-        flags: Beside those that say what is trained on what.
-        gibibytes: See [`train`].
+        inputs: Folder of teachers and images.
+        finish: Makes a result of what [`train`] returns.
+        turn_at: See [`train`].
     """
-    prepare_inputs(script, size, inputs)
+    missing = [run for run in runs if results.misses(run.settings)]
+    with ThreadPoolExecutor(4) as pool:
+        [*pool.map(lambda script: prepare_inputs(script, size, inputs), {run.script for run in missing})]
+    while missing:
+        results.check_time()
+        wave, missing = take_wave(missing)
+        started = time.time()
+        for run, found in zip(wave, run_wave(wave, size, inputs, turn_at)):
+            results.keep(run.settings, found if "error" in found else finish(run, found), started)
+    return [results.find(run.settings) for run in runs]
+
+
+def take_wave(runs: list[Run]) -> tuple[list[Run], list[Run]]:
+    """The runs that the GPU and the cores hold at once, and the others; one run at least."""
+    free = torch.cuda.get_device_properties(0).total_memory / 2**30 if ON_GPU else 0
+    wave = []
+    for run in runs[: max((os.cpu_count() or 1) // 2, 1)]:
+        free -= run.gibibytes or NEEDED
+        if wave and free < 0:
+            break
+        wave.append(run)
+    return wave, runs[len(wave) :]
+
+
+def run_wave(runs: list[Run], size: str, inputs: Path, turn_at: int | None) -> list[Result]:
+    """[`train`] in processes side by side; of one that fails, the "error", its last line."""
+    context = 0
+    if ON_GPU:  # of a process alone on the GPU
+        query = "import torch; torch.cuda.init(); free, total = torch.cuda.mem_get_info(); print(total - free)"
+        context = int(run_python("-c", query).stdout.split()[-1])
     with tempfile.TemporaryDirectory(dir=inputs) as folder:
-        flags = [*common_flags(script, size, inputs), "--output_dir", f"{folder}/student", *flags]
-        options = json.dumps({"script": script, "flags": flags, "gibibytes": gibibytes, "output": folder})
-        finished = run_python("benchmarks/gpu.py", "--in_process", options)
-        if finished.returncode == 0:
-            return json.loads((Path(folder) / "measured.json").read_text())
-    return {"error": finished.stdout.strip().rpartition("\n")[2]}
+        commands = []
+        for number, run in enumerate(runs):
+            output = Path(folder) / str(number)
+            output.mkdir()
+            flags = [*common_flags(run.script, size, inputs), "--output_dir", str(output / "student")]
+            flags += ["--cache_dir", str(output / "cache"), *run.flags]
+            options = {"script": run.script, "flags": flags, "gibibytes": run.gibibytes, "turn_at": turn_at}
+            options |= {"context": context, "output": str(output)}
+            commands.append([sys.executable, "benchmarks/gpu.py", "--in_process", json.dumps(options)])
+        ended = run_in_turns(commands, ROOT, {"HF_HUB_OFFLINE": "1"}, LIMIT * len(runs) if not ON_GPU else LIMIT)
+        found = []
+        for number, (run, finished) in enumerate(zip(runs, ended)):
+            if finished.returncode == 0:
+                found.append(json.loads((Path(folder) / f"{number}/measured.json").read_text()))
+                continue
+            last = finished.stdout.strip().rpartition("\n")[2] or f"exit code {finished.returncode}"
+            found.append({"error": FITS_NOT, "message": last} if FITS_NOT in last else {"error": last})
+            if FITS_NOT not in last:
+                print(f"{run.settings} ended with\n{finished.stdout[-3000:]}", file=sys.stderr, flush=True)
+    return found
 
 
 def common_flags(script: str, size: str, inputs: Path) -> list[str]:
     """What all runs of a script have in common."""
     return [
         *list_flags(script, size, inputs),
-        *("--cache_dir", str(inputs / "cache"), "--report_to", "none", "--logging_steps", "1"),
-        *("--gradient_accumulation_steps", "1", "--dataloader_num_workers", "4" if ON_GPU else "0"),
+        *("--report_to", "none", "--gradient_accumulation_steps", "1"),
+        *("--dataloader_num_workers", "4" if ON_GPU else "0"),
     ]
 
 
-def run_python(*command: str) -> subprocess.CompletedProcess:
+def run_python(*command: str, **environment: str) -> subprocess.CompletedProcess:
     """A Python process in the repository's root, its output kept."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, **options)
 
@@ -235,74 +313,90 @@ def run_python(*command: str) -> subprocess.CompletedProcess:
 
 def check_losses(results: Results, size: str, inputs: Path) -> None:
     """Slice 1: twenty steps of each script in each half precision; without a GPU, float32 instead of fp16."""
-    for script, precision in itertools.product(SCRIPTS, ("bf16", "fp16" if ON_GPU else "no")):
+    runs = []
+    for precision, script in itertools.product(("bf16", "fp16" if ON_GPU else "no"), SCRIPTS):
+        flags = ["--mixed_precision", precision, "--max_train_steps", "20", "--logging_steps", "1"]
+        flags += ["--use_8bit_adam", "--train_batch_size", str(BATCH[script])]
+        flags += ["--gradient_checkpointing"] if script == "sd3" else []
+        runs.append(Run({"script": script, "size": size, "precision": precision}, script, flags))
 
-        def measure(script: str = script, precision: str = precision) -> Result:
-            flags = ["--mixed_precision", precision, "--max_train_steps", "20", "--use_8bit_adam"]
-            flags += [
-                "--train_batch_size",
-                str(BATCH[script]),
-                *(["--gradient_checkpointing"] if script == "sd3" else []),
-            ]
-            found = run_apart(script, size, inputs, flags)
-            if "error" in found:
-                return found
-            losses = [row["loss"] for row in found.pop("rows")]  # a value that is not finite is null there
-            finite = [loss for loss in losses if loss is not None]
-            first, last = statistics.mean(finite[:5]), statistics.mean(finite[-5:])
-            return found | {"losses": losses, "not finite": losses.count(None), "falls by": 1 - last / first}
+    def finish(run: Run, found: Result) -> Result:
+        losses = [row["loss"] for row in found.pop("rows")]  # a value that is not finite is null there
+        finite = [loss for loss in losses if loss is not None]
+        first, last = statistics.mean(finite[:5]), statistics.mean(finite[-5:])
+        return found | {"losses": losses, "not finite": losses.count(None), "falls by": 1 - last / first}
 
-        results.get({"script": script, "size": size, "precision": precision}, measure)
+    run_all(results, runs, size, inputs, finish)
 
 
 def measure_memory(number: int, results: Results, size: str, inputs: Path) -> None:
-    """Slices 2 and 3: for each card the batches that fit, their memory, speed, and what --dry_run says."""
+    """Slices 2 and 3: for each card the largest batch that fits, its memory, speed, and what --dry_run says."""
     total = torch.cuda.get_device_properties(0).total_memory / 2**30 if ON_GPU else math.inf
-    for case in MEMORY[number]:
-        batch = case.first_batch if ON_GPU else 1
-        for limit in case.limits if ON_GPU else (None,):
-            if limit is not None and limit > total:
-                continue
-            while batch <= LARGEST_BATCH:
-                settings = {"script": case.script, "size": size, "case": case.name, "flags": case.flags}
-                settings |= {"limit GiB": limit, "batch": batch}
-                if "error" in results.get(settings, lambda at=(case, batch, limit): run_case(*at, size, inputs)):
-                    break  # a larger card may take this batch
-                batch *= 2
+    ladders: list[tuple[Case, int, dict[int, bool]]] = []  # the batches that were tried, and whether they fit
+    ladders = [(case, limit, {}) for case in MEMORY[number] for limit in case.first_batches if limit <= total]
+    ladders = ladders if ON_GPU else ladders[:1]
+    while ladders:
+        batches = [next_batch(case.first_batches[limit], fits) for case, limit, fits in ladders]
+        runs = [make_run(case, limit, batch, size) for (case, limit, _), batch in zip(ladders, batches)]
+        found = run_all(
+            results, runs, size, inputs, lambda *run: finish_case(*run, size, inputs), SETTLED * LOGGED + 1
+        )
+        for (*_, fits), batch, result in zip(ladders, batches, found):
+            fits[batch] = "error" not in result
+        ladders = [(case, limit, fits) for case, limit, fits in ladders if next_batch(1, fits)]
 
 
-def run_case(case: Case, batch: int, limit: int | None, size: str, inputs: Path) -> Result:
-    """A run of slices 2 and 3 at one batch: its memory and speed, beside the estimates."""
-    flags = [*case.flags.split(), "--train_batch_size", str(batch)]
-    if not ON_GPU:
-        flags = ["bf16" if flag == "fp16" else flag for flag in flags]
-    found = run_apart(case.script, size, inputs, [*flags, "--max_train_steps", str(STEPS)], limit)
-    if "error" in found:
-        return found
-    speeds = [row["images_per_second"] for row in found.pop("rows")[SETTLED:]]
-    steps, images = PUBLISHED[case.script]
-    speed = statistics.median(speeds)
+def next_batch(first: int, fits: dict[int, bool]) -> int | None:
+    """The batch to try next, `None` once the largest that fits is known.
+
+    Args:
+        first: To begin with.
+        fits: What was tried.
+    """
+    if not fits:
+        return min(first, LARGEST_BATCH)
+    if all(fits.values()):
+        return 2 * max(fits) if 2 * max(fits) <= LARGEST_BATCH else None
+    return None if any(fits.values()) or min(fits) == 1 else min(fits) // 2
+
+
+def make_run(case: Case, limit: int, batch: int, size: str) -> Run:
+    """A run of slices 2 and 3."""
+    settings = {"script": case.script, "size": size, "case": case.name, "flags": case.flags}
+    settings |= {"limit GiB": limit, "batch": batch}
+    flags = case.flags if ON_GPU else case.flags.replace("fp16", "bf16")
+    flags += f" --train_batch_size {batch} --max_train_steps {STEPS} --logging_steps {LOGGED}"
+    return Run(settings, case.script, flags.split(), limit)
+
+
+def finish_case(run: Run, found: Result, size: str, inputs: Path) -> Result:
+    """The speed of a run of slices 2 and 3, beside the estimates."""
+    speed = statistics.median(row["images_per_second"] for row in found.pop("rows")[SETTLED + 1 :])
+    steps, images = PUBLISHED[run.script]
     found |= {"images per second": speed, "hours for the recipe": steps * images / speed / 3600}
-    dry = [*list_flags(case.script, size, inputs)[4:], *flags, "--gradient_accumulation_steps", "1"]
-    teacher = inputs / f"{case.script}-{size}"
-    estimated = estimate(case.script, teacher, shlex.join([*dry, "--max_train_steps", "1"]))
-    teraflops = estimated["FLOPs"] / batch * speed / 1e12
+    flags = [*list_flags(run.script, size, inputs)[4:], *run.flags, "--gradient_accumulation_steps", "1"]
+    estimated = estimate(run.script, inputs / f"{run.script}-{size}", shlex.join([*flags, "--max_train_steps", "1"]))
+    teraflops = estimated["FLOPs"] / run.settings["batch"] * speed / 1e12
     found |= {"estimated GiB": estimated["GiB"], "TFLOP/s": teraflops}
     peak = next((peak for name, peak in PEAKS.items() if ON_GPU and name in torch.cuda.get_device_name()), None)
     return found | ({"share of the peak": teraflops / peak} if peak else {})
 
 
 def time_steps(results: Results, size: str, inputs: Path) -> None:
-    """Slice 4: step.py, which keeps its own list. Without a GPU, its first grid in what a CPU computes."""
-    for grid in GRIDS if ON_GPU else GRIDS[3:4]:
-        results.check_time()
+    """Slice 4: the cells of step.py, whose list this is. Without a GPU, its first grid in what a CPU computes."""
+    cells, at_once = [], 1
+    for grid in GRIDS if ON_GPU else GRIDS[:1]:
         grid = grid if ON_GPU else grid.replace("--compile off on", "").replace("--batch 16", "--batch 2 --steps 2")
         own, _, passed = grid.partition(" -- ")
-        flags = [*own.split(), "--size", size, "--json", str(results.path.resolve()), "--inputs", str(inputs)]
-        finished = run_python("benchmarks/step.py", *flags, *(["--", *passed.split()] if passed else []))
-        print(finished.stdout, flush=True)
-        if finished.returncode != 0:
-            print(f"error: the grid {grid} ended with exit code {finished.returncode}", flush=True)
+        flags = [*own.split(), "--size", size, *(["--", *passed.split()] if passed else [])]
+        cells += list_cells(parse_step_args(flags))
+    if ON_GPU:
+        at_once = max(int(torch.cuda.get_device_properties(0).total_memory / 2**30 / NEEDED), 1)
+    for start in range(0, len(cells), at_once):
+        results.check_time()
+        wave = cells[start : start + at_once]
+        found = run_cells(wave, results.path, inputs, 3, "benchmarks/gpu.sh 4", at_once)
+        write_markdown(results.path.with_suffix(".md"), found)
 
 
 def kill_and_resume(results: Results, size: str, inputs: Path) -> None:
@@ -310,23 +404,30 @@ def kill_and_resume(results: Results, size: str, inputs: Path) -> None:
     for script in ("unet", "sd21"):
         size = size if size == "tiny" else "small"  # large enough, and quick to save
 
-        def measure(script: str = script, size: str = size) -> Result:
-            prepare_inputs(script, size, inputs)
-            precision = "fp16" if ON_GPU else "no"
-            with tempfile.TemporaryDirectory(dir=inputs) as folder:
-                command = [sys.executable, f"train_lift_{script}.py", *common_flags(script, size, inputs)]
-                command += ["--mixed_precision", precision, "--max_train_steps", "40", "--checkpointing_steps", "5"]
-                command += ["--train_batch_size", "2", "--resume_from_checkpoint", "latest", "--output_dir"]
-                whole, killed = Path(folder) / "whole", Path(folder) / "killed"
-                run_until(lambda rows: False, [*command, str(whole)])
-                step = run_until(lambda rows: len(rows) >= 12, [*command, str(killed)])
-                run_until(lambda rows: False, [*command, str(killed)])
-                ends = [run / "model_index.json" for run in (whole, killed)]
-                if step >= 40 or not all(end.exists() for end in ends):
-                    return {"error": f"the run was to be killed, and was at step {step}; finished: {ends}"}
-                return {"killed after step": step} | compare(script, whole, killed)
+        settings = {"script": script, "size": size}
+        if not results.misses(settings):
+            continue
+        results.check_time()
+        results.keep(settings, kill_once(script, size, inputs), time.time())
 
-        results.get({"script": script, "size": size}, measure)
+
+def kill_once(script: str, size: str, inputs: Path) -> Result:
+    """How far a run that is killed and resumed is from one that is not."""
+    prepare_inputs(script, size, inputs)
+    precision = "fp16" if ON_GPU else "no"
+    with tempfile.TemporaryDirectory(dir=inputs) as folder:
+        command = [sys.executable, f"train_lift_{script}.py", *common_flags(script, size, inputs)]
+        command += ["--cache_dir", f"{folder}/cache", "--mixed_precision", precision, "--logging_steps", "1"]
+        command += ["--max_train_steps", "40", "--checkpointing_steps", "5", "--train_batch_size", "2"]
+        command += ["--resume_from_checkpoint", "latest", "--output_dir"]
+        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        run_until(lambda rows: False, [*command, str(whole)])
+        step = run_until(lambda rows: len(rows) >= 12, [*command, str(killed)])
+        run_until(lambda rows: False, [*command, str(killed)])
+        ends = [run / "model_index.json" for run in (whole, killed)]
+        if step >= 40 or not all(end.exists() for end in ends):
+            return {"error": f"the run was to be killed, and was at step {step}; finished: {ends}"}
+        return {"killed after step": step} | compare(script, whole, killed)
 
 
 def run_until(enough: Callable[[list[Result]], bool], command: list[str]) -> int:
@@ -351,13 +452,13 @@ def compare(script: str, *runs: Path) -> Result:
 
 def run_tests(results: Results, size: str, inputs: Path) -> None:
     """Slice 6: the tests of what a GPU shows, which have their own sizes and inputs."""
-
-    def measure() -> Result:
-        finished = run_python("-m", "pytest", "-q", "tests/test_gpu.py")
+    settings, started = {"tests": TESTS}, time.time()
+    if results.misses(settings):
+        environment = {"ACCELERATE_USE_CPU": "false"}
+        finished = run_python("-m", "pytest", "-q", "-rf", "--numprocesses", "4", *TESTS.split(), **environment)
+        print(finished.stdout[-5000:], flush=True)
         last = finished.stdout.strip().rpartition("\n")[2]
-        return {"result": last} if finished.returncode == 0 else {"error": last}
-
-    results.get({"tests": "tests/test_gpu.py"}, measure)
+        results.keep(settings, {"result" if finished.returncode == 0 else "error": last}, started)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -381,8 +482,8 @@ def main(args: argparse.Namespace) -> None:
     """Run a slice, or in a run's process that run alone."""
     if args.in_process:
         options = json.loads(args.in_process)
-        found = train(options["script"], options["flags"], options["gibibytes"])
-        (Path(options["output"]) / "measured.json").write_text(json.dumps(found))
+        output = Path(options.pop("output"))
+        (output / "measured.json").write_text(json.dumps(train(**options)))
         return
     names = {1: "losses", 2: "memory", 3: "memory-sd3", 4: "steps", 5: "resume", 6: "tests"}
     inputs = args.inputs.resolve()

@@ -39,7 +39,6 @@ import contextlib
 import importlib
 import itertools
 import json
-import os
 import resource
 import shlex
 import statistics
@@ -67,6 +66,7 @@ from device import describe_device
 from lift_utils import FeatureModel, KDLoss
 from random_teachers import SIZES, list_flags
 from small_runs import SCRIPTS
+from turns import run_in_turns, wait_for_turn
 
 
 CACHES = {
@@ -81,6 +81,8 @@ ENCODERS, TEACHER, STUDENT = "encoders", "teacher forward", "student forward and
 OPTIMIZER, LOSS, AVERAGE, WHOLE = "optimizer step", "loss", "clipping and average", "whole step"
 BOUND = (ENCODERS, TEACHER, STUDENT, OPTIMIZER)
 IMAGES = 64
+FITS_NOT = "does not fit the GPU"  # as the scripts say it
+LIMIT = 900  # seconds for a cell
 # With these glibc keeps freed memory, as the CUDA allocator does. Otherwise page faults are timed with the work.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
@@ -175,6 +177,7 @@ class Probe:
                 self.first_step_ended = time.time()
             if self.done == self.warmup:
                 self.peak = peak_memory()
+                wait_for_turn()
             if self.done > self.warmup:
                 self.seconds.setdefault(WHOLE, []).append(now - self.start)
                 self.time_parts(student, teacher)
@@ -294,26 +297,34 @@ def identify(cell: dict[str, Any]) -> tuple:
     return tuple(cell[name] for name in SETTINGS)
 
 
-def measure(cell: dict[str, Any], inputs: Path, warmup: int) -> dict[str, Any]:
-    """Run a cell in a process of its own; returns what was measured, or that it did not fit the GPU."""
-    with tempfile.TemporaryDirectory() as output:
-        settings = json.dumps({"cell": cell, "inputs": str(inputs), "output": output, "warmup": warmup})
-        environment = {**os.environ, **KEEP_MEMORY, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(cell["threads"])}
+def measure(cells: list[dict[str, Any]], inputs: Path, warmup: int) -> list[dict[str, Any]]:
+    """Run cells side by side, in processes of their own, which time their steps in turns.
+
+    Returns:
+        What was measured of each. Of one that did not end well, the "error", its last line; the end of its output is
+        printed, unless it was that the GPU's memory is too small.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        commands = []
+        for number, cell in enumerate(cells):
+            (Path(folder) / str(number)).mkdir()
+            options = {"cell": cell, "inputs": str(inputs), "output": f"{folder}/{number}", "warmup": warmup}
+            commands.append([sys.executable, __file__, "--in_process", json.dumps(options)])
+        environment = {**KEEP_MEMORY, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(cells[0]["threads"])}
         started = time.time()
-        finished = subprocess.run(
-            [sys.executable, __file__, "--in_process", settings],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        if finished.returncode == 0:
-            found = json.loads((Path(output) / "measured.json").read_text())
-            return found | {"seconds to the end of the first step": found.pop("first step ended") - started}
-    last = finished.stdout.strip().rpartition("\n")[2]
-    if "does not fit the GPU" in last:
-        return {"error": "does not fit the GPU"}
-    fail(f"the cell {identify(cell)} ended with {last}\n{finished.stdout[-3000:]}")
+        ended = run_in_turns(commands, Path.cwd(), environment, LIMIT * len(cells))
+        found = []
+        for number, finished in enumerate(ended):
+            if finished.returncode == 0:
+                measured = json.loads((Path(folder) / f"{number}/measured.json").read_text())
+                first = measured.pop("first step ended") - started
+                found.append(measured | {"seconds to the end of the first step": first})
+                continue
+            last = finished.stdout.strip().rpartition("\n")[2] or f"exit code {finished.returncode}"
+            found.append({"error": FITS_NOT if FITS_NOT in last else last})
+            if FITS_NOT not in last:
+                print(f"{identify(cells[number])} ended with\n{finished.stdout[-3000:]}", file=sys.stderr, flush=True)
+        return found
 
 
 def write_json(path: Path, cells: list[dict[str, Any]]) -> None:
@@ -324,23 +335,35 @@ def write_json(path: Path, cells: list[dict[str, Any]]) -> None:
     temporary.replace(path)
 
 
-def run_grid(args: argparse.Namespace, command: str) -> list[dict[str, Any]]:
-    """Measure the cells that --json has not yet; returns them all, in the grid's order."""
-    kept = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else []
+def run_cells(
+    wanted: list[dict[str, Any]], path: Path | None, inputs: Path, warmup: int, command: str, at_once: int
+) -> list[dict[str, Any]]:
+    """Measure the cells that the file has not yet; returns the file's and the wanted ones, each once.
+
+    Args:
+        path: The JSON file, if there is one. It is written whenever cells are done.
+        command: Is kept with the cells that are measured now.
+        at_once: Cells that start side by side.
+    """
+    kept = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else []
     known = {identify(cell): cell for cell in kept}
-    wanted = list_cells(args)
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = args.inputs or Path(folder)
-        for number, cell in enumerate(wanted, 1):
-            if identify(cell) in known:
-                continue
-            name = " ".join(str(cell[axis]) for axis in SETTINGS[:7])
-            print(f"{number} of {len(wanted)}: {name}", file=sys.stderr, flush=True)
+    missing = [cell for cell in wanted if not is_measured(known.get(identify(cell), {"error": "none yet"}))]
+    for start in range(0, len(missing), at_once):
+        cells = missing[start : start + at_once]
+        for number, cell in enumerate(cells, start + 1):
+            name = " ".join(str(cell[axis]) for axis in SETTINGS[:8])
+            print(f"{number} of {len(missing)}: {name}", file=sys.stderr, flush=True)
             prepare_inputs(cell["script"], cell["size"], inputs)
-            known[identify(cell)] = cell | {"command": command} | measure(cell, inputs, args.warmup)
-            if args.json:
-                write_json(args.json, list(known.values()))
-    return list(known.values()) if args.json else [known[identify(cell)] for cell in wanted]
+        for cell, found in zip(cells, measure(cells, inputs, warmup)):
+            known[identify(cell)] = cell | {"command": command} | found
+        if path:
+            write_json(path, list(known.values()))
+    return list(known.values())
+
+
+def is_measured(found: dict[str, Any]) -> bool:
+    """Whether this is a result: numbers, or that the GPU's memory is too small."""
+    return found.get("error", FITS_NOT) == FITS_NOT
 
 
 def prepare_inputs(script: str, size: str, inputs: Path) -> None:
@@ -428,12 +451,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a cell (default: 10)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them (default: 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
+    parser.add_argument("--side_by_side", type=int, default=1, help="cells that start at once (default: 1)")
     parser.add_argument("--json", type=Path, help="keep the cells in this file, and a table beside it")
     parser.add_argument("--inputs", type=Path, help="keep the teachers and images in this folder (default: nowhere)")
     parser.add_argument("--in_process", help=argparse.SUPPRESS)  # one cell: what `measure` gives its process
     parser.add_argument("flags", nargs="*", help="after --: flags for the training script")
     args = parser.parse_args(input_args)
-    for name in ("steps", "warmup", "threads"):
+    for name in ("steps", "warmup", "threads", "side_by_side"):
         if getattr(args, name) < 1:
             fail(f"--{name} {getattr(args, name)} is out of range; pass 1 or more")
     if not 1 <= min(args.batch) <= max(args.batch) <= IMAGES:
@@ -457,10 +481,15 @@ def main(args: argparse.Namespace, command: str) -> None:
         found = run_cell(options["cell"], Path(options["inputs"]), output, options["warmup"])
         (output / "measured.json").write_text(json.dumps(found))
         return
-    cells = run_grid(args, command)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = args.inputs or Path(folder)
+        cells = run_cells(list_cells(args), args.json, inputs, args.warmup, command, args.side_by_side)
     print(make_tables(cells))
     if args.json:
         write_markdown(args.json.with_suffix(".md"), cells)
+    failed = [cell for cell in cells if not is_measured(cell)]
+    if failed:
+        fail(f"{len(failed)} of {len(cells)} cells ended with an error; the same command measures them again")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # No test may look for the Hub; the one that uploads starts a server of its own.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What `accelerate launch --cpu` sets for the runs it starts, for the runs inside this process.
-os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 torch.set_num_threads(1)  # for models this small a second thread costs more than it does
 
 
