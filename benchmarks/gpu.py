@@ -52,7 +52,9 @@ from common.arguments import fail
 from common.metrics import read_metrics
 
 from dry_runs import estimate
+from full_models import SD3_MEDIUM, save_dit, save_sd3, save_sd21
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 
 from device import describe_device
 from random_teachers import SIZES, list_flags
@@ -73,7 +75,7 @@ WEIGHTS = {"unet": "unet", "sd21": "unet", "dit": "transformer", "sd3": "transfo
 PEAKS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "A100": 312.0, "RTX 4090": 165.2, "RTX 3060": 25.5}
 SAVING = "--use_8bit_adam --gradient_checkpointing"
 NEEDED = 24  # GiB that a run takes at most, where it is not held to less
-LIMIT = 240  # seconds for a run, the starts of the others beside it included
+LIMIT = 300  # seconds for runs that start side by side
 
 
 class Case(NamedTuple):
@@ -98,7 +100,6 @@ MEMORY = {
             {12: 16, 16: 32},
         ),
         Case("sd3", "half, whole", f"--mixed_precision bf16 {SAVING}", {24: 8}),
-        Case("sd3", "half, LoRA", f"--mixed_precision bf16 {SAVING} --lora_rank 64", {12: 16, 16: 32}),
     ),
 }
 
@@ -114,13 +115,17 @@ class Run(NamedTuple):
 
 # Of slice 4: arguments of step.py, each a grid.
 GRIDS = (
-    "--script dit --cache latents teacher --batch 16 --precision bf16 --compile off on",
-    "--script sd21 --cache latents teacher --batch 8 --precision fp16 --compile off on",
+    "--script dit --cache latents teacher --batch 32 --precision bf16",
+    "--script sd21 --cache latents teacher --batch 8 --precision fp16",
     "--script sd21 --cache latents --batch 8 --precision fp16 --optimizer 8bit",
     "--script sd21 --cache latents --batch 8 --precision fp16 -- --enable_xformers_memory_efficient_attention",
-    "--script sd3 --cache latents teacher --batch 4 --precision bf16 --optimizer 8bit -- --gradient_checkpointing",
-    "--script unet --cache none teacher --batch 32 --precision bf16",
+    "--script sd3 --cache latents --batch 8 --precision bf16 --optimizer 8bit -- --gradient_checkpointing",
+    "--script unet --cache none --batch 32 --precision bf16",
+    "--script dit --cache latents --batch 32 --precision bf16 --compile on",
+    "--script sd21 --cache latents --batch 8 --precision fp16 --compile on",
+    "--script unet --cache none teacher --batch 32 --precision bf16 --compile on",
 )
+CELL = 16  # GiB that a cell of theirs takes at most
 TESTS = "tests/test_gpu.py tests/test_teacher_weights.py tests/test_teacher_cache.py tests/test_losses.py"
 STEPS, LOGGED, SETTLED = 16, 4, 2  # of a run of slices 2 and 3: steps, steps per row, rows before it is timed
 
@@ -279,7 +284,7 @@ def run_wave(runs: list[Run], size: str, inputs: Path, turn_at: int | None) -> l
             options = {"script": run.script, "flags": flags, "gibibytes": run.gibibytes, "turn_at": turn_at}
             options |= {"context": context, "output": str(output)}
             commands.append([sys.executable, "benchmarks/gpu.py", "--in_process", json.dumps(options)])
-        ended = run_in_turns(commands, ROOT, {"HF_HUB_OFFLINE": "1"}, LIMIT * len(runs) if not ON_GPU else LIMIT)
+        ended = run_in_turns(commands, ROOT, {"HF_HUB_OFFLINE": "1"}, LIMIT)
         found = []
         for number, (run, finished) in enumerate(zip(runs, ended)):
             if finished.returncode == 0:
@@ -297,7 +302,7 @@ def common_flags(script: str, size: str, inputs: Path) -> list[str]:
     return [
         *list_flags(script, size, inputs),
         *("--report_to", "none", "--gradient_accumulation_steps", "1"),
-        *("--dataloader_num_workers", "4" if ON_GPU else "0"),
+        *("--dataloader_num_workers", "0"),
     ]
 
 
@@ -336,28 +341,32 @@ def measure_memory(number: int, results: Results, size: str, inputs: Path) -> No
     ladders = [(case, limit, {}) for case in MEMORY[number] for limit in case.first_batches if limit <= total]
     ladders = ladders if ON_GPU else ladders[:1]
     while ladders:
-        batches = [next_batch(case.first_batches[limit], fits) for case, limit, fits in ladders]
-        runs = [make_run(case, limit, batch, size) for (case, limit, _), batch in zip(ladders, batches)]
-        found = run_all(
-            results, runs, size, inputs, lambda *run: finish_case(*run, size, inputs), SETTLED * LOGGED + 1
-        )
-        for (*_, fits), batch, result in zip(ladders, batches, found):
+        tries = [
+            (fits, batch, make_run(case, limit, batch, size))
+            for case, limit, fits in ladders
+            for batch in next_batches(case.first_batches[limit], fits)
+        ]
+        found = run_all(results, [run for *_, run in tries], size, inputs, finish_case, SETTLED * LOGGED + 1)
+        for (fits, batch, _), result in zip(tries, found):
             fits[batch] = "error" not in result
-        ladders = [(case, limit, fits) for case, limit, fits in ladders if next_batch(1, fits)]
+        ladders = [(case, limit, fits) for case, limit, fits in ladders if next_batches(1, fits)]
 
 
-def next_batch(first: int, fits: dict[int, bool]) -> int | None:
-    """The batch to try next, `None` once the largest that fits is known.
+def next_batches(first: int, fits: dict[int, bool]) -> list[int]:
+    """The batches to try next, none once the largest that fits is known.
 
     Args:
-        first: To begin with.
+        first: To begin with, beside its double.
         fits: What was tried.
     """
     if not fits:
-        return min(first, LARGEST_BATCH)
-    if all(fits.values()):
-        return 2 * max(fits) if 2 * max(fits) <= LARGEST_BATCH else None
-    return None if any(fits.values()) or min(fits) == 1 else min(fits) // 2
+        first = min(first, LARGEST_BATCH)
+        batches = [first, 2 * first]
+    elif all(fits.values()):
+        batches = [2 * max(fits)]
+    else:
+        batches = [] if any(fits.values()) else [min(fits) // 2]
+    return [batch for batch in batches if 1 <= batch <= LARGEST_BATCH]
 
 
 def make_run(case: Case, limit: int, batch: int, size: str) -> Run:
@@ -369,46 +378,60 @@ def make_run(case: Case, limit: int, batch: int, size: str) -> Run:
     return Run(settings, case.script, flags.split(), limit)
 
 
-def finish_case(run: Run, found: Result, size: str, inputs: Path) -> Result:
-    """The speed of a run of slices 2 and 3, beside the estimates."""
+def finish_case(run: Run, found: Result) -> Result:
+    """The speed of a run of slices 2 and 3."""
     speed = statistics.median(row["images_per_second"] for row in found.pop("rows")[SETTLED + 1 :])
     steps, images = PUBLISHED[run.script]
-    found |= {"images per second": speed, "hours for the recipe": steps * images / speed / 3600}
-    flags = [*list_flags(run.script, size, inputs)[4:], *run.flags, "--gradient_accumulation_steps", "1"]
-    estimated = estimate(run.script, inputs / f"{run.script}-{size}", shlex.join([*flags, "--max_train_steps", "1"]))
-    teraflops = estimated["FLOPs"] / run.settings["batch"] * speed / 1e12
-    found |= {"estimated GiB": estimated["GiB"], "TFLOP/s": teraflops}
-    peak = next((peak for name, peak in PEAKS.items() if ON_GPU and name in torch.cuda.get_device_name()), None)
-    return found | ({"share of the peak": teraflops / peak} if peak else {})
+    return found | {"images per second": speed, "hours for the recipe": steps * images / speed / 3600}
+
+
+def add_estimates(results: Results) -> None:
+    """What --dry_run says of the runs of slices 2 and 3 that fit; it needs no GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        teachers = {
+            "sd21": save_sd21(Path(folder) / "sd21"),
+            "dit": save_dit(Path(folder) / "dit"),
+            "sd3": save_sd3(Path(folder) / "sd3", SD3_MEDIUM),
+        }
+        for found in tqdm([each for each in results.found if "error" not in each], desc="dry runs"):
+            flags = [*list_flags(found["script"], "full", Path())[4:], *found["flags"].split()]
+            flags += ["--train_batch_size", str(found["batch"]), "--max_train_steps", "1"]
+            estimated = estimate(found["script"], teachers[found["script"]], shlex.join(flags))
+            teraflops = estimated["FLOPs"] / found["batch"] * found["images per second"] / 1e12
+            found |= {"estimated GiB": estimated["GiB"], "TFLOP/s": teraflops}
+            peaks = [peak for name, peak in PEAKS.items() if name in found["device"]]
+            found |= {"share of the peak": teraflops / peaks[0]} if peaks else {}
+    write_json(results.path, results.found)
 
 
 def time_steps(results: Results, size: str, inputs: Path) -> None:
     """Slice 4: the cells of step.py, whose list this is. Without a GPU, its first grid in what a CPU computes."""
     cells, at_once = [], 1
     for grid in GRIDS if ON_GPU else GRIDS[:1]:
-        grid = grid if ON_GPU else grid.replace("--compile off on", "").replace("--batch 16", "--batch 2 --steps 2")
+        grid = grid if ON_GPU else grid.replace("--batch 32", "--batch 2 --steps 2")
         own, _, passed = grid.partition(" -- ")
         flags = [*own.split(), "--size", size, *(["--", *passed.split()] if passed else [])]
         cells += list_cells(parse_step_args(flags))
     if ON_GPU:
-        at_once = max(int(torch.cuda.get_device_properties(0).total_memory / 2**30 / NEEDED), 1)
+        at_once = max(int(torch.cuda.get_device_properties(0).total_memory / 2**30 / CELL), 1)
+        at_once = min(at_once, (os.cpu_count() or 2) // 2)
     for start in range(0, len(cells), at_once):
         results.check_time()
         wave = cells[start : start + at_once]
-        found = run_cells(wave, results.path, inputs, 3, "benchmarks/gpu.sh 4", at_once)
+        found = run_cells(wave, results.path, inputs, 3, "benchmarks/gpu.sh 4", at_once, LIMIT)
         write_markdown(results.path.with_suffix(".md"), found)
 
 
 def kill_and_resume(results: Results, size: str, inputs: Path) -> None:
     """Slice 5: the student of a run that is killed and resumed, beside that of one that is not."""
-    for script in ("unet", "sd21"):
-        size = size if size == "tiny" else "small"  # large enough, and quick to save
-
-        settings = {"script": script, "size": size}
-        if not results.misses(settings):
-            continue
-        results.check_time()
-        results.keep(settings, kill_once(script, size, inputs), time.time())
+    size, started = "tiny" if size == "tiny" else "small", time.time()  # large enough, and quick to save
+    results.check_time()
+    settings = [{"script": script, "size": size} for script in ("unet", "sd21")]
+    missing = [each for each in settings if results.misses(each)]
+    with ThreadPoolExecutor(2 if ON_GPU else 1) as pool:
+        found = [*pool.map(lambda each: kill_once(each["script"], size, inputs), missing)]
+    for each, measured in zip(missing, found):
+        results.keep(each, measured, started)
 
 
 def kill_once(script: str, size: str, inputs: Path) -> Result:
@@ -416,28 +439,40 @@ def kill_once(script: str, size: str, inputs: Path) -> Result:
     prepare_inputs(script, size, inputs)
     precision = "fp16" if ON_GPU else "no"
     with tempfile.TemporaryDirectory(dir=inputs) as folder:
-        command = [sys.executable, f"train_lift_{script}.py", *common_flags(script, size, inputs)]
-        command += ["--cache_dir", f"{folder}/cache", "--mixed_precision", precision, "--logging_steps", "1"]
-        command += ["--max_train_steps", "40", "--checkpointing_steps", "5", "--train_batch_size", "2"]
-        command += ["--resume_from_checkpoint", "latest", "--output_dir"]
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
-        run_until(lambda rows: False, [*command, str(whole)])
-        step = run_until(lambda rows: len(rows) >= 12, [*command, str(killed)])
-        run_until(lambda rows: False, [*command, str(killed)])
+
+        def command(output: Path) -> list[str]:
+            flags = ["--output_dir", str(output), "--cache_dir", f"{output}-cache", "--logging_steps", "1"]
+            flags += ["--mixed_precision", precision, "--max_train_steps", "40", "--checkpointing_steps", "5"]
+            flags += ["--train_batch_size", "2", "--resume_from_checkpoint", "latest"]
+            return [sys.executable, f"train_lift_{script}.py", *common_flags(script, size, inputs), *flags]
+
+        def interrupt() -> int:
+            step = run_until(lambda rows: len(rows) >= 12, command(killed), killed)
+            run_until(lambda rows: False, command(killed), killed)
+            return step
+
+        with ThreadPoolExecutor(2 if ON_GPU else 1) as pool:
+            other = pool.submit(run_until, lambda rows: False, command(whole), whole)
+            step = interrupt()
+            other.result()
         ends = [run / "model_index.json" for run in (whole, killed)]
         if step >= 40 or not all(end.exists() for end in ends):
-            return {"error": f"the run was to be killed, and was at step {step}; finished: {ends}"}
+            texts = [(run.parent / f"{run.name}.txt").read_text()[-2000:] for run in (whole, killed)]
+            print(*texts, sep="\n", file=sys.stderr, flush=True)
+            return {"error": f"killed at step {step} of 40; finished: {[end.exists() for end in ends]}"}
         return {"killed after step": step} | compare(script, whole, killed)
 
 
-def run_until(enough: Callable[[list[Result]], bool], command: list[str]) -> int:
+def run_until(enough: Callable[[list[Result]], bool], command: list[str], output: Path) -> int:
     """Start a training and kill it once it has logged enough, if it ever has; returns the last step it logged."""
-    path = Path(command[-1]) / "metrics.jsonl"
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        if enough(read_metrics(path)):
-            process.send_signal(signal.SIGKILL)
-        time.sleep(0.05)
+    path = output / "metrics.jsonl"
+    with (output.parent / f"{output.name}.txt").open("wb") as printed:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            if enough(read_metrics(path)):
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.05)
     rows = read_metrics(path)
     return rows[-1]["step"] if rows else 0
 
@@ -469,11 +504,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON lists")
     parser.add_argument("--inputs", type=Path, default=ROOT / "runs" / "gpu", help="folder of teachers and images")
     parser.add_argument("--in_process", help=argparse.SUPPRESS)  # a run: what `run_apart` gives its process
+    parser.add_argument("--estimates", action="store_true", help="of slice 2 or 3, add what --dry_run says; no GPU")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after them (default: no end)")
     args = parser.parse_args(input_args)
     if args.slice is None and args.in_process is None:
         fail("--slice is not given; pass 1 to 6, or run benchmarks/gpu.sh all")
-    if args.size == "full" and not ON_GPU and args.in_process is None:
+    if args.estimates and args.slice not in MEMORY:
+        fail(f"--estimates is for slices 2 and 3; --slice is {args.slice}")
+    if args.size == "full" and not ON_GPU and args.in_process is None and not args.estimates:
         fail("--size full needs a GPU, and there is none; pass --size tiny")
     return args
 
@@ -489,7 +527,9 @@ def main(args: argparse.Namespace) -> None:
     inputs = args.inputs.resolve()
     inputs.mkdir(parents=True, exist_ok=True)
     results = Results(args.output / f"{names[args.slice]}.json", args.minutes)
-    if args.slice in MEMORY:
+    if args.estimates:
+        add_estimates(results)
+    elif args.slice in MEMORY:
         measure_memory(args.slice, results, args.size, inputs)
     else:
         slices = {1: check_losses, 4: time_steps, 5: kill_and_resume, 6: run_tests}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What only a GPU can tell, in slices: benchmarks/gpu.sh 1, ..., 6, or all. See benchmarks/gpu.py.
-# GPU_SIZE=tiny takes tiny models, with which it also runs on a CPU. OUT is where the results go.
+# GPU_SIZE=tiny takes tiny models, with which it also runs on a CPU. OUT is where the results go, INPUTS where teachers
+# and images are written (20 GB; /dev/shm is quick).
 set -u
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
@@ -12,6 +13,6 @@ status=0
 for slice in $slices; do
     echo "slice $slice"
     "$python" benchmarks/gpu.py --slice "$slice" --size "${GPU_SIZE:-full}" "${limit[@]}" \
-        --output "${OUT:-benchmarks/results/gpu}" || { status=$?; echo "slice $slice ended with exit code $status"; }
+        --output "${OUT:-benchmarks/results/gpu}" --inputs "${INPUTS:-runs/gpu}" || { status=$?; echo "slice $slice ended with exit code $status"; }
 done
 exit $status

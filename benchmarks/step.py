@@ -82,7 +82,7 @@ OPTIMIZER, LOSS, AVERAGE, WHOLE = "optimizer step", "loss", "clipping and averag
 BOUND = (ENCODERS, TEACHER, STUDENT, OPTIMIZER)
 IMAGES = 64
 FITS_NOT = "does not fit the GPU"  # as the scripts say it
-LIMIT = 900  # seconds for a cell
+LIMIT = 3600  # seconds for the cells that start side by side
 # With these glibc keeps freed memory, as the CUDA allocator does. Otherwise page faults are timed with the work.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
@@ -297,7 +297,7 @@ def identify(cell: dict[str, Any]) -> tuple:
     return tuple(cell[name] for name in SETTINGS)
 
 
-def measure(cells: list[dict[str, Any]], inputs: Path, warmup: int) -> list[dict[str, Any]]:
+def measure(cells: list[dict[str, Any]], inputs: Path, warmup: int, seconds: float) -> list[dict[str, Any]]:
     """Run cells side by side, in processes of their own, which time their steps in turns.
 
     Returns:
@@ -312,7 +312,7 @@ def measure(cells: list[dict[str, Any]], inputs: Path, warmup: int) -> list[dict
             commands.append([sys.executable, __file__, "--in_process", json.dumps(options)])
         environment = {**KEEP_MEMORY, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(cells[0]["threads"])}
         started = time.time()
-        ended = run_in_turns(commands, Path.cwd(), environment, LIMIT * len(cells))
+        ended = run_in_turns(commands, Path.cwd(), environment, seconds)
         found = []
         for number, finished in enumerate(ended):
             if finished.returncode == 0:
@@ -336,7 +336,13 @@ def write_json(path: Path, cells: list[dict[str, Any]]) -> None:
 
 
 def run_cells(
-    wanted: list[dict[str, Any]], path: Path | None, inputs: Path, warmup: int, command: str, at_once: int
+    wanted: list[dict[str, Any]],
+    path: Path | None,
+    inputs: Path,
+    warmup: int,
+    command: str,
+    at_once: int,
+    seconds: float = LIMIT,
 ) -> list[dict[str, Any]]:
     """Measure the cells that the file has not yet; returns the file's and the wanted ones, each once.
 
@@ -344,6 +350,7 @@ def run_cells(
         path: The JSON file, if there is one. It is written whenever cells are done.
         command: Is kept with the cells that are measured now.
         at_once: Cells that start side by side.
+        seconds: They have to end.
     """
     kept = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else []
     known = {identify(cell): cell for cell in kept}
@@ -354,7 +361,7 @@ def run_cells(
             name = " ".join(str(cell[axis]) for axis in SETTINGS[:8])
             print(f"{number} of {len(missing)}: {name}", file=sys.stderr, flush=True)
             prepare_inputs(cell["script"], cell["size"], inputs)
-        for cell, found in zip(cells, measure(cells, inputs, warmup)):
+        for cell, found in zip(cells, measure(cells, inputs, warmup, seconds)):
             known[identify(cell)] = cell | {"command": command} | found
         if path:
             write_json(path, list(known.values()))
