@@ -934,7 +934,8 @@ def print_dry_run(
     encoders = 0 if args.cache_latents or args.vae == "none" else vae.num_parameters()
     encoder_bytes = dtype_of(args.mixed_precision).itemsize * encoders
     parameters = count, count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if live else 0
-    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
+    accumulates = args.gradient_accumulation_steps > 1
+    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     print_memory_estimate(activations, *parameters, *settings, encoder_bytes=encoder_bytes, features=features)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision

@@ -852,7 +852,8 @@ def print_dry_run(
     teacher_held = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if on_device else 0
     encoder_bytes = 0 if args.cache_latents else sum(encoders.values())
     features = count_features(teacher, recipe["features"], inputs, item=1)
-    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
+    accumulates = args.gradient_accumulation_steps > 1
+    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     print_memory_estimate(activations, held, teacher_held, *settings, trained, encoder_bytes, features)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision

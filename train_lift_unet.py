@@ -578,7 +578,8 @@ def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dic
         cached = args.cache_teacher, inputs["sample"].numel(), args.cache_teacher_dtype, teacher_macs
         print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision)
     live = args.kd_loss != "none" and args.cache_teacher is None
-    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
+    accumulates = args.gradient_accumulation_steps > 1
+    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     on_device = live and not args.offload_teacher
     held = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if on_device else 0
     print_memory_estimate(activations, count, held, *settings, features=features)

@@ -71,6 +71,7 @@ def estimate(script: str, teacher: Path, flags: str) -> dict:
     found = {
         "parameters": int(number(r"student: ([\d,]+) parameters")),
         "GMACs": round(number(r"student: [\d,]+ parameters, ([\d,]+) MACs") / 1e9, 1),
+        "MiB": number(r"\n  sum +([\d.,]+) MiB"),
         "GiB": round(number(r"\n  sum +([\d.,]+) MiB") / 1024, 1),
         "FLOPs": number(r" are ([\d.e+]+) FLOPs"),
         "hours": {card: float(time.replace(",", "")) for card, time in hours},

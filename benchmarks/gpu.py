@@ -52,7 +52,7 @@ from common.arguments import fail
 from common.metrics import read_metrics
 
 from dry_runs import estimate
-from full_models import SD3_MEDIUM, save_dit, save_sd3, save_sd21
+from full_models import CELEBA, SD3_MEDIUM, save_ddpm, save_dit, save_sd3, save_sd21
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
@@ -320,10 +320,10 @@ def check_losses(results: Results, size: str, inputs: Path) -> None:
     """Slice 1: twenty steps of each script in each half precision; without a GPU, float32 instead of fp16."""
     runs = []
     for precision, script in itertools.product(("bf16", "fp16" if ON_GPU else "no"), SCRIPTS):
-        flags = ["--mixed_precision", precision, "--max_train_steps", "20", "--logging_steps", "1"]
-        flags += ["--use_8bit_adam", "--train_batch_size", str(BATCH[script])]
-        flags += ["--gradient_checkpointing"] if script == "sd3" else []
-        runs.append(Run({"script": script, "size": size, "precision": precision}, script, flags))
+        flags = f"--mixed_precision {precision} {SAVING if script == 'sd3' else '--use_8bit_adam'}"
+        settings = {"script": script, "size": size, "precision": precision, "flags": flags, "batch": BATCH[script]}
+        flags += f" --train_batch_size {BATCH[script]} --max_train_steps 20 --logging_steps 1"
+        runs.append(Run(settings, script, flags.split()))
 
     def finish(run: Run, found: Result) -> Result:
         losses = [row["loss"] for row in found.pop("rows")]  # a value that is not finite is null there
@@ -386,21 +386,23 @@ def finish_case(run: Run, found: Result) -> Result:
 
 
 def add_estimates(results: Results) -> None:
-    """What --dry_run says of the runs of slices 2 and 3 that fit; it needs no GPU."""
+    """What --dry_run says of the runs of slices 1 to 3 that fit; it needs no GPU."""
     with tempfile.TemporaryDirectory() as folder:
         teachers = {
+            "unet": save_ddpm(Path(folder) / "unet", **CELEBA),
             "sd21": save_sd21(Path(folder) / "sd21"),
             "dit": save_dit(Path(folder) / "dit"),
             "sd3": save_sd3(Path(folder) / "sd3", SD3_MEDIUM),
         }
         for found in tqdm([each for each in results.found if "error" not in each], desc="dry runs"):
-            flags = [*list_flags(found["script"], "full", Path())[4:], *found["flags"].split()]
-            flags += ["--train_batch_size", str(found["batch"]), "--max_train_steps", "1"]
+            flags = [*list_flags(found["script"], "full", Path())[4:], *found["flags"].split(), "--train_batch_size"]
+            flags += [str(found["batch"]), "--gradient_accumulation_steps", "1", "--max_train_steps", "1"]
             estimated = estimate(found["script"], teachers[found["script"]], shlex.join(flags))
-            teraflops = estimated["FLOPs"] / found["batch"] * found["images per second"] / 1e12
-            found |= {"estimated GiB": estimated["GiB"], "TFLOP/s": teraflops}
+            found["estimated MiB"] = estimated["MiB"]
             peaks = [peak for name, peak in PEAKS.items() if name in found["device"]]
-            found |= {"share of the peak": teraflops / peaks[0]} if peaks else {}
+            if "images per second" in found and peaks:
+                teraflops = estimated["FLOPs"] / found["batch"] * found["images per second"] / 1e12
+                found |= {"TFLOP/s": teraflops, "share of the peak": teraflops / peaks[0]}
     write_json(results.path, results.found)
 
 
@@ -504,13 +506,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON lists")
     parser.add_argument("--inputs", type=Path, default=ROOT / "runs" / "gpu", help="folder of teachers and images")
     parser.add_argument("--in_process", help=argparse.SUPPRESS)  # a run: what `run_apart` gives its process
-    parser.add_argument("--estimates", action="store_true", help="of slice 2 or 3, add what --dry_run says; no GPU")
+    parser.add_argument("--estimates", action="store_true", help="add what --dry_run says to slice 1, 2 or 3; no GPU")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after them (default: no end)")
     args = parser.parse_args(input_args)
     if args.slice is None and args.in_process is None:
         fail("--slice is not given; pass 1 to 6, or run benchmarks/gpu.sh all")
-    if args.estimates and args.slice not in MEMORY:
-        fail(f"--estimates is for slices 2 and 3; --slice is {args.slice}")
+    if args.estimates and args.slice not in (1, *MEMORY):
+        fail(f"--estimates is for the slices 1 to 3; --slice is {args.slice}")
     if args.size == "full" and not ON_GPU and args.in_process is None and not args.estimates:
         fail("--size full needs a GPU, and there is none; pass --size tiny")
     return args

@@ -25,14 +25,14 @@ def print_memory_estimate(
     mixed_precision: str | None,
     use_8bit_adam: bool,
     use_ema: bool,
+    keeps_gradients: bool,
     trained: int | None = None,
     encoder_bytes: int = 0,
     features: int = 0,
 ) -> None:
-    """Print what a training step holds, by part, in MiB.
+    """Print what a training step holds when it holds most, by part, in MiB.
 
-    With several processes the sum is the same: DistributedDataParallel's buckets hold the gradients, which are views
-    of them (`gradient_as_bucket_view`).
+    On a GPU, 1.02 to 1.11 of it was allocated, in the runs of docs/evidence.md.
 
     Args:
         activations: Bytes that the forward pass keeps to the backward pass, and those of the block that gradient
@@ -43,27 +43,42 @@ def print_memory_estimate(
         mixed_precision: "fp16", "bf16", "no" or `None`.
         use_8bit_adam: Whether the optimizer keeps its moments in 8 bits.
         use_ema: Whether there is a moving average of the trained weights.
+        keeps_gradients: Whether gradients are held during the forward pass, too: those of the micro-batches before.
         trained: Parameters that learn, if not all of the student's; those that do not are held like the teacher's.
         encoder_bytes: Weights of what encodes images and captions in every step.
-        features: Elements of the teacher's features of one image. The feature term has both models' in float32.
+        features: Elements of the teacher's features of one image.
     """
     width = dtype_of(mixed_precision).itemsize
     trained = student if trained is None else trained
     kept, recomputed = activations
-    parts = {
+    gradients = {"gradients (fp32)": 4 * trained}
+    always = {
         "trained weights (fp32)": 4 * trained,
-        "their copies for autocast": width * trained if width < 4 else 0,
         "frozen weights of the student": width * (student - trained),
-        "gradients (fp32)": 4 * trained,
+        **(gradients if keeps_gradients else {}),
         "optimizer moments": (2 if use_8bit_adam else 8) * trained,
         "averaged weights": 4 * trained if use_ema else 0,
-        f"student activations, batch {batch_size}": kept,
-        "the block being recomputed": recomputed,
-        "features of both models (fp32)": 8 * features * batch_size,
         "teacher weights": teacher_bytes,
         "encoders' weights": encoder_bytes,
     }
-    print("memory, estimated, without the teacher's working set and the CUDA context:")
+    batch = f"student activations, batch {batch_size}"
+    # The feature term has both models' features in float32. The backward pass begins with the gradients of them all.
+    moments = {
+        "after the forward pass": {
+            batch: kept,
+            "copies of the weights for autocast": width * trained if width < 4 and not recomputed else 0,
+            "features of both models and gradients": 12 * features * batch_size,
+        },
+        "while a block is recomputed": {
+            batch: kept,
+            "the block being recomputed": recomputed,
+            "gradients of the features": width * features * batch_size,
+        },
+        "after the backward pass": gradients,
+    }
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    parts = always | moments[moment]
+    print(f"memory at its peak, {moment}, estimated, without the teacher's working set and the CUDA context:")
     for name, size in [*parts.items(), ("sum", sum(parts.values()))]:
         if size:
             print(f"  {name:<40}{size / 2**20:>12,.1f} MiB")

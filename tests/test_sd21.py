@@ -677,13 +677,19 @@ def test_dry_run_needs_no_weights(run, sd_teacher, tmp_path, capsys):
     assert parts["teacher weights"] == pytest.approx(4 * theirs / 2**20, abs=0.06)
     assert parts["sum"] == pytest.approx(sum(parts.values()) - parts["sum"], abs=0.5)
 
+    assert "after the forward pass" in text and "gradients (fp32)" not in parts
+    accumulating = shown("--student", "bk_tiny", "--gradient_accumulation_steps", 2)[1]
+    assert accumulating["gradients (fp32)"] == parts["trained weights (fp32)"]
+    assert accumulating["sum"] == pytest.approx(parts["sum"] + parts["trained weights (fp32)"], abs=0.11)
+
     cached = shown("--student", "bk_tiny", "--cache_latents")[1]
     assert "encoders' weights" not in cached
     assert cached["sum"] == pytest.approx(parts["sum"] - parts["encoders' weights"], abs=0.11)
     lora = shown("--student", "bk_tiny", "--lora_rank", 2)[1]
     assert lora["trained weights (fp32)"] < 0.3 * parts["trained weights (fp32)"]
     assert lora["frozen weights of the student"] == pytest.approx(4 * ours / 2**20, abs=0.06)
-    saving = shown("--student", "bk_tiny", "--gradient_checkpointing")[1]
+    text, saving = shown("--student", "bk_tiny", "--gradient_checkpointing")
+    assert "memory at its peak, while a block is recomputed" in text
     activations = "student activations, batch 4"
     assert saving[activations] < parts[activations]
     assert "teacher weights" not in shown("--student", "bk_tiny", "--kd_loss", "none")[1]

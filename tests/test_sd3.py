@@ -663,7 +663,7 @@ def test_dry_run_tells_sizes_and_stops(run, sd3_teacher, tmp_path, capsys):
     texts = sum(getattr(pipeline, name).num_parameters() for name in TEXT_ENCODERS)
     weights = dry_run("--no-cache_latents", "--mixed_precision", "bf16")["encoders' weights"]
     assert weights == pytest.approx((4 * pipeline.vae.num_parameters() + 2 * texts) / 2**20, abs=0.06)
-    assert dry_run("--lambda_kd_feat", 0).keys() < dry_run().keys() >= {"features of both models (fp32)"}
+    assert dry_run("--lambda_kd_feat", 0).keys() < dry_run().keys() >= {"features of both models and gradients"}
     two, one = dry_run("--lora_rank", 2), dry_run("--lora_rank", 2, "--share_backbone")
     frozen = two.pop("frozen weights of the student")
     assert frozen == pytest.approx(

@@ -659,7 +659,8 @@ def print_dry_run(
     live = args.kd_loss != "none" and args.cache_teacher is None
     on_device = live and not args.offload_teacher
     parameters = count, count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if on_device else 0
-    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema
+    accumulates = args.gradient_accumulation_steps > 1
+    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     print_memory_estimate(activations, *parameters, *settings, trained, encoder_bytes, features)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
