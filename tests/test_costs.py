@@ -1,8 +1,10 @@
 """What the dry run says of multiply-accumulates and activations, against known values and real runs on a CPU."""
 
+import re
 from functools import partial
 
 from common.costs import dtype_of, estimate_activations, profile_forward
+from common.estimates import print_memory_estimate
 from common.students import count_features
 
 import pytest
@@ -157,3 +159,36 @@ def test_features_are_counted(name, features, item):
     _, outputs = model(**{key: torch.zeros_like(tensor, device="cpu") for key, tensor in inputs.items()})
     pairs = [["any", feature] for feature in features]
     assert count_features(on_meta(kind, config), pairs, inputs, item) == sum(each.numel() for each in outputs)
+
+
+def test_the_estimate_is_of_the_moment_that_holds_most(capsys):
+    def parts(kept: int, recomputed: int, keeps_gradients: bool) -> tuple[str, dict[str, float]]:
+        sizes = {"student": 2**20, "teacher_bytes": 2**20, "batch_size": 2, "features": 2**18}
+        how = {"mixed_precision": "bf16", "use_8bit_adam": True, "use_ema": False, "keeps_gradients": keeps_gradients}
+        print_memory_estimate((kept * 2**20, recomputed * 2**20), **sizes, **how)
+        head, *lines = capsys.readouterr().out.splitlines()
+        return head.split(", ")[1], {name: float(size) for name, size in (line[2:-4].split("  ", 1) for line in lines)}
+
+    held = {"trained weights (fp32)": 4, "optimizer moments": 2, "teacher weights": 1}
+    activations, copies = "student activations, batch 2", "copies of the weights for autocast"
+    features = {"features of both models and gradients": 6}
+    assert parts(1, 0, False) == (
+        "after the forward pass",
+        {**held, activations: 1, copies: 2, **features, "sum": 16},
+    )
+    assert parts(1, 8, False) == (
+        "while a block is recomputed",
+        {**held, activations: 1, "the block being recomputed": 8, "gradients of the features": 1, "sum": 17},
+    )
+    assert parts(1, 1, True) == (
+        "after the forward pass",  # recomputing leaves no copies
+        {**held, "gradients (fp32)": 4, activations: 1, **features, "sum": 18},
+    )
+
+
+def test_after_the_backward_pass_gradients_count(capsys):
+    settings = {"mixed_precision": "no", "use_8bit_adam": False, "use_ema": True, "keeps_gradients": False}
+    print_memory_estimate((2**20, 0), student=2**20, teacher_bytes=0, batch_size=2, **settings)
+    text = capsys.readouterr().out
+    assert "memory at its peak, after the backward pass, estimated" in text
+    assert re.findall(r"(\S+) MiB", text) == ["4.0", "8.0", "4.0", "4.0", "20.0"]
