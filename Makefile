@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo demo-sd21 demo-dit demo-sd3 test quality bench endings
+.PHONY: demo demo-sd21 demo-dit demo-sd3 test quality bench endings evidence
 
 demo: .venv/installed  ## train a small teacher of digits, distil it four ways, write a report (10 minutes on 2 cores)
 	$(PY) demos/digits.py --output_dir demo
@@ -35,6 +35,9 @@ bench: .venv/installed  ## time the loss, training steps, and cached latents
 endings: .venv/installed  ## kill and interrupt runs of every script everywhere, and look at how they end (hours)
 	$(PY) benchmarks/kills.py
 	$(PY) benchmarks/endings.py
+
+evidence: .venv/installed  ## run the experiments that are left (days), and write the page of those that are finished
+	$(PY) benchmarks/evidence.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -6,22 +6,27 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""What helps, measured: trainings in the small set-up of study.py, a JSON line each, and the tables made of them.
+"""Which loss helps, where, and why: experiments on small pixel U-Nets of garments, from the same teacher.
 
-    python benchmarks/evidence.py                            # every experiment; with nothing left to run, its tables
-    python benchmarks/evidence.py --only draws --jobs 2
+    python benchmarks/evidence.py                            # every experiment; with nothing left to run, its results
+    python benchmarks/evidence.py --only tiny --jobs 2
 
-Stopped, it goes on with the run that it was in. A table has means ± standard errors over the seeds, and the mean
-difference to its first row, of the same seed, with the interval that holds it in 95 % of cases (Student's t).
+Stopped, it goes on with the runs that it was in; a line of runs.jsonl is kept for each that is finished. Where an
+experiment searches the learning rate, each row has its own: the best of the same few, on a seed that is not reported.
+
+A table has means ± standard errors over the seeds, and mean differences of runs of the same seed, with the interval
+that holds them in 95 % of cases (Student's t). Only experiments with all their runs have a table and figures.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy import stats
 
 
@@ -29,54 +34,198 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.arguments import fail
 
-from study import ROOT, Run, Study, cell, set_environment
+from study import ROOT, TIMESTEPS, Run, Study, cell, set_environment
+
+
+Flags = dict[str, Any]
+Values = dict[str, dict[int, dict[str, Any]]]  # lines by row and seed
+SEARCH_SEED, SEARCH_SAMPLES = 100, 2000
+RATES = (4e-3, 8e-3, 16e-3)
 
 
 class Experiment(NamedTuple):
     """Runs that are compared, and what is said of them."""
 
     question: str
-    rows: dict[str, dict[str, Any]]  # flags by the name of the row; the first one is what the others are compared with
+    rows: dict[str, Flags]  # flags by the name of the row
     seeds: tuple[int, ...]
-    shared: dict[str, Any]  # flags of all rows
+    shared: Flags  # of all rows
+    compared_with: tuple[tuple[str, ...], ...]  # of each group of rows, the others are compared with the best
+    learning_rates: tuple[float, ...] = ()  # that are searched for each row
+    samples: int = 5000
+    teachers: dict[str, str] | None = None  # by the name of the row; None is "teacher" for all
+
+
+# Whether the teacher is cached makes no difference: there are as many draws as passes, and no pairs of timesteps.
+PASSES = {"max_train_samples": 8000, "max_train_steps": 1000, "antithetic_timesteps": False}
+CACHED = {"cache_teacher": 8}
+NO_TEACHER = {
+    "none": {"kd_loss": "none"},
+    "none, min-SNR": {"kd_loss": "none", "snr_gamma": 5},
+    "none, rms": {"kd_loss": "none", "task_loss": "rms"},
+}
+LOSSES = {
+    **NO_TEACHER,
+    "mse": {"kd_loss": "mse", **CACHED},
+    "mse, min-SNR": {"kd_loss": "mse", "snr_gamma": 5, **CACHED},
+    "rms": {"kd_loss": "rms", **CACHED},
+    "FitNet": {"kd_loss": "mse", "lambda_kd_output": 0, "lambda_kd_feat": 1},
+    "mse + FitNet": {"kd_loss": "mse", "lambda_kd_feat": 1e-6},
+    "lift": {"kd_loss": "lift", **CACHED},
+    "place": {"kd_loss": "place", **CACHED},
+    "place, l2": {"kd_loss": "place", "coarse_norm": "l2", **CACHED},
+    "place + FitNet": {"kd_loss": "place", "lambda_kd_feat": 1e-6},
+}
+
+
+def losses_experiment(size: str, student: float, init: str) -> Experiment:
+    """All losses and their controls on one student."""
+    start = {"random": "from a random start", "magnitude": "pruned from the teacher"}[init]
+    shared = {**PASSES, "student": student, "student_init": init, "checkpointing_steps": 250}
+    question = f"Which loss helps a student of {size} of the teacher, {start}?"
+    return Experiment(question, LOSSES, (0, 1, 2, 3, 4), shared, (("mse",), tuple(NO_TEACHER)), RATES)
 
 
 def draws_experiment() -> Experiment:
     """A student of 6 % for 21 passes over 3,000 images: the teacher live, and cached for fewer draws than passes."""
     shared = {"max_train_samples": 3000, "max_train_steps": 1000, "kd_loss": "mse", "student": 0.25}
     rows = {"live": {}, **{f"{count} draw{'s' * (count > 1)}": {"cache_teacher": count} for count in (16, 4, 1)}}
-    return Experiment("How many draws of a cached teacher are enough?", rows, (0, 1, 2), shared)
+    question = "How many draws of a cached teacher are enough?"
+    return Experiment(question, rows, (0, 1, 2), shared, (("live",),), samples=2000)
 
 
-EXPERIMENTS: dict[str, Callable[[], Experiment]] = {"draws": draws_experiment}
+def teachers_experiment() -> Experiment:
+    """The same student of 1.6 % of the middle teacher, from three teachers."""
+    rows, teachers = {}, {}
+    for teacher, width, size in (("quarter", 0.25, "280k"), ("teacher", 0.125, "1.1M"), ("fourfold", 0.0625, "4.4M")):
+        for loss in ("FitNet", "mse", "place", "rms"):
+            rows[f"{loss}, {size}"], teachers[f"{loss}, {size}"] = {**LOSSES[loss], "student": width}, teacher
+    question = "Does a larger teacher help the same student, or harm it?"
+    return Experiment(question, rows, (0, 1, 2), PASSES, (("mse, 1.1M",),), RATES, teachers=teachers)
 
 
-def runs_of(name: str, experiment: Experiment) -> list[Run]:
+def ablations_experiment() -> Experiment:
+    """PLACE's choices, one at a time, on the student of 1.6 %."""
+    rows = {"place": {}, "groups of 4": {"group_size": 4}, "groups of 64": {"group_size": 64}}
+    rows |= {"one group (lift)": {"kd_loss": "lift"}, "groups by position": {"group_by": "position"}}
+    rows |= {name.replace("_", " "): {"kd_weighting": name} for name in ("constant", "linear", "cosine")}
+    rows |= {"coarse only": {"kd_weighting": "coarse_only"}, "fine only": {"kd_weighting": "fine_only"}}
+    shared = {**PASSES, **CACHED, "kd_loss": "place"}
+    return Experiment("Which of PLACE's choices matter?", rows, (0, 1, 2), shared, (("place",),))
+
+
+def batches_experiment() -> Experiment:
+    """PLACE and mse by small and large batches of the same images in all."""
+    rows = {}
+    for batch, steps in ((32, 2000), (512, 125)):
+        for loss in ("mse", "place"):
+            rows[f"{loss}, batch {batch}"] = {"kd_loss": loss, "train_batch_size": batch, "max_train_steps": steps}
+    shared = {**PASSES, **CACHED, "lr_warmup_steps": 10}
+    return Experiment(
+        "Does PLACE's noise matter less in large batches?", rows, (0, 1, 2), shared, (("mse, batch 32",),)
+    )
+
+
+EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
+    "tiny": partial(losses_experiment, "1.5 %", 0.125, "random"),
+    "draws": draws_experiment,
+    "teachers": teachers_experiment,
+    "ablations": ablations_experiment,
+    "batches": batches_experiment,
+    "tenth": partial(losses_experiment, "10 %", 0.3125, "random"),
+    "tiny-pruned": partial(losses_experiment, "1.5 %", 0.125, "magnitude"),
+    "tenth-pruned": partial(losses_experiment, "10 %", 0.3125, "magnitude"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ the runs
+
+
+def list_runs(name: str, experiment: Experiment) -> list[Run]:
     """All runs of an experiment, seed by seed, so that a stopped one has whole seeds."""
-    rows = experiment.rows.items()
-    return [Run(name, row, seed, {**experiment.shared, **flags}) for seed in experiment.seeds for row, flags in rows]
+    return [
+        Run(name, row, seed, {**experiment.shared, **flags}, experiment.samples, teacher_of(experiment, row))
+        for seed in experiment.seeds
+        for row, flags in experiment.rows.items()
+    ]
 
 
-def make_table(name: str, experiment: Experiment, lines: dict[str, dict]) -> str:
-    """The finished runs of an experiment as Markdown."""
-    first, values = next(iter(experiment.rows)), {}
-    for run in runs_of(name, experiment):
-        if run.key in lines:
-            values.setdefault(run.name, {})[run.seed] = lines[run.key]
-    columns = "| | seeds | Fréchet, 50 steps | 10 steps | kernel · 10³ | difference to the first |"
-    head = f"{columns}\n|---|--:|--:|--:|--:|--:|"
-    rows = [experiment.question, "", head]
+def list_search(name: str, experiment: Experiment) -> list[Run]:
+    """The runs of the search for the learning rates, shorter to measure."""
+    rows = [(row, flags, rate) for row, flags in experiment.rows.items() for rate in experiment.learning_rates]
+    return [
+        Run(
+            f"{name}-search",
+            f"{row} {rate:g}",
+            SEARCH_SEED,
+            {**without_checkpoints(experiment.shared), **flags, "learning_rate": rate},
+            SEARCH_SAMPLES,
+            teacher_of(experiment, row),
+        )
+        for row, flags, rate in rows
+    ]
+
+
+def teacher_of(experiment: Experiment, row: str) -> str:
+    """The name of a row's teacher."""
+    return experiment.teachers[row] if experiment.teachers else "teacher"
+
+
+def without_checkpoints(flags: Flags) -> Flags:
+    """The flags of a run of which only the end is measured."""
+    return {name: value for name, value in flags.items() if name != "checkpointing_steps"}
+
+
+def tune(name: str, experiment: Experiment, lines: dict[str, dict]) -> Experiment | None:
+    """The experiment with each row's best learning rate of the search; `None` while that is not finished."""
+    runs = list_search(name, experiment)
+    if any(run.key not in lines for run in runs):
+        return None
+    rows, count = {}, len(experiment.learning_rates)
+    for at, (row, flags) in enumerate(experiment.rows.items()):
+        tried = runs[at * count : (at + 1) * count]
+        best = min(tried, key=lambda run: lines[run.key]["figures"]["fd_50"]) if tried else None
+        rows[row] = {**flags, "learning_rate": best.flags["learning_rate"]} if best else flags
+    return experiment._replace(rows=rows)
+
+
+# -------------------------------------------------------------------------------------------------------- the results
+
+
+def collect(name: str, experiment: Experiment, lines: dict[str, dict]) -> Values | None:
+    """The experiment's lines; `None` unless all are there."""
+    values: Values = {}
+    for run in list_runs(name, experiment):
+        if run.key not in lines:
+            return None
+        values.setdefault(run.name, {})[run.seed] = lines[run.key]
+    return values
+
+
+def figures_of(lines: dict[int, dict[str, Any]], name: str) -> list[Any]:
+    """A figure of a row's runs, seed by seed."""
+    return [lines[seed]["figures"][name] for seed in sorted(lines)]
+
+
+def make_table(experiment: Experiment, values: Values) -> str:
+    """The experiment as Markdown."""
+    means = {row: np.mean(figures_of(found, "fd_50")) for row, found in values.items()}
+    best = [min(group, key=means.get) for group in experiment.compared_with]
+    heads = ["run", "Fréchet, 50 steps", "10 steps", "kernel · 10³", *(f"difference to `{row}`" for row in best)]
+    text = f"{experiment.question} Seeds: {len(experiment.seeds)}.\n\n| {' | '.join(heads)} |\n"
+    text += f"|---|{'--:|' * (len(heads) - 1)}\n"
     for row, found in values.items():
-        cells = [cell([line["figures"][key] for line in found.values()]) for key in ("fd_50", "fd_10")]
-        kernel = cell([1000 * line["figures"]["kid_50"] for line in found.values()])
-        both = sorted(found.keys() & values.get(first, {}).keys()) if row != first else []
-        pairs = [found[seed]["figures"]["fd_50"] - values[first][seed]["figures"]["fd_50"] for seed in both]
-        rows.append(f"| {row} | {len(found)} | {' | '.join(cells)} | {kernel} | {interval(pairs)} |")
-    return "\n".join(rows)
+        cells = [row, *(cell(figures_of(found, name)) for name in ("fd_50", "fd_10"))]
+        cells.append(cell([1000 * value for value in figures_of(found, "kid_50")]))
+        for other in best:
+            pairs = np.subtract(figures_of(found, "fd_50"), figures_of(values[other], "fd_50"))
+            cells.append(interval(pairs) if other != row else "–")
+        text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
-def interval(differences: list[float]) -> str:
-    """The mean of paired differences and its 95 % interval."""
+def interval(differences: np.ndarray) -> str:
+    """The mean of paired differences, float (N,), and its 95 % interval."""
     if len(differences) < 2:
         return "–"
     mean, error = np.mean(differences), stats.sem(differences)
@@ -84,13 +233,53 @@ def interval(differences: list[float]) -> str:
     return f"{mean:+.2f} ({mean - reach:+.2f} to {mean + reach:+.2f})"
 
 
+def draw_figures(experiment: Experiment, values: Values, path: Path) -> None:
+    """The distance during the training, the error to the teacher and the gradient by timestep, one panel each."""
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for at, (row, found) in enumerate(values.items()):
+        style = {"label": row, "color": f"C{at % 10}", "linestyle": ("-", "--")[at // 10]}
+        curves = figures_of(found, "curve")
+        if curves[0]:
+            steps = [int(step) for step in curves[0]]
+            band = np.array([[curve[str(step)] for step in steps] for curve in curves])
+            panels[0].plot(steps, band.mean(0), **style)
+            panels[0].fill_between(steps, band.min(0), band.max(0), color=style["color"], alpha=0.1)
+        panels[1].plot(TIMESTEPS, np.mean(figures_of(found, "errors"), axis=0), **style)
+        panels[2].plot(TIMESTEPS, np.mean(figures_of(found, "gradients"), axis=0), **style)
+    titles = "Fréchet distance, 10 steps: mean and range of the seeds", "Error to the teacher", "Share of the gradient"
+    for panel, title, label in zip(panels, titles, ("training step", "timestep", "timestep")):
+        panel.set(title=title, xlabel=label, yscale="log")
+    panels[1].legend(fontsize="small")
+    figure.suptitle(experiment.question)
+    figure.savefig(path, dpi=80)
+
+
+def report(name: str, lines: dict[str, dict], results: Path) -> str:
+    """An experiment's part of the page; its figures are drawn beside it."""
+    experiment = tune(name, EXPERIMENTS[name](), lines)
+    values = collect(name, experiment, lines) if experiment is not None else None
+    if values is None:
+        return f"## {name}\n\n{EXPERIMENTS[name]().question} Not finished.\n"
+    text = f"## {name}\n\n{make_table(experiment, values)}"
+    if experiment.learning_rates:
+        tried = ", ".join(f"{rate:g}" for rate in experiment.learning_rates)
+        chosen = ", ".join(f"{row} {flags['learning_rate']:g}" for row, flags in experiment.rows.items())
+        text += f"\nLearning rates, each the best of {tried}: {chosen}.\n"
+    if all("gradients" in line["figures"] for found in values.values() for line in found.values()):
+        draw_figures(experiment, values, results / f"{name}.png")
+        text += f"\n![{experiment.question}]({name}.png)\n"
+    return text
+
+
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, or `input_args`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=tuple(EXPERIMENTS), help="these experiments (default: all)")
+    parser.add_argument("--only", nargs="+", choices=tuple(EXPERIMENTS), help="run these (default: all)")
+    parser.add_argument("--no_runs", action="store_true", help="only write the results of what is finished")
     parser.add_argument("--folder", type=Path, default=Path("evidence"), help="of teachers, students and caches")
     results = ROOT / "benchmarks" / "results" / "evidence"
-    parser.add_argument("--results", type=Path, default=results, help="of the lines and tables")
+    parser.add_argument("--results", type=Path, default=results, help="of the lines, the page and the figures")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a CPU thread each (default: 2)")
     args = parser.parse_args(input_args)
     if args.jobs < 1:
@@ -99,20 +288,20 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run what is left, then write the tables."""
-    set_environment()
+    """Run what is left, then write the results."""
     args.results.mkdir(parents=True, exist_ok=True)
     study = Study(args.folder, args.results / "runs.jsonl", args.jobs)
-    tables = []
-    for name in args.only or EXPERIMENTS:
-        experiment = EXPERIMENTS[name]()
-        study.run_all(runs_of(name, experiment))
-        tables.append(make_table(name, experiment, study.finished()))
-    text = "\n\n".join(tables) + "\n"
-    if not args.only:
-        (args.results / "tables.md").write_text(text)
-    print(text)
+    for name in () if args.no_runs else args.only or EXPERIMENTS:
+        study.run_all(list_search(name, EXPERIMENTS[name]()))
+        study.run_all(list_runs(name, tune(name, EXPERIMENTS[name](), study.finished())))
+    lines = study.finished()
+    parts = [report(name, lines, args.results) for name in EXPERIMENTS]
+    page = "# Experiments on small pixel U-Nets\n\nWritten by `python benchmarks/evidence.py` from runs.jsonl.\n\n"
+    page += "\n".join(parts)
+    (args.results / "README.md").write_text(page, encoding="utf-8")
+    print(page)
 
 
 if __name__ == "__main__":
+    set_environment()
     main(parse_args())

@@ -27,6 +27,8 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from tqdm import tqdm
 
+import train_lift_unet
+
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demos"))
@@ -34,12 +36,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.arguments import fail
 from common.metrics import read_metrics
+from common.teachers import min_snr_weights
 
 from device import describe_device
 from evaluate import frechet_distance, kernel_inception_distance
 from fashion import find_fashion_mnist, read_fashion_mnist
 from fork_server import make_fork_server, start_run
 from generate import denoise, plain_unet
+from lift_utils import FeatureModel, make_kd_loss
 from small_models import train_classifier
 
 
@@ -57,7 +61,8 @@ TEACHER = {
     "norm_num_groups": 8,
 }
 TEACHER_STEPS = 4000
-SAMPLES, SAMPLE_BATCH, SAMPLING_STEPS = 2000, 500, (10, 50)
+WIDTHS = {"teacher": 1, "quarter": 1 / 2, "fourfold": 2}  # of the teachers, whose sizes differ by four
+SAMPLE_BATCH, SAMPLING_STEPS = 500, (5, 10, 50)
 # Where the error to the teacher is measured, and on how many images.
 TIMESTEPS, PROBES = (0, 20, 50, 100, 200, 400, 600, 800, 900, 950, 999), 256
 
@@ -68,7 +73,9 @@ class Run(NamedTuple):
     experiment: str
     name: str  # what the table calls it
     seed: int
-    flags: dict[str, Any]  # without dashes; True is a switch
+    flags: dict[str, Any]  # without dashes
+    samples: int = 5000  # that are drawn to measure it
+    teacher: str = "teacher"  # of WIDTHS
 
     @property
     def key(self) -> str:
@@ -80,6 +87,23 @@ def set_environment() -> None:
     """What all runs need in their environment, before the server for them is started."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
+
+
+def flag_of(name: str, value: Any) -> list[str]:
+    """A flag as words of a command line; `True` and `False` are switches."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]
+
+
+def flags_of(run: Run) -> dict[str, Any]:
+    """A run's flags, those that most runs have in common among them."""
+    flags = {"student": 0.125, "student_init": "random", "train_batch_size": 64, "max_train_steps": 2000}
+    flags |= {"learning_rate": 8e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 100, "ema_decay": 0.99}
+    flags |= {"lambda_kd_feat": 0, "seed": run.seed, **run.flags}
+    if "checkpointing_steps" in flags:  # their models are measured
+        flags["checkpoints_total_limit"] = 99
+    return flags
 
 
 def shrink(images: np.ndarray) -> np.ndarray:
@@ -107,8 +131,8 @@ class Study:
             return {}
         return {line["key"]: line for line in map(json.loads, self.lines.read_text().splitlines())}
 
-    def prepare(self) -> None:
-        """Write the images, and train the classifier and the teacher, unless they are there."""
+    def prepare(self, teachers: set[str]) -> None:
+        """Write the images, and train the classifier and the teachers, unless they are there."""
         source = find_fashion_mnist(ROOT / ".data")
         images, labels = read_fashion_mnist(source, "train")
         images = shrink(images)
@@ -120,20 +144,27 @@ class Study:
             temporary.rename(self.folder / "images")
         train_classifier(self.folder / "classifier.pt", images, labels)
         np.save(self.folder / "unseen.npy", shrink(read_fashion_mnist(source, "t10k")[0]))
-        self.train_teacher("teacher", TEACHER, TEACHER_STEPS)
+        for name in sorted(teachers):
+            self.train_teacher(name)
 
-    def train_teacher(self, name: str, config: dict[str, Any], steps: int) -> None:
-        """Train a teacher from scratch, unless it is there."""
+    def train_teacher(self, name: str) -> None:
+        """Train a teacher of WIDTHS from scratch, unless it is there."""
+        config = {
+            **TEACHER,
+            "block_out_channels": [int(WIDTHS[name] * width) for width in TEACHER["block_out_channels"]],
+        }
         recipe = self.folder / f"{name}.json"
         recipe.write_text(json.dumps({"config": config}))
-        flags = {"student": recipe, "kd_loss": "none", "max_train_steps": steps, "learning_rate": 2e-3}
+        flags = {"student": recipe, "kd_loss": "none", "max_train_steps": TEACHER_STEPS, "learning_rate": 2e-3}
         flags |= {"train_batch_size": 64, "lr_scheduler": "cosine", "lr_warmup_steps": 200, "ema_decay": 0.999}
         self.train(self.folder / name, flags)
 
-    def train(self, output_dir: Path, flags: dict[str, Any]) -> None:
-        """Run train_lift_unet.py to its end, or go on with it; a run that fails ends this program with its log."""
-        if (output_dir / "model_index.json").exists():
-            return
+    def train(self, output_dir: Path, flags: dict[str, Any]) -> list[str]:
+        """Run train_lift_unet.py to its end, or go on with it; a run that fails ends this program with its log.
+
+        Returns:
+            Its command line.
+        """
         flags = {
             "output_dir": output_dir,
             "train_data_dir": self.folder / "images",
@@ -146,13 +177,16 @@ class Study:
             "num_validation_images": 10,
             **flags,
         }
-        words = [str(part) for name, value in flags.items() for part in (f"--{name}", value) if part is not True]
+        words = [word for name, value in flags.items() for word in flag_of(name, value)]
+        if (output_dir / "model_index.json").exists():
+            return words
         output_dir.mkdir(parents=True, exist_ok=True)
         log = output_dir / "log.txt"
         process = start_run(self.context, "train_lift_unet", words, log, self.folder)
         process.join()
         if process.exitcode:
             fail(f"{output_dir} ended with exit code {process.exitcode}: {log.read_text()[-2000:]}")
+        return words
 
     def run_all(self, runs: list[Run]) -> None:
         """Train and measure what is not finished, `jobs` side by side."""
@@ -160,7 +194,7 @@ class Study:
         left = [run for run in runs if run.key not in done]
         if not left:
             return
-        self.prepare()
+        self.prepare({run.teacher for run in left})
         bar = tqdm(total=len(left), desc="Runs")
         with ThreadPoolExecutor(self.jobs) as pool:
             for line in pool.map(self.run, left):
@@ -172,14 +206,12 @@ class Study:
     def run(self, run: Run) -> dict[str, Any]:
         """Train a student and measure it; returns its line."""
         folder = self.folder / "runs" / run.key
-        flags = {"pretrained_teacher_model": self.folder / "teacher", "student": 0.125, "student_init": "random"}
-        flags |= {"train_batch_size": 64, "max_train_steps": 2000, "learning_rate": 8e-3, "lambda_kd_feat": 0}
-        flags |= {"lr_scheduler": "cosine", "lr_warmup_steps": 100, "ema_decay": 0.99, "seed": run.seed, **run.flags}
-        self.train(folder, flags)
+        flags = {"pretrained_teacher_model": self.folder / run.teacher, **flags_of(run)}
+        words = self.train(folder, flags)
         figures = folder / "figures.json"
         if not figures.exists():
-            teacher = Path(flags["pretrained_teacher_model"])
-            process = self.context.Process(target=measure, args=(folder, teacher, self.folder, figures))
+            options = folder, self.folder / run.teacher, self.folder, run.samples, words, figures
+            process = self.context.Process(target=measure, args=options)
             process.start()
             process.join()
             if process.exitcode:
@@ -208,33 +240,52 @@ def commit() -> str:
 
 
 @torch.no_grad()
-def measure(model: Path, teacher: Path, study: Path, figures: Path) -> None:
-    """Distances of a model's samples to unseen images, and its errors to the teacher by timestep, as a JSON file.
+def measure(folder: Path, teacher: Path, study: Path, samples: int, words: list[str], figures: Path) -> None:
+    """Distances of a run's samples to unseen images, and its errors to the teacher by timestep, as a JSON file.
 
-    "fd_N" and "kd_N" are the Fréchet and the kernel distance of samples by N steps of DDIM; "errors" has the mean
-    square difference of the predictions, and "shifts" that of their means over an image, for each of [`TIMESTEPS`].
+    "fd_N" and "kid_N" are the Fréchet and the kernel distance of samples by N steps of DDIM, "curve" has fd_10 of each
+    checkpoint by its training step; "errors" has the mean square difference of the predictions, "shifts" that of their
+    means over an image, and "gradients" the share of the loss's gradient, for each of [`TIMESTEPS`].
+
+    Args:
+        folder: Of the run.
+        samples: How many are drawn; each point of the curve is of 1,000.
+        words: The command line of the run.
     """
     torch.set_num_threads(1)
     classifier = torch.jit.load(str(study / "classifier.pt")).eval()
     unseen = torch.from_numpy(np.load(study / "unseen.npy")).float().unsqueeze(1)
     reference = classifier(unseen)[0].numpy()
-    pipeline = DDPMPipeline.from_pretrained(model)
+    moments = reference.mean(0), np.cov(reference, rowvar=False)
+    pipeline = DDPMPipeline.from_pretrained(folder)
+
+    def distance(features: np.ndarray) -> float:
+        return frechet_distance(features.mean(0), np.cov(features, rowvar=False), *moments)
+
+    def features_of(model: UNet2DModel, steps: int, count: int) -> np.ndarray:
+        return classifier(sample(model.eval(), pipeline.scheduler, steps, count))[0].numpy()
+
     student = pipeline.unet.eval()
-    result: dict[str, Any] = {"parameters": student.num_parameters()}
+    result: dict[str, Any] = {"parameters": student.num_parameters(), "curve": {}}
     for steps in SAMPLING_STEPS:
-        features = classifier(sample(student, pipeline.scheduler, steps))[0].numpy()
-        moments = [(each.mean(0), np.cov(each, rowvar=False)) for each in (features, reference)]
-        result[f"fd_{steps}"] = frechet_distance(*moments[0], *moments[1])
+        features = features_of(student, steps, samples)
+        result[f"fd_{steps}"] = distance(features)
         result[f"kid_{steps}"] = kernel_inception_distance(features, reference, seed=0)
-    result |= compare(student, UNet2DModel.from_pretrained(teacher, subfolder="unet").eval(), unseen[:PROBES])
+    for checkpoint in sorted(folder.glob("checkpoint-*/unet_ema"), key=lambda path: int(path.parent.name[11:])):
+        model = UNet2DModel.from_pretrained(checkpoint)
+        result["curve"][checkpoint.parent.name[11:]] = distance(features_of(model, 10, 1000))
+    original = UNet2DModel.from_pretrained(teacher, subfolder="unet").eval()
+    result |= compare(student, original, unseen[:PROBES])
+    result["gradients"] = share_gradients(student, original, unseen[:PROBES], words)
     figures.write_text(json.dumps(result))
 
 
-def sample(model: UNet2DModel, schedule: DDPMScheduler, steps: int) -> torch.Tensor:
-    """Samples by DDIM, float32 (SAMPLES, 1, SIDE, SIDE), whole numbers in [0, 255], from the same noise for all."""
+def sample(model: UNet2DModel, schedule: DDPMScheduler, steps: int, count: int) -> torch.Tensor:
+    """Samples by DDIM, float32 (count, 1, SIDE, SIDE), whole numbers in [0, 255], from the same noise for all."""
     scheduler, batches = DDIMScheduler.from_config(schedule.config), []
-    for start in range(0, SAMPLES, SAMPLE_BATCH):
-        generators = [torch.Generator().manual_seed(start + index) for index in range(SAMPLE_BATCH)]
+    for start in range(0, count, SAMPLE_BATCH):
+        seeds = range(start, min(start + SAMPLE_BATCH, count))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape, device = (1, 1, SIDE, SIDE), torch.device("cpu")
         batches.append(denoise(plain_unet(model), scheduler, shape, generators, steps, device))
     return ((torch.cat(batches) / 2 + 0.5).clamp(0, 1) * 255).round()
@@ -251,6 +302,38 @@ def compare(student: UNet2DModel, teacher: UNet2DModel, images: torch.Tensor) ->
         errors["errors"].append(difference.square().mean().item())
         errors["shifts"].append(difference.mean((1, 2, 3)).square().mean().item())
     return errors
+
+
+def share_gradients(student: UNet2DModel, teacher: UNet2DModel, images: torch.Tensor, words: list[str]) -> list[float]:
+    """How the gradient of a run's loss in the prediction is shared among [`TIMESTEPS`]: of its square, the sum is 1.
+
+    Args:
+        images: Float32 (N, 1, SIDE, SIDE) in [0, 255]; one batch with each timestep as often as the others.
+        words: The command line of the run.
+    """
+    args = train_lift_unet.parse_args(words)
+    schedule = DDPMScheduler()
+    timesteps = torch.tensor(TIMESTEPS).repeat(len(images) // len(TIMESTEPS))
+    images = images[: len(timesteps)]
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    inputs = {"sample": schedule.add_noise(images / 127.5 - 1, noise, timesteps), "timestep": timesteps}
+    prediction = student(**inputs).sample.requires_grad_()
+    with torch.enable_grad():
+        loss, _ = train_lift_unet.compute_losses(
+            lambda **inputs: (prediction, []),
+            FeatureModel(teacher, []),
+            {},
+            1.0,
+            lambda batch: (inputs, noise),
+            make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting),
+            (args.lambda_task, args.lambda_kd_output, 0),
+            args.reduction,
+            args.task_loss,
+            min_snr_weights(schedule, args.snr_gamma, torch.device("cpu")),
+        )
+        gradient = torch.autograd.grad(loss, prediction)[0]
+    squares = gradient.flatten(1).square().sum(1).view(-1, len(TIMESTEPS)).sum(0)
+    return (squares / squares.sum()).tolist()
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:

@@ -3,6 +3,8 @@
 import importlib
 import json
 import re
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ import gpu
 import random_teachers
 import step
 import train_lift_sd21
+import turns
 from result_tables import as_markdown, tables_from_files
 
 
@@ -112,6 +115,7 @@ def test_gpu_benchmark_runs_without_one_and_once(tmp_path, monkeypatch):
     inputs = tmp_path / "inputs"
     random_teachers.write_inputs("dit", "tiny", 16, inputs)
     monkeypatch.setattr(gpu, "SCRIPTS", ("dit",))
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)  # what is stored there is taken over
     flags = ["--slice", "1", "--size", "tiny", "--output", str(tmp_path), "--inputs", str(inputs)]
     gpu.main(gpu.parse_args(flags))
     found = json.loads((tmp_path / "losses.json").read_text())
@@ -119,7 +123,7 @@ def test_gpu_benchmark_runs_without_one_and_once(tmp_path, monkeypatch):
     for each in found:
         assert len(each["losses"]) == 20 and each["not finite"] == 0 and each["falls by"] > 0
 
-    monkeypatch.setattr(gpu, "run_apart", None)  # all is there
+    monkeypatch.setattr(gpu, "run_wave", None)  # all is there
     gpu.main(gpu.parse_args(flags))
     assert json.loads((tmp_path / "losses.json").read_text()) == found
     with pytest.raises(SystemExit, match="0 minutes are over; the same command goes on with resume"):
@@ -128,22 +132,81 @@ def test_gpu_benchmark_runs_without_one_and_once(tmp_path, monkeypatch):
         gpu.parse_args(["--slice", "1"])
 
 
-def test_gpu_benchmark_doubles_the_batch_until_it_does_not_fit(tmp_path, monkeypatch):
+def test_gpu_benchmark_finds_the_largest_batch_that_fits(tmp_path, monkeypatch):
     tried = []
 
-    def run_case(case: gpu.Case, batch: int, limit: int, *where) -> dict:
-        tried.append((limit, batch))
-        return {"images per second": 1.0} if batch < limit / 2 else {"error": "error: 8 does not fit the GPU"}
+    def run_wave(runs: list[gpu.Run], *where) -> list[dict]:
+        tried.append([(run.gibibytes, run.settings["batch"]) for run in runs])
+        rows = [{"images_per_second": float(speed)} for speed in (1, 2, 3, 4)]
+        fits = [run.settings["batch"] < run.gibibytes / 2 for run in runs]
+        return [{"rows": rows} if each else {"error": gpu.FITS_NOT} for each in fits]
 
     monkeypatch.setattr(gpu, "ON_GPU", True)
     monkeypatch.setattr(gpu, "LARGEST_BATCH", 64)
-    monkeypatch.setattr(gpu, "run_case", run_case)
+    monkeypatch.setattr(gpu, "run_wave", run_wave)
+    monkeypatch.setattr(gpu, "prepare_inputs", lambda *options: None)
     monkeypatch.setattr(gpu, "describe_device", lambda device: "a GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=20 * 2**30))
-    monkeypatch.setattr(gpu, "MEMORY", {2: (gpu.Case("sd21", "bk_tiny", "", (12, 18, 24)),)})
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=50 * 2**30))
+    case = gpu.Case("sd21", "bk_tiny", "", {12: 4, 18: 16, 24: 2, 60: 1})
+    monkeypatch.setattr(gpu, "MEMORY", {2: (case,)})
     for _ in range(2):  # the second time all is there, what did not fit among it
-        gpu.measure_memory(2, gpu.Results(tmp_path / "memory.json", 1), "tiny", tmp_path)
-        assert tried == [(12, 1), (12, 2), (12, 4), (12, 8), (18, 8), (18, 16)]
+        results = gpu.Results(tmp_path / "memory.json", 1)
+        gpu.measure_memory(2, results, "tiny", tmp_path)
+        assert tried == [  # as many at once as the GPU holds; each step is the next batch of every card
+            [(12, 4), (12, 8), (18, 16)],
+            [(18, 32), (24, 2)],
+            [(24, 4)],
+            [(18, 8), (24, 8)],
+            [(24, 16)],
+        ]
+    found = {(each["limit GiB"], each["batch"]): each for each in results.found}
+    assert found[12, 4]["images per second"] == 4 and found[12, 8]["error"] == gpu.FITS_NOT
+
+
+def test_gpu_benchmark_adds_estimates(tmp_path):
+    settings = {"script": "unet", "device": "NVIDIA H200", "flags": "--mixed_precision bf16", "batch": 32}
+    results = gpu.Results(tmp_path / "memory.json", 1)
+    results.found = [{**settings, "images per second": 100.0}, {**settings, "error": gpu.FITS_NOT}]
+    gpu.add_estimates(results)
+    measured, failed = json.loads((tmp_path / "memory.json").read_text())
+    assert 1000 < measured["estimated MiB"] < 2000
+    assert measured["share of the peak"] == pytest.approx(measured["TFLOP/s"] / 989.4)
+    assert failed == {**settings, "error": gpu.FITS_NOT}
+    with pytest.raises(SystemExit, match="--estimates is for the slices 1 to 3; --slice is 5"):
+        gpu.parse_args(["--slice", "5", "--estimates"])
+
+
+def test_processes_start_side_by_side_and_are_timed_in_turns(tmp_path):
+    code = (
+        "import sys, time; sys.path.insert(0, 'benchmarks'); from turns import wait_for_turn\n"
+        "log = open(sys.argv[1], 'a'); log.write('start\\n'); log.flush(); time.sleep(0.2); wait_for_turn()\n"
+        "log.write(sys.argv[2] + '\\n'); log.flush(); time.sleep(0.3); print('said', sys.argv[2])\n"
+        "log.write(sys.argv[2] + '\\n'); log.close()"
+    )
+    log = tmp_path / "log.txt"
+    commands = [[sys.executable, "-c", code, str(log), name] for name in "abc"]
+    commands += [[sys.executable, "-c", "raise SystemExit('error: it ended early')"]]
+    ended = turns.run_in_turns(commands, ROOT, {}, 60)
+    assert log.read_text().split() == ["start"] * 3 + ["a", "a", "b", "b", "c", "c"]
+    assert [each.returncode for each in ended] == [0, 0, 0, 1]
+    assert [each.stdout.strip() for each in ended] == ["said a", "said b", "said c", "error: it ended early"]
+    endless = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"]
+    (killed,) = turns.run_in_turns([endless], ROOT, {}, 2)
+    assert killed.returncode == -signal.SIGKILL and killed.stdout == "here\n"
+
+
+def test_step_benchmark_keeps_other_cells_where_one_fails(tmp_path, monkeypatch, capsys):
+    errors = iter(({"error": "error: a flag"}, {"error": step.FITS_NOT}))
+    monkeypatch.setattr(step, "prepare_inputs", lambda *options: None)
+    monkeypatch.setattr(step, "measure", lambda cells, *options: [next(errors) for _ in cells])
+    flags = ["--script", "dit", "--cache", "none", "latents", "--side_by_side", "2"]
+    args = step.parse_args([*flags, "--json", str(tmp_path / "cells.json"), "--inputs", str(tmp_path)])
+    with pytest.raises(SystemExit, match="1 of 2 cells ended with an error; the same command measures them again"):
+        step.main(args, "a command")
+    assert "| error: a flag |" in capsys.readouterr().out
+    errors = iter(({"error": step.FITS_NOT},))  # the other one is a result
+    step.main(args, "a command")
 
 
 def test_shrunk_models_keep_the_proportions():

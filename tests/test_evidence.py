@@ -1,0 +1,120 @@
+"""The experiments of benchmarks/evidence.py: what is chosen, compared and drawn, and how a run is measured."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evidence
+import study
+from tiny_models import save_pixel_pipeline
+
+
+EXPERIMENT = evidence.Experiment(
+    "Which one?", {"none": {"kd_loss": "none"}, "mse": {}, "rms": {}}, (0, 1, 2), {"student": 0.5}, (("mse", "none"),)
+)
+DISTANCES = {"none": (9, 9, 9), "mse": (4, 5, 6), "rms": (3, 5, 4)}
+
+
+def line_of(run: study.Run, distance: float) -> dict:
+    figures = {"fd_50": distance, "fd_10": 2 * distance, "kid_50": distance / 1000, "curve": {"5": 8.0, "10": 7.0}}
+    figures |= {"errors": [0.1] * len(study.TIMESTEPS), "gradients": [1 / 11] * len(study.TIMESTEPS)}
+    return {"key": run.key, "figures": figures}
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """Writes the results of the lines; returns the page."""
+
+    def write(lines: list[dict], experiment: evidence.Experiment) -> str:
+        (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        monkeypatch.setattr(evidence, "EXPERIMENTS", {"one": lambda: experiment})
+        monkeypatch.setattr(study, "make_fork_server", lambda modules: None)
+        flags = ["--no_runs", "--results", str(tmp_path), "--folder", str(tmp_path / "study")]
+        evidence.main(evidence.parse_args(flags))
+        return (tmp_path / "README.md").read_text()
+
+    return write
+
+
+def test_runs_are_compared_by_seed_with_the_best_of_a_group(page, tmp_path):
+    lines = [line_of(run, DISTANCES[run.name][run.seed]) for run in evidence.list_runs("one", EXPERIMENT)]
+    text = page(lines, EXPERIMENT)
+    # the differences -1, 0, -2: their mean -1, its standard error 1 / √3, and t(2) = 4.303
+    assert "| rms | 4.0 ± 0.6 | 8.0 ± 1.2 | 4.0 ± 0.6 | -1.00 (-3.48 to +1.48) |" in text
+    assert "| mse | 5.0 ± 0.6 | 10.0 ± 1.2 | 5.0 ± 0.6 | – |" in text and "difference to `mse`" in text
+    assert "Seeds: 3." in text and "![Which one?](one.png)" in text
+    assert np.array(Image.open(tmp_path / "one.png").convert("L")).std() > 5  # something is drawn
+    assert "Not finished" in page(lines[1:], EXPERIMENT)
+
+
+def test_each_row_gets_its_best_learning_rate_on_another_seed(page):
+    experiment = EXPERIMENT._replace(learning_rates=(1e-3, 2e-3))
+    search = evidence.list_search("one", experiment)
+    assert len(search) == 6 and {run.seed for run in search}.isdisjoint(experiment.seeds)
+    assert evidence.tune("one", experiment, {}) is None
+    better = {"none": 1e-3, "mse": 2e-3, "rms": 1e-3}
+    found = [line_of(run, abs(run.flags["learning_rate"] - better[run.name.split()[0]])) for run in search]
+    tuned = evidence.tune("one", experiment, {line["key"]: line for line in found})
+    assert {row: flags["learning_rate"] for row, flags in tuned.rows.items()} == better
+    assert tuned.rows["none"]["kd_loss"] == "none"
+    lines = [line_of(run, DISTANCES[run.name][run.seed]) for run in evidence.list_runs("one", tuned)]
+    assert "the best of 0.001, 0.002: none 0.001, mse 0.002, rms 0.001." in page(found + lines, experiment)
+
+
+@pytest.mark.parametrize("name", evidence.EXPERIMENTS)
+def test_experiments_are_command_lines_of_the_script(name, tmp_path):
+    experiment = evidence.EXPERIMENTS[name]()
+    (tmp_path / "0.png").touch()
+    for run in evidence.list_runs(name, experiment) + evidence.list_search(name, experiment):
+        flags = {"train_data_dir": tmp_path, "pretrained_teacher_model": tmp_path, **study.flags_of(run)}
+        words = [word for key, value in flags.items() for word in study.flag_of(key, value)]
+        args = study.train_lift_unet.parse_args(words)
+        assert args.cache_teacher is None or (args.kd_loss != "none" and not args.lambda_kd_feat)
+        assert run.teacher in study.WIDTHS
+    rows = {row for group in experiment.compared_with for row in group}
+    assert rows <= set(experiment.rows)
+
+
+def test_a_run_is_measured_with_its_checkpoints(run, teacher, images, tmp_path, monkeypatch):
+    class Classifier(torch.nn.Module):
+        def forward(self, images: torch.Tensor):
+            return images.flatten(1)[:, :6], images.flatten(1)[:, :10]
+
+    torch.jit.script(Classifier()).save(str(tmp_path / "classifier.pt"))
+    unseen = np.random.default_rng(0).integers(0, 256, (24, 16, 16), dtype=np.uint8)
+    np.save(tmp_path / "unseen.npy", unseen)
+    student = tmp_path / "student"
+    words = ["--pretrained_teacher_model", str(teacher), "--train_data_dir", str(images), "--student", "0.5"]
+    words += ["--output_dir", str(student), "--max_train_steps", "4", "--checkpointing_steps", "2", "--kd_loss", "mse"]
+    words += ["--train_batch_size", "2", "--num_validation_images", "1", "--num_inference_steps", "1"]
+    words += ["--cache_dir", str(tmp_path / "cache"), "--report_to", "none", "--lambda_kd_feat", "0"]
+    run("train_lift_unet", *words)
+    monkeypatch.setattr(study, "SAMPLING_STEPS", (2,))
+    monkeypatch.setattr(study, "SAMPLE_BATCH", 12)
+    threads = torch.get_num_threads()
+    study.measure(student, teacher, tmp_path, 24, words, tmp_path / "figures.json")
+    torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["fd_2"] > 0 and list(found["curve"]) == ["2", "4"]
+    assert found["curve"]["4"] != found["curve"]["2"]
+    for name in ("errors", "shifts", "gradients"):
+        assert len(found[name]) == len(study.TIMESTEPS) and min(found[name]) > 0
+    assert sum(found["gradients"]) == pytest.approx(1)
+
+
+def test_gradients_go_where_the_loss_weighs(teacher, tmp_path):
+    """A loss of one size per element has its gradient where an element has an error, not where the error is large."""
+    (tmp_path / "0.png").touch()
+    source = ["--pretrained_teacher_model", str(teacher), "--train_data_dir", str(tmp_path), "--lambda_task", "0"]
+    original = study.UNet2DModel.from_pretrained(teacher, subfolder="unet").eval()
+    smaller = save_pixel_pipeline(tmp_path / "other", block_out_channels=[8, 16])
+    other = study.UNet2DModel.from_pretrained(smaller, subfolder="unet").eval()
+    images = torch.rand(44, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 255
+    shares = {}
+    for loss in ("mse", "rms"):
+        shares[loss] = study.share_gradients(other, original, images, [*source, "--kd_loss", loss])
+    assert np.ptp(shares["rms"]) < 1e-4  # each sample's gradient has the same norm
+    assert np.ptp(shares["mse"]) > 100 * np.ptp(shares["rms"])
