@@ -74,7 +74,7 @@ def print_memory_estimate(
             "the block being recomputed": recomputed,
             "gradients of the features": width * features * batch_size,
         },
-        "after the backward pass": gradients,
+        "after the backward pass": {} if keeps_gradients else gradients,
     }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = always | moments[moment]

@@ -162,8 +162,10 @@ def test_features_are_counted(name, features, item):
 
 
 def test_the_estimate_is_of_the_moment_that_holds_most(capsys):
-    def parts(kept: int, recomputed: int, keeps_gradients: bool) -> tuple[str, dict[str, float]]:
-        sizes = {"student": 2**20, "teacher_bytes": 2**20, "batch_size": 2, "features": 2**18}
+    def parts(
+        kept: int, recomputed: int, keeps_gradients: bool, features: int = 2**18
+    ) -> tuple[str, dict[str, float]]:
+        sizes = {"student": 2**20, "teacher_bytes": 2**20, "batch_size": 2, "features": features}
         how = {"mixed_precision": "bf16", "use_8bit_adam": True, "use_ema": False, "keeps_gradients": keeps_gradients}
         print_memory_estimate((kept * 2**20, recomputed * 2**20), **sizes, **how)
         head, *lines = capsys.readouterr().out.splitlines()
@@ -171,7 +173,7 @@ def test_the_estimate_is_of_the_moment_that_holds_most(capsys):
 
     held = {"trained weights (fp32)": 4, "optimizer moments": 2, "teacher weights": 1}
     activations, copies = "student activations, batch 2", "copies of the weights for autocast"
-    features = {"features of both models and gradients": 6}
+    features, gradients = {"features of both models and gradients": 6}, {"gradients of the features": 0.2}
     assert parts(1, 0, False) == (
         "after the forward pass",
         {**held, activations: 1, copies: 2, **features, "sum": 16},
@@ -183,6 +185,10 @@ def test_the_estimate_is_of_the_moment_that_holds_most(capsys):
     assert parts(1, 1, True) == (
         "after the forward pass",  # recomputing leaves no copies
         {**held, "gradients (fp32)": 4, activations: 1, **features, "sum": 18},
+    )
+    assert parts(1, 2, True, features=2**16) == (  # less than the gradients, which are held anyway
+        "while a block is recomputed",
+        {**held, "gradients (fp32)": 4, activations: 1, "the block being recomputed": 2, **gradients, "sum": 14.2},
     )
 
 
