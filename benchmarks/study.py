@@ -122,8 +122,6 @@ class Study:
 
     def __init__(self, folder: Path, lines: Path, jobs: int):
         self.folder, self.lines, self.jobs = folder.resolve(), lines, jobs
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.context = make_fork_server(("train_lift_unet", "datasets.packaged_modules.imagefolder.imagefolder"))
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """The stored lines of finished runs by their keys."""
@@ -194,6 +192,8 @@ class Study:
         left = [run for run in runs if run.key not in done]
         if not left:
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.context = make_fork_server(("train_lift_unet", "datasets.packaged_modules.imagefolder.imagefolder"))
         self.prepare({run.teacher for run in left})
         bar = tqdm(total=len(left), desc="Runs")
         with ThreadPoolExecutor(self.jobs) as pool:

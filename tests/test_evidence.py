@@ -31,7 +31,7 @@ def page(tmp_path, monkeypatch):
     def write(lines: list[dict], experiment: evidence.Experiment) -> str:
         (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         monkeypatch.setattr(evidence, "EXPERIMENTS", {"one": lambda: experiment})
-        monkeypatch.setattr(study, "make_fork_server", lambda modules: None)
+        monkeypatch.setattr(study, "make_fork_server", None)  # nothing is run
         flags = ["--no_runs", "--results", str(tmp_path), "--folder", str(tmp_path / "study")]
         evidence.main(evidence.parse_args(flags))
         return (tmp_path / "README.md").read_text()
