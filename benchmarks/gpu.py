@@ -301,8 +301,7 @@ def common_flags(script: str, size: str, inputs: Path) -> list[str]:
     """What all runs of a script have in common."""
     return [
         *list_flags(script, size, inputs),
-        *("--report_to", "none", "--gradient_accumulation_steps", "1"),
-        *("--dataloader_num_workers", "0"),
+        *("--report_to", "none", "--gradient_accumulation_steps", "1", "--dataloader_num_workers", "0"),
     ]
 
 
@@ -335,9 +334,9 @@ def check_losses(results: Results, size: str, inputs: Path) -> None:
 
 
 def measure_memory(number: int, results: Results, size: str, inputs: Path) -> None:
-    """Slices 2 and 3: for each card the largest batch that fits, its memory, speed, and what --dry_run says."""
+    """Slices 2 and 3: for each card the largest batch that fits, its memory and its speed."""
     total = torch.cuda.get_device_properties(0).total_memory / 2**30 if ON_GPU else math.inf
-    ladders: list[tuple[Case, int, dict[int, bool]]] = []  # the batches that were tried, and whether they fit
+    fits: dict[int, bool]  # whether a batch that was tried does
     ladders = [(case, limit, {}) for case in MEMORY[number] for limit in case.first_batches if limit <= total]
     ladders = ladders if ON_GPU else ladders[:1]
     while ladders:
