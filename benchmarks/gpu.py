@@ -336,7 +336,7 @@ def check_losses(results: Results, size: str, inputs: Path) -> None:
 def measure_memory(number: int, results: Results, size: str, inputs: Path) -> None:
     """Slices 2 and 3: for each card the largest batch that fits, its memory and its speed."""
     total = torch.cuda.get_device_properties(0).total_memory / 2**30 if ON_GPU else math.inf
-    fits: dict[int, bool]  # whether a batch that was tried does
+    # Each with the batches that were tried, and whether they fit.
     ladders = [(case, limit, {}) for case in MEMORY[number] for limit in case.first_batches if limit <= total]
     ladders = ladders if ON_GPU else ladders[:1]
     while ladders:
