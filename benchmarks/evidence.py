@@ -40,7 +40,7 @@ from study import ROOT, TIMESTEPS, Run, Study, cell, set_environment
 Flags = dict[str, Any]
 Values = dict[str, dict[int, dict[str, Any]]]  # lines by row and seed
 SEARCH_SEED, SEARCH_SAMPLES = 100, 2000
-RATES = (4e-3, 8e-3, 16e-3)
+RATES = (4e-3, 8e-3, 16e-3, 32e-3)
 
 
 class Experiment(NamedTuple):
@@ -127,13 +127,13 @@ def batches_experiment() -> Experiment:
 
 
 EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
-    "tiny": partial(losses_experiment, "1.5 %", 0.125, "random"),
+    "tiny": partial(losses_experiment, "1.6 %", 0.125, "random"),
     "draws": draws_experiment,
     "teachers": teachers_experiment,
     "ablations": ablations_experiment,
     "batches": batches_experiment,
     "tenth": partial(losses_experiment, "10 %", 0.3125, "random"),
-    "tiny-pruned": partial(losses_experiment, "1.5 %", 0.125, "magnitude"),
+    "tiny-pruned": partial(losses_experiment, "1.6 %", 0.125, "magnitude"),
     "tenth-pruned": partial(losses_experiment, "10 %", 0.3125, "magnitude"),
 }
 
