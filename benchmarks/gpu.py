@@ -59,7 +59,16 @@ from tqdm.auto import tqdm
 from device import describe_device
 from random_teachers import SIZES, list_flags
 from small_runs import ROOT, SCRIPTS
-from step import FITS_NOT, Done, is_measured, list_cells, prepare_inputs, run_cells, write_json, write_markdown
+from step import (
+    Done,
+    is_measured,
+    list_cells,
+    prepare_inputs,
+    read_measured,
+    run_cells,
+    write_json,
+    write_markdown,
+)
 from step import parse_args as parse_step_args
 from turns import run_in_turns, wait_for_turn
 
@@ -285,16 +294,10 @@ def run_wave(runs: list[Run], size: str, inputs: Path, turn_at: int | None) -> l
             options |= {"context": context, "output": str(output)}
             commands.append([sys.executable, "benchmarks/gpu.py", "--in_process", json.dumps(options)])
         ended = run_in_turns(commands, ROOT, {"HF_HUB_OFFLINE": "1"}, LIMIT)
-        found = []
-        for number, (run, finished) in enumerate(zip(runs, ended)):
-            if finished.returncode == 0:
-                found.append(json.loads((Path(folder) / f"{number}/measured.json").read_text()))
-                continue
-            last = finished.stdout.strip().rpartition("\n")[2] or f"exit code {finished.returncode}"
-            found.append({"error": FITS_NOT, "message": last} if FITS_NOT in last else {"error": last})
-            if FITS_NOT not in last:
-                print(f"{run.settings} ended with\n{finished.stdout[-3000:]}", file=sys.stderr, flush=True)
-    return found
+        return [
+            read_measured(finished, Path(folder) / str(number), run.settings)
+            for number, (run, finished) in enumerate(zip(runs, ended))
+        ]
 
 
 def common_flags(script: str, size: str, inputs: Path) -> list[str]:

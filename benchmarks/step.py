@@ -315,16 +315,29 @@ def measure(cells: list[dict[str, Any]], inputs: Path, warmup: int, seconds: flo
         ended = run_in_turns(commands, Path.cwd(), environment, seconds)
         found = []
         for number, finished in enumerate(ended):
-            if finished.returncode == 0:
-                measured = json.loads((Path(folder) / f"{number}/measured.json").read_text())
-                first = measured.pop("first step ended") - started
-                found.append(measured | {"seconds to the end of the first step": first})
-                continue
-            last = finished.stdout.strip().rpartition("\n")[2] or f"exit code {finished.returncode}"
-            found.append({"error": FITS_NOT if FITS_NOT in last else last})
-            if FITS_NOT not in last:
-                print(f"{identify(cells[number])} ended with\n{finished.stdout[-3000:]}", file=sys.stderr, flush=True)
+            measured = read_measured(finished, Path(folder) / str(number), identify(cells[number]))
+            if "error" not in measured:
+                measured["seconds to the end of the first step"] = measured.pop("first step ended") - started
+            found.append(measured)
         return found
+
+
+def read_measured(finished: subprocess.CompletedProcess, folder: Path, name: object) -> dict[str, Any]:
+    """What a process has measured, by its file "measured.json", or an "error", its last line.
+
+    The end of its output is printed then, unless the error is that the GPU's memory is too small.
+
+    Args:
+        folder: Of the file.
+        name: What to call the process.
+    """
+    if finished.returncode == 0:
+        return json.loads((folder / "measured.json").read_text())
+    last = finished.stdout.strip().rpartition("\n")[2] or f"exit code {finished.returncode}"
+    if FITS_NOT in last:
+        return {"error": FITS_NOT, "message": last}
+    print(f"{name} ended with\n{finished.stdout[-3000:]}", file=sys.stderr, flush=True)
+    return {"error": last}
 
 
 def write_json(path: Path, cells: list[dict[str, Any]]) -> None:

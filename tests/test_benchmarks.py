@@ -139,7 +139,7 @@ def test_gpu_benchmark_finds_the_largest_batch_that_fits(tmp_path, monkeypatch):
         tried.append([(run.gibibytes, run.settings["batch"]) for run in runs])
         rows = [{"images_per_second": float(speed)} for speed in (1, 2, 3, 4)]
         fits = [run.settings["batch"] < run.gibibytes / 2 for run in runs]
-        return [{"rows": rows} if each else {"error": gpu.FITS_NOT} for each in fits]
+        return [{"rows": rows} if each else {"error": step.FITS_NOT} for each in fits]
 
     monkeypatch.setattr(gpu, "ON_GPU", True)
     monkeypatch.setattr(gpu, "LARGEST_BATCH", 64)
@@ -161,18 +161,18 @@ def test_gpu_benchmark_finds_the_largest_batch_that_fits(tmp_path, monkeypatch):
             [(24, 16)],
         ]
     found = {(each["limit GiB"], each["batch"]): each for each in results.found}
-    assert found[12, 4]["images per second"] == 4 and found[12, 8]["error"] == gpu.FITS_NOT
+    assert found[12, 4]["images per second"] == 4 and found[12, 8]["error"] == step.FITS_NOT
 
 
 def test_gpu_benchmark_adds_estimates(tmp_path):
     settings = {"script": "unet", "device": "NVIDIA H200", "flags": "--mixed_precision bf16", "batch": 32}
     results = gpu.Results(tmp_path / "memory.json", 1)
-    results.found = [{**settings, "images per second": 100.0}, {**settings, "error": gpu.FITS_NOT}]
+    results.found = [{**settings, "images per second": 100.0}, {**settings, "error": step.FITS_NOT}]
     gpu.add_estimates(results)
     measured, failed = json.loads((tmp_path / "memory.json").read_text())
     assert 1000 < measured["estimated MiB"] < 2000
     assert measured["share of the peak"] == pytest.approx(measured["TFLOP/s"] / 989.4)
-    assert failed == {**settings, "error": gpu.FITS_NOT}
+    assert failed == {**settings, "error": step.FITS_NOT}
     with pytest.raises(SystemExit, match="--estimates is for the slices 1 to 3; --slice is 5"):
         gpu.parse_args(["--slice", "5", "--estimates"])
 
