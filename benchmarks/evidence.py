@@ -12,7 +12,8 @@
     python benchmarks/evidence.py --only tiny --jobs 2
 
 Stopped, it goes on with the runs that it was in; a line of runs.jsonl is kept for each that is finished. Where an
-experiment searches the learning rate, each row has its own: the best of the same few, on a seed that is not reported.
+experiment searches the learning rate, each row has its own, on a seed that is not reported: it is halved and doubled
+until the best lies between two worse.
 
 A table has means ± standard errors over the seeds, and mean differences of runs of the same seed, with the interval
 that holds them in 95 % of cases (Student's t). Only experiments with all their runs have a table and figures.
@@ -39,8 +40,7 @@ from study import ROOT, TIMESTEPS, Run, Study, cell, set_environment
 
 Flags = dict[str, Any]
 Values = dict[str, dict[int, dict[str, Any]]]  # lines by row and seed
-SEARCH_SEED, SEARCH_SAMPLES = 100, 2000
-RATES = (4e-3, 8e-3, 16e-3, 32e-3)
+SEARCH_SEED, SEARCH_SAMPLES, FIRST_RATE = 100, 1000, 16e-3
 
 
 class Experiment(NamedTuple):
@@ -51,7 +51,7 @@ class Experiment(NamedTuple):
     seeds: tuple[int, ...]
     shared: Flags  # of all rows
     compared_with: tuple[tuple[str, ...], ...]  # of each group of rows, the others are compared with the best
-    learning_rates: tuple[float, ...] = ()  # that are searched for each row
+    search: bool = False  # for each row's learning rate
     samples: int = 5000
     teachers: dict[str, str] | None = None  # by the name of the row; None is "teacher" for all
 
@@ -83,7 +83,7 @@ def losses_experiment(size: str, student: float, init: str) -> Experiment:
     start = {"random": "from a random start", "magnitude": "pruned from the teacher"}[init]
     shared = {**PASSES, "student": student, "student_init": init, "checkpointing_steps": 250}
     question = f"Which loss helps a student of {size} of the teacher, {start}?"
-    return Experiment(question, LOSSES, (0, 1, 2, 3, 4), shared, (("mse",), tuple(NO_TEACHER)), RATES)
+    return Experiment(question, LOSSES, (0, 1, 2, 3, 4), shared, (("mse",), tuple(NO_TEACHER)), True)
 
 
 def draws_experiment() -> Experiment:
@@ -101,7 +101,7 @@ def teachers_experiment() -> Experiment:
         for loss in ("FitNet", "mse", "place", "rms"):
             rows[f"{loss}, {size}"], teachers[f"{loss}, {size}"] = {**LOSSES[loss], "student": width}, teacher
     question = "Does a larger teacher help the same student, or harm it?"
-    return Experiment(question, rows, (0, 1, 2), PASSES, (("mse, 1.1M",),), RATES, teachers=teachers)
+    return Experiment(question, rows, (0, 1, 2), PASSES, (("mse, 1.1M",),), True, teachers=teachers)
 
 
 def ablations_experiment() -> Experiment:
@@ -150,20 +150,25 @@ def list_runs(name: str, experiment: Experiment) -> list[Run]:
     ]
 
 
-def list_search(name: str, experiment: Experiment) -> list[Run]:
-    """The runs of the search for the learning rates, shorter to measure."""
-    rows = [(row, flags, rate) for row, flags in experiment.rows.items() for rate in experiment.learning_rates]
-    return [
-        Run(
-            f"{name}-search",
-            f"{row} {rate:g}",
-            SEARCH_SEED,
-            {**without_checkpoints(experiment.shared), **flags, "learning_rate": rate},
-            SEARCH_SAMPLES,
-            teacher_of(experiment, row),
-        )
-        for row, flags, rate in rows
-    ]
+def search_rate(name: str, experiment: Experiment, row: str, lines: dict[str, dict]) -> tuple[float, list[Run]]:
+    """A row's best learning rate so far, and the runs that the search needs next: none where it is finished."""
+    flags, teacher = {**without_checkpoints(experiment.shared), **experiment.rows[row]}, teacher_of(experiment, row)
+    best, runs = FIRST_RATE, {}
+    while not {best, best / 2, best * 2} <= runs.keys():
+        for rate in (best, best / 2, best * 2):
+            options = {**flags, "learning_rate": rate}
+            runs[rate] = Run(f"{name}-search", f"{row} {rate:g}", SEARCH_SEED, options, SEARCH_SAMPLES, teacher)
+        left = [run for run in runs.values() if run.key not in lines]
+        if left:
+            return best, left
+        best = min(runs, key=lambda rate: lines[runs[rate].key]["figures"]["fd_50"])
+    return best, []
+
+
+def list_search(name: str, experiment: Experiment, lines: dict[str, dict]) -> list[Run]:
+    """The runs that the search for the learning rates needs next, shorter to measure."""
+    rows = experiment.rows if experiment.search else ()
+    return [run for row in rows for run in search_rate(name, experiment, row, lines)[1]]
 
 
 def teacher_of(experiment: Experiment, row: str) -> str:
@@ -178,14 +183,12 @@ def without_checkpoints(flags: Flags) -> Flags:
 
 def tune(name: str, experiment: Experiment, lines: dict[str, dict]) -> Experiment | None:
     """The experiment with each row's best learning rate of the search; `None` while that is not finished."""
-    runs = list_search(name, experiment)
-    if any(run.key not in lines for run in runs):
+    if not experiment.search:
+        return experiment
+    found = {row: search_rate(name, experiment, row, lines) for row in experiment.rows}
+    if any(left for _, left in found.values()):
         return None
-    rows, count = {}, len(experiment.learning_rates)
-    for at, (row, flags) in enumerate(experiment.rows.items()):
-        tried = runs[at * count : (at + 1) * count]
-        best = min(tried, key=lambda run: lines[run.key]["figures"]["fd_50"]) if tried else None
-        rows[row] = {**flags, "learning_rate": best.flags["learning_rate"]} if best else flags
+    rows = {row: {**flags, "learning_rate": found[row][0]} for row, flags in experiment.rows.items()}
     return experiment._replace(rows=rows)
 
 
@@ -262,10 +265,9 @@ def report(name: str, lines: dict[str, dict], results: Path) -> str:
     if values is None:
         return f"## {name}\n\n{EXPERIMENTS[name]().question} Not finished.\n"
     text = f"## {name}\n\n{make_table(experiment, values)}"
-    if experiment.learning_rates:
-        tried = ", ".join(f"{rate:g}" for rate in experiment.learning_rates)
+    if experiment.search:
         chosen = ", ".join(f"{row} {flags['learning_rate']:g}" for row, flags in experiment.rows.items())
-        text += f"\nLearning rates, each the best of {tried}: {chosen}.\n"
+        text += f"\nLearning rates, each better than its half and its double on seed {SEARCH_SEED}: {chosen}.\n"
     if all("gradients" in line["figures"] for found in values.values() for line in found.values()):
         draw_figures(experiment, values, results / f"{name}.png")
         text += f"\n![{experiment.question}]({name}.png)\n"
@@ -292,8 +294,10 @@ def main(args: argparse.Namespace) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     study = Study(args.folder, args.results / "runs.jsonl", args.jobs)
     for name in () if args.no_runs else args.only or EXPERIMENTS:
-        study.run_all(list_search(name, EXPERIMENTS[name]()))
-        study.run_all(list_runs(name, tune(name, EXPERIMENTS[name](), study.finished())))
+        experiment = EXPERIMENTS[name]()
+        while runs := list_search(name, experiment, study.finished()):
+            study.run_all(runs)
+        study.run_all(list_runs(name, tune(name, experiment, study.finished())))
     lines = study.finished()
     parts = [report(name, lines, args.results) for name in EXPERIMENTS]
     page = "# Experiments on small pixel U-Nets\n\nWritten by `python benchmarks/evidence.py` from runs.jsonl.\n\n"

@@ -8,7 +8,9 @@
 # specific language governing permissions and limitations under the License.
 """Where do the images and labels come from, and which of them can be used?"""
 
+import glob
 import io
+from pathlib import Path
 from typing import Any
 
 from common.arguments import fail, first_line
@@ -52,8 +54,9 @@ def load_images(
             source, hint = f"--train_data_dir {train_data_dir}", ", or give it in the folder's metadata.jsonl"
             if "caption_column" in columns:
                 hint += ", or in a .txt file beside each image"
+            files = {"train": find_files(Path(train_data_dir))}
             dataset = datasets.load_dataset(
-                "imagefolder", data_dir=train_data_dir, split="train", cache_dir=cache_dir, **options
+                "imagefolder", data_files=files, split="train", cache_dir=cache_dir, **options
             )
     except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
         fail(f"{source} does not load: {first_line(error)}; pass a folder of images or a Hub dataset")
@@ -63,6 +66,17 @@ def load_images(
         if flag == "caption_column" and dataset.features[name] not in map(datasets.Value, ("string", "large_string")):
             fail(f"--{flag} {name} holds {dataset.features[name]}; pass a column of strings")
     return undecode(dataset.select_columns(list(dict.fromkeys(columns.values()))), columns["image_column"]), source
+
+
+def find_files(folder: Path) -> str:
+    """The pattern of a folder's files to train on: all, or those of "train" where its sub-folders are splits.
+
+    `datasets` would find splits by itself, by a search of the whole folder for each of some sixty patterns, and would
+    leave out every file whose name has a word like "test".
+    """
+    names = {path.name for path in folder.iterdir() if path.is_dir()}
+    splits = "train" in names and names <= {"train", "test", "val", "valid", "validation"}
+    return f"{glob.escape(str(folder / 'train' if splits else folder))}/**"
 
 
 def choose_samples(dataset: datasets.Dataset, count: int | None, seed: int) -> datasets.Dataset:

@@ -129,6 +129,21 @@ def test_the_centre_is_kept(size, channels):
 # ----------------------------------------------------------------------------------------------- where images are from
 
 
+def test_all_files_of_a_folder_are_used_whatever_their_names(load, tmp_path):
+    folder = tmp_path / "test images [1]"
+    for name in ("train/a.png", "train/b.png", "test/a.png", "val_1/a.png", "a_test.png", "validation.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        halves().save(folder / name)
+    assert len(load("--train_data_dir", folder)) == 6
+
+
+def test_of_splits_only_train_is_used(load, tmp_path):
+    for name in ("train/a.png", "train/more/b.png", "test/a.png", "val/a.png"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        halves().save(tmp_path / "data" / name)
+    assert len(load("--train_data_dir", tmp_path / "data")) == 2
+
+
 @pytest.fixture
 def parquet(tmp_path):
     """`parquet({"column": rows})` writes a dataset folder as the Hub keeps it and returns it."""

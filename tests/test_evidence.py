@@ -50,25 +50,29 @@ def test_runs_are_compared_by_seed_with_the_best_of_a_group(page, tmp_path):
     assert "Not finished" in page(lines[1:], EXPERIMENT)
 
 
-def test_each_row_gets_its_best_learning_rate_on_another_seed(page):
-    experiment = EXPERIMENT._replace(learning_rates=(1e-3, 2e-3))
-    search = evidence.list_search("one", experiment)
-    assert len(search) == 6 and {run.seed for run in search}.isdisjoint(experiment.seeds)
-    assert evidence.tune("one", experiment, {}) is None
-    better = {"none": 1e-3, "mse": 2e-3, "rms": 1e-3}
-    found = [line_of(run, abs(run.flags["learning_rate"] - better[run.name.split()[0]])) for run in search]
+def test_each_row_gets_a_learning_rate_between_two_worse_on_another_seed(page):
+    experiment = EXPERIMENT._replace(search=True)
+    best, found, rounds = {"none": 16e-3, "mse": 8e-3, "rms": 64e-3}, [], []
+    while search := evidence.list_search("one", experiment, {line["key"]: line for line in found}):
+        assert evidence.tune("one", experiment, {line["key"]: line for line in found}) is None
+        assert {run.seed for run in search}.isdisjoint(experiment.seeds)
+        for run in search[:4]:  # stopped after four
+            off = abs(np.log2(run.flags["learning_rate"] / best[run.name.split()[0]]))
+            found.append(line_of(run, off))
+        rounds.append(len(search))
+    assert sum(min(count, 4) for count in rounds) == len(found) == 3 + 4 + 5
     tuned = evidence.tune("one", experiment, {line["key"]: line for line in found})
-    assert {row: flags["learning_rate"] for row, flags in tuned.rows.items()} == better
+    assert {row: flags["learning_rate"] for row, flags in tuned.rows.items()} == best
     assert tuned.rows["none"]["kd_loss"] == "none"
     lines = [line_of(run, DISTANCES[run.name][run.seed]) for run in evidence.list_runs("one", tuned)]
-    assert "the best of 0.001, 0.002: none 0.001, mse 0.002, rms 0.001." in page(found + lines, experiment)
+    assert "on seed 100: none 0.016, mse 0.008, rms 0.064." in page(found + lines, experiment)
 
 
 @pytest.mark.parametrize("name", evidence.EXPERIMENTS)
 def test_experiments_are_command_lines_of_the_script(name, tmp_path):
     experiment = evidence.EXPERIMENTS[name]()
     (tmp_path / "0.png").touch()
-    for run in evidence.list_runs(name, experiment) + evidence.list_search(name, experiment):
+    for run in evidence.list_runs(name, experiment) + evidence.list_search(name, experiment, {}):
         flags = {"train_data_dir": tmp_path, "pretrained_teacher_model": tmp_path, **study.flags_of(run)}
         words = [word for key, value in flags.items() for word in study.flag_of(key, value)]
         args = study.train_lift_unet.parse_args(words)
