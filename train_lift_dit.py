@@ -47,7 +47,7 @@ from common.arguments import (
     fail,
     tracked_flags,
 )
-from common.cache import cache_encodings, identify
+from common.cache import cache_encodings
 from common.card import write_model_card
 from common.checkpoints import prepare_output
 from common.costs import dtype_of, estimate_activations, profile_forward
@@ -107,7 +107,7 @@ from common.training import (
     trained_parameters,
     working_dtype,
 )
-from common.vae import load_vae
+from common.vae import identify_vae, load_vae
 
 import datasets
 import diffusers
@@ -173,7 +173,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--pretrained_teacher_model", help=f"DiTPipeline: a folder or Hub id (default, but from scratch: {TEACHER})"
     )
-    group.add_argument("--vae", help='"none" for pixels, or the folder of an AutoencoderKL (default: the teacher\'s)')
+    group.add_argument(
+        "--vae", help='"none" for pixels, or an AutoencoderKL, a folder or Hub id (default: the teacher\'s)'
+    )
     group.add_argument("--student", help=f"{', '.join(STUDENTS)} of the teacher's blocks, or a JSON file")
     group.add_argument("--keep_blocks", help="or the teacher's blocks to keep, e.g. 0,2,4")
     group.add_argument("--student_depth", type=int, help="or how many to keep: those that change their tokens most")
@@ -489,17 +491,6 @@ class Encoders:
             return torch.stack([images, torch.zeros_like(images)], dim=1)
         latents = self.vae.encode(images.to(self.dtype)).latent_dist
         return torch.stack([latents.mean, latents.std], dim=1) * self.vae.config.scaling_factor
-
-
-def identify_vae(source: TeacherSource | None, vae_path: str | None) -> dict:
-    """What tells a VAE from others in a cache.
-
-    Args:
-        vae_path: "none", its folder, or `None` for the teacher's.
-    """
-    if vae_path == "none":
-        return {"model": None}
-    return identify(source.path, source.revision, ["vae"]) if vae_path is None else identify(vae_path, None, ["."])
 
 
 def encode_dataset(

@@ -18,6 +18,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiTTransformer2DModel,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -41,6 +42,20 @@ SD21 = {
     "use_linear_projection": True,
     "block_out_channels": [320, 640, 1280, 1280],
     "layers_per_block": 2,
+}
+SDXL = {
+    "sample_size": 128,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 10],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
 }
 DIT_XL = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "out_channels": 8}
 SD3_MEDIUM = {
@@ -80,6 +95,20 @@ def save_sd21(folder: Path) -> Path:
     with torch.device("meta"):
         parts = {"unet": UNet2DConditionModel(**SD21), "vae": make_vae(4), "scheduler": DDPMScheduler()}
     return _save(folder, "StableDiffusionPipeline", parts, {"text_encoder": ("CLIPTextModel", text)})
+
+
+def save_sdxl(folder: Path) -> Path:
+    """Stable Diffusion XL base."""
+    layers = {"num_hidden_layers": 12, "num_attention_heads": 12}, {"num_hidden_layers": 32, "num_attention_heads": 20}
+    widths = ({"hidden_size": width, "projection_dim": width, "intermediate_size": 4 * width} for width in (768, 1280))
+    clips = [CLIPTextConfig(**layer, **width) for layer, width in zip(layers, widths)]
+    texts = {
+        "text_encoder": ("CLIPTextModel", clips[0]),
+        "text_encoder_2": ("CLIPTextModelWithProjection", clips[1]),
+    }
+    with torch.device("meta"):
+        parts = {"unet": UNet2DConditionModel(**SDXL), "vae": make_vae(4), "scheduler": EulerDiscreteScheduler()}
+    return _save(folder, "StableDiffusionXLPipeline", parts, texts)
 
 
 def save_dit(folder: Path) -> Path:

@@ -20,6 +20,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -27,6 +28,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -120,6 +122,34 @@ def save_sd_pipeline(folder: Path, prediction_type: str = "epsilon", **unet: Any
     text_encoder = CLIPTextModel(_clip_config(16, tokenizer))
     parts = (vae, text_encoder, tokenizer, model, scheduler, None, None)
     StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+def save_sdxl_pipeline(folder: Path, prediction_type: str = "epsilon", **unet: Any) -> Path:
+    """A tiny random Stable Diffusion XL pipeline: 32 pixels, three levels; `unet` overrides its U-Net's config."""
+    torch.manual_seed(0)
+    vae, tokenizer = _vae(force_upcast=True), make_tokenizer()
+    config = {
+        "sample_size": 8,
+        "block_out_channels": [8, 16, 32],
+        "attention_head_dim": [1, 2, 4],
+        "norm_num_groups": 4,
+        "cross_attention_dim": 32,
+        "transformer_layers_per_block": [1, 2, 10],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 6 * 4 + 20,
+    }
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = EulerDiscreteScheduler(**noise, prediction_type=prediction_type)
+    model = UNet2DConditionModel(**{**config, **unet})
+    text_encoder = CLIPTextModel(_clip_config(12, tokenizer))
+    text_encoder_2, tokenizer_2 = _clip(20)
+    parts = (vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, model, scheduler)
+    StableDiffusionXLPipeline(*parts, add_watermarker=False).save_pretrained(folder)
     return folder
 
 

@@ -144,13 +144,20 @@ def _sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def identify(source: str, revision: str | None, parts: list[str]) -> dict[str, Any]:
-    """What tells one version of a pipeline's parts from another: the Hub's commit, or the files' sizes and times."""
+def identify(source: str, revision: str | None, parts: list[str], index: str = "model_index.json") -> dict[str, Any]:
+    """What tells one version of a pipeline's parts from another: the Hub's commit, or the files' sizes and times.
+
+    Args:
+        source: A Hub id or a folder.
+        revision: On the Hub.
+        parts: Folders of the pipeline.
+        index: A file that it has on the Hub.
+    """
     folder = Path(source)
     if not folder.is_dir():
         return {
             "model": source,
-            "commit": Path(hf_hub_download(source, "model_index.json", revision=revision)).parent.name,
+            "commit": Path(hf_hub_download(source, index, revision=revision)).parent.name,
         }
     files = [path for part in parts for path in sorted((folder / part).rglob("*")) if path.is_file()]
     described = [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]

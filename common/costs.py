@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import recursively_apply
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,9 +38,7 @@ def dtype_of(mixed_precision: str | None) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
 
 
-def profile_forward(
-    model: torch.nn.Module, dtype: torch.dtype = torch.float32, **inputs: torch.Tensor
-) -> tuple[int, int, int]:
+def profile_forward(model: torch.nn.Module, dtype: torch.dtype = torch.float32, **inputs: Any) -> tuple[int, int, int]:
     """What a forward pass costs on a GPU, without computing anything and without one.
 
     Fake tensors stand for those on the GPU: they have a dtype and a size, follow CUDA's autocast rules, and hold
@@ -48,7 +47,7 @@ def profile_forward(
     Args:
         model: A model on the meta device, which stays as it is.
         dtype: Of autocast; float32 is without it.
-        inputs: Meta tensors for its forward. Floating-point ones are taken to be in this dtype.
+        inputs: Meta tensors, or dictionaries of them, for its forward. Floating-point ones are in this dtype.
 
     Returns:
         Multiply-accumulates; the bytes kept for the backward pass, without the weights and their copies for autocast;
@@ -71,10 +70,7 @@ def profile_forward(
             module.register_forward_hook(leave)
     with FakeTensorMode():
         kept = _KeptStorages(_put_on_fake_gpu(model))
-        inputs = {
-            name: torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device="cuda")
-            for name, tensor in inputs.items()
-        }
+        inputs = recursively_apply(partial(_fake_input, dtype=dtype), inputs)
         with (
             FlopCounterMode(display=False) as flops,
             _cuda_autocast(dtype),
@@ -84,6 +80,11 @@ def profile_forward(
         ):
             model(**inputs)
     return flops.get_total_flops() // 2, kept.bytes(), largest
+
+
+def _fake_input(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    kind = dtype if tensor.is_floating_point() else tensor.dtype
+    return torch.empty(tensor.shape, dtype=kind, device="cuda")
 
 
 def _put_on_fake_gpu(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -176,7 +177,7 @@ def estimate_activations(
     checkpointing: bool,
     batch_size: int,
     mixed_precision: str | None,
-    **inputs: torch.Tensor,
+    **inputs: Any,
 ) -> tuple[int, int, int]:
     """MACs of a forward pass on one image, and what a batch's keeps and recomputes: see [`profile_forward`].
 
@@ -188,7 +189,7 @@ def estimate_activations(
         inputs: Meta tensors for its forward on one image.
     """
     dtype = dtype_of(mixed_precision)
-    inputs = {name: tensor.expand(batch_size, *tensor.shape[1:]) for name, tensor in inputs.items()}
+    inputs = recursively_apply(lambda tensor: tensor.expand(batch_size, *tensor.shape[1:]), inputs)
     macs, kept, largest = profile_forward(make().train(), dtype, **inputs)
     if not checkpointing:
         return macs // batch_size, kept, 0

@@ -9,8 +9,10 @@
 """Which VAE does `--vae` ask for, and how are pixels the latents of a pipeline like any other?"""
 
 import math
+from typing import Any
 
 from common.arguments import fail, first_line
+from common.cache import identify
 from common.teachers import TeacherSource, check_weights, load_part, load_skeleton, read_weights
 
 import torch
@@ -18,12 +20,12 @@ from diffusers import AutoencoderKL
 
 
 def load_vae(source: TeacherSource | None, vae: str | None, channels: int, skeleton: bool) -> AutoencoderKL:
-    """The VAE that `--vae` asks for, in float32 on the CPU. One that does not fit the transformer ends the run.
+    """The VAE that `--vae` asks for, in float32 on the CPU. One that does not fit the model ends the run.
 
     Args:
         source: The teacher; it may be `None` where there is a `vae`.
-        vae: "none" for pixels, a folder, or `None` for the teacher's.
-        channels: That the transformer takes.
+        vae: "none" for pixels, a folder or a Hub id, or `None` for the teacher's.
+        channels: That the model takes.
         skeleton: Whether the teacher's comes without its weights, on the meta device.
     """
     if vae == "none":
@@ -32,19 +34,26 @@ def load_vae(source: TeacherSource | None, vae: str | None, channels: int, skele
         model = (load_skeleton if skeleton else load_part)(source, AutoencoderKL, "vae").requires_grad_(False).eval()
     else:
         try:
-            kind = AutoencoderKL.load_config(vae, local_files_only=True).get("_class_name", "AutoencoderKL")
+            kind = AutoencoderKL.load_config(vae).get("_class_name", "AutoencoderKL")
             if kind != "AutoencoderKL":
                 raise ValueError(f"it is a {kind}")
-            model = read_weights(AutoencoderKL.from_pretrained, vae, local_files_only=True).float().eval()
+            model = read_weights(AutoencoderKL.from_pretrained, vae).float().eval()
         except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-            fail(f'--vae {vae} does not load: {first_line(error)}; pass "none", or an AutoencoderKL\'s folder')
+            fail(f"--vae {vae} does not load: {first_line(error)}; pass an AutoencoderKL, by a folder or a Hub id")
         check_weights(model, f"--vae {vae}")
     if model.config.latent_channels != channels or model.config.in_channels not in (1, 3):
         fail(
             f"--vae {vae} makes {model.config.latent_channels} channels of images with {model.config.in_channels}, "
-            f"the transformer takes {channels}; pass a pair that fits, of grey or RGB images"
+            f"the model takes {channels}; pass a pair that fits, of grey or RGB images"
         )
     return model
+
+
+def identify_vae(source: TeacherSource | None, vae: str | None) -> dict[str, Any]:
+    """What tells one version of the VAE that `--vae` asks for from another. See [`load_vae`] and [`identify`]."""
+    if vae is None:
+        return identify(source.path, source.revision, ["vae"])
+    return {"vae": "none"} if vae == "none" else identify(vae, None, ["."], index="config.json")
 
 
 @torch.no_grad()
