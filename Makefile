@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo demo-sd21 demo-dit demo-sd3 test quality bench endings evidence
+.PHONY: demo demo-sd21 demo-dit demo-sd3 demo-sdxl test quality bench endings evidence
 
 demo: .venv/installed  ## train a small teacher of digits, distil it four ways, write a report (10 minutes on 2 cores)
 	$(PY) demos/digits.py --output_dir demo
@@ -15,6 +15,9 @@ demo-dit: .venv/installed  ## the same for a small DiT of garments, distilled in
 
 demo-sd3: .venv/installed  ## the same for a small Stable Diffusion 3 of garments
 	$(PY) demos/fashion_sd3.py --output_dir demo-sd3
+
+demo-sdxl: .venv/installed  ## the same for a small Stable Diffusion XL of garments
+	$(PY) demos/fashion_sdxl.py --output_dir demo-sdxl
 
 test: .venv/installed
 	$(PY) -m pytest --numprocesses 2 --dist worksteal

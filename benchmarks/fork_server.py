@@ -20,7 +20,16 @@ from pathlib import Path
 
 # What runs import, at their start and on their way. The server imports it once.
 MODULES = (
-    *("train_lift_unet", "train_lift_sd21", "train_lift_dit", "train_lift_sd3", "generate", "evaluate", "report"),
+    *(
+        "train_lift_unet",
+        "train_lift_sd21",
+        "train_lift_dit",
+        "train_lift_sd3",
+        "train_lift_sdxl",
+        "generate",
+        "evaluate",
+        "report",
+    ),
     *("bitsandbytes", "datasets.packaged_modules.imagefolder.imagefolder", "multiprocess.pool"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg"),
 )

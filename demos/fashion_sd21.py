@@ -54,7 +54,7 @@ TOKENS = 24
 def parse_args(
     input_args: list[str] | None = None, description: str = __doc__, output_dir: str = "demo-sd21"
 ) -> argparse.Namespace:
-    """The flags of this demo, and of fashion_sd3.py with another description and default folder."""
+    """The flags of this demo, and of the other two with captions, by another description and default folder."""
     defaults = {"teacher_steps": 1500, "student_steps": 300, "samples": 400, "inference_steps": 20}
     parser = demo.make_parser(description, output_dir, **defaults)
     parser.add_argument("--autoencoder_steps", type=int, default=800, help="training steps of the autoencoder")
@@ -128,6 +128,23 @@ def measure(
     )
 
 
+def distil(args: argparse.Namespace, script: str, start: Path, students: tuple[str, ...]) -> dict[str, Path]:
+    """Train the teacher and each student by each loss; returns the models' folders by name.
+
+    Args:
+        start: The pipeline whose U-Net is trained from scratch to be the teacher.
+    """
+    scratch = ["--kd_loss", "none", "--student", "whole", "--student_init", "random"]
+    scratch += ["--pretrained_teacher_model", start]
+    runs = {"teacher": train(args, script, "teacher", args.teacher_steps, scratch)}
+    for student in students:
+        for method in METHODS:
+            flags = ["--pretrained_teacher_model", runs["teacher"], "--student", student, "--kd_loss", method]
+            name = f"{student}-{method}"
+            runs[name] = train(args, script, name, args.student_steps, flags)
+    return runs
+
+
 def run(args: argparse.Namespace) -> None:
     """Make the data and the parts, train the teacher and the students, measure them."""
     from transformers import CLIPTextModel
@@ -135,14 +152,7 @@ def run(args: argparse.Namespace) -> None:
     vae, clip, tokenizer, accuracy = make_parts(args)
     text_encoder = CLIPTextModel.from_pretrained(clip)
     start = small_models.save_sd_pipeline(args.output_dir / "start", vae, text_encoder, tokenizer)
-    scratch = ["--kd_loss", "none", "--student", "whole", "--student_init", "random"]
-    scratch += ["--pretrained_teacher_model", start]
-    runs = {"teacher": train(args, SCRIPT, "teacher", args.teacher_steps, scratch)}
-    for student in STUDENTS:
-        for method in METHODS:
-            flags = ["--pretrained_teacher_model", runs["teacher"], "--student", student, "--kd_loss", method]
-            name = f"{student}-{method}"
-            runs[name] = train(args, SCRIPT, name, args.student_steps, flags)
+    runs = distil(args, SCRIPT, start, STUDENTS)
     measure(args, "A small Stable Diffusion of garments, distilled", runs, accuracy, ("--sampler", "ddim"))
 
 

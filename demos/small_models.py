@@ -29,6 +29,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import (
@@ -248,7 +249,16 @@ def save_sd_pipeline(folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextMod
         "cross_attention_dim": text_encoder.config.hidden_size,
         "use_linear_projection": True,
     }
-    scheduler = DDIMScheduler(
+    model = UNet2DConditionModel(**config)
+    pipeline = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, model, _noise(), None, None, requires_safety_checker=False
+    )
+    save_parts(folder, pipeline)
+    return folder
+
+
+def _noise() -> DDIMScheduler:
+    return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -257,11 +267,40 @@ def save_sd_pipeline(folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextMod
         steps_offset=1,
         prediction_type="v_prediction",
     )
-    model = UNet2DConditionModel(**config)
-    pipeline = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, model, scheduler, None, None, requires_safety_checker=False
-    )
-    save_parts(folder, pipeline)
+
+
+def save_sdxl_pipeline(folder: Path, vae: AutoencoderKL, clip: Path, tokenizer: CLIPTokenizer) -> Path:
+    """Save a StableDiffusionXLPipeline of these parts and a random U-Net in its three-level layout.
+
+    Args:
+        clip: The folder of [`train_clip`], whose text encoder is used in both places.
+
+    Returns:
+        The folder. If it exists, nothing is done.
+    """
+    if folder.exists():
+        return folder
+    torch.manual_seed(0)
+    encoders = CLIPTextModel.from_pretrained(clip), CLIPTextModelWithProjection.from_pretrained(clip)
+    width, time_width = encoders[1].config.hidden_size, 16
+    config = {
+        "sample_size": vae.config.sample_size // vae_factor(vae),
+        "in_channels": vae.config.latent_channels,
+        "out_channels": vae.config.latent_channels,
+        "block_out_channels": [32, 64, 96],
+        "attention_head_dim": [2, 4, 6],  # UNet2DConditionModel reads it as the number of heads
+        "transformer_layers_per_block": [1, 2, 6],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 8,
+        "cross_attention_dim": 2 * width,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": time_width,
+        "projection_class_embeddings_input_dim": 6 * time_width + encoders[1].config.projection_dim,
+    }
+    parts = (vae, *encoders, tokenizer, tokenizer, UNet2DConditionModel(**config), _noise())
+    save_parts(folder, StableDiffusionXLPipeline(*parts, add_watermarker=False))
     return folder
 
 

@@ -69,6 +69,7 @@ PROTOCOLS = {
     "DDPMPipeline": ("ddim", 100, None),
     "DDIMPipeline": ("ddim", 100, None),
     "StableDiffusionPipeline": ("pndm", 25, 7.5),
+    "StableDiffusionXLPipeline": ("euler", 50, 5.0),
     "DiTPipeline": ("ddpm", 250, 1.5),
     "StableDiffusion3Pipeline": ("euler", 28, 7.0),
 }

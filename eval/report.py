@@ -36,9 +36,10 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import NoneType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import recursively_apply, send_to_device
 from diffusers import DDPMScheduler, DiffusionPipeline
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -99,7 +100,7 @@ class Inputs(NamedTuple):
     images: list[Image.Image]  # N, without noise
     noisy: torch.Tensor  # float32 (T, N, C, h, w)
     timesteps: torch.Tensor  # (T,)
-    conditions: dict[str, torch.Tensor]  # (N, ...) by the name of the model's argument
+    conditions: dict[str, Any]  # tensors (N, ...), or dictionaries of such, by the name of the model's argument
 
 
 @dataclasses.dataclass
@@ -269,7 +270,7 @@ def count_macs(pipeline: DiffusionPipeline, inputs: Inputs) -> int:
     with torch.device("meta"):
         skeleton = type(model).from_config(model.config)
         noisy = torch.empty_like(inputs.noisy[0, :1], device="meta")
-        conditions = {name: torch.empty_like(value[:1], device="meta") for name, value in inputs.conditions.items()}
+        conditions = recursively_apply(lambda value: torch.empty_like(value[:1], device="meta"), inputs.conditions)
         first = "sample" if hasattr(pipeline, "unet") else "hidden_states"
         return profile_forward(
             skeleton, **{first: noisy}, timestep=torch.zeros(1, dtype=inputs.timesteps.dtype), **conditions
@@ -313,11 +314,16 @@ def make_inputs(
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         timesteps = (shares * scheduler.config.num_train_timesteps).long()
         noisy = torch.stack([scheduler.add_noise(clean, noise, step.expand(len(clean))) for step in timesteps])
-        if hasattr(pipeline, "text_encoder"):
+        if hasattr(pipeline, "text_encoder_2"):
+            text, _, pooled, _ = pipeline.encode_prompt(batch, device=device, do_classifier_free_guidance=False)
+            side = clean.shape[-1] * pipeline.vae_scale_factor
+            sizes = torch.tensor([[side, side, 0, 0, side, side]]).float().expand(len(batch), -1)
+            named = {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+        elif hasattr(pipeline, "text_encoder"):
             named = {"encoder_hidden_states": pipeline.encode_prompt(batch, device, 1, False)[0]}
         elif batch:
             named = {"class_labels": torch.tensor(batch)}
-    return Inputs(images, noisy, timesteps, {name: value.cpu() for name, value in named.items()})
+    return Inputs(images, noisy, timesteps, send_to_device(named, "cpu"))
 
 
 def encode(pipeline: DiffusionPipeline, images: list[Image.Image], flags: argparse.Namespace) -> torch.Tensor:
@@ -338,10 +344,11 @@ def encode(pipeline: DiffusionPipeline, images: list[Image.Image], flags: argpar
 def predict(pipeline: DiffusionPipeline, inputs: Inputs) -> torch.Tensor:
     """The model's predictions, float32 (T, N, C, h, w) on the CPU, without the variance that a DiT predicts."""
     model = generate.denoiser(pipeline)
-    conditions = {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.conditions.items()
-    }
+
+    def place(value: torch.Tensor) -> torch.Tensor:
+        return value.to(model.device, model.dtype if value.is_floating_point() else None)
+
+    conditions = recursively_apply(place, inputs.conditions)
     predictions = []
     for step, noisy in zip(inputs.timesteps, inputs.noisy):
         steps = step.expand(len(noisy)).to(model.device)

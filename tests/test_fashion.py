@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
@@ -19,6 +19,7 @@ import fashion
 import fashion_dit
 import fashion_sd3
 import fashion_sd21
+import fashion_sdxl
 import small_models
 from result_tables import as_markdown, tables_from_files
 
@@ -243,6 +244,17 @@ def test_stable_diffusion_3_from_nothing(make_demo, monkeypatch):
     absent = {"text_encoder_3": None, "tokenizer_3": None}
     student = StableDiffusion3Pipeline.from_pretrained(folder / "third-place", **absent)
     assert student.transformer.config.num_layers == 2
+
+
+def test_stable_diffusion_xl_from_nothing(make_demo, monkeypatch):
+    monkeypatch.setattr(fashion_sd21, "IMAGES", 96)
+    monkeypatch.setattr(fashion_sd21, "METHODS", ("place",))
+    monkeypatch.setattr(fashion_sdxl, "STUDENTS", ("extreme",))
+    folder = make_demo(fashion_sdxl, "--autoencoder_steps", 2, "--clip_steps", 2)
+    check_demo(folder, ["real", "decoded", "teacher", "extreme-place"])
+    student = StableDiffusionXLPipeline.from_pretrained(folder / "extreme-place", add_watermarker=False)
+    assert student.unet.config.transformer_layers_per_block == [1, 1]
+    assert student("a photo of a dark bag", num_inference_steps=1).images[0].size == (32, 32)
 
 
 def test_dit_from_nothing(make_demo, monkeypatch):
