@@ -99,15 +99,14 @@ def save_sd21(folder: Path) -> Path:
 
 def save_sdxl(folder: Path) -> Path:
     """Stable Diffusion XL base."""
-    layers = {"num_hidden_layers": 12, "num_attention_heads": 12}, {"num_hidden_layers": 32, "num_attention_heads": 20}
-    widths = ({"hidden_size": width, "projection_dim": width, "intermediate_size": 4 * width} for width in (768, 1280))
-    clips = [CLIPTextConfig(**layer, **width) for layer, width in zip(layers, widths)]
+    clips = make_clips()
     texts = {
         "text_encoder": ("CLIPTextModel", clips[0]),
         "text_encoder_2": ("CLIPTextModelWithProjection", clips[1]),
     }
     with torch.device("meta"):
-        parts = {"unet": UNet2DConditionModel(**SDXL), "vae": make_vae(4), "scheduler": EulerDiscreteScheduler()}
+        parts = {"unet": UNet2DConditionModel(**SDXL), "vae": make_vae(4)}
+    parts["scheduler"] = EulerDiscreteScheduler()
     return _save(folder, "StableDiffusionXLPipeline", parts, texts)
 
 
@@ -120,9 +119,7 @@ def save_dit(folder: Path) -> Path:
 
 def save_sd3(folder: Path, transformer: dict[str, Any]) -> Path:
     """A pipeline of Stable Diffusion 3 or 3.5 with this transformer."""
-    layers = {"num_hidden_layers": 12, "num_attention_heads": 12}, {"num_hidden_layers": 32, "num_attention_heads": 20}
-    widths = ({"hidden_size": width, "projection_dim": width, "intermediate_size": 4 * width} for width in (768, 1280))
-    clips = [("CLIPTextModelWithProjection", CLIPTextConfig(**layer, **width)) for layer, width in zip(layers, widths)]
+    clips = [("CLIPTextModelWithProjection", config) for config in make_clips()]
     t5 = {"d_model": 4096, "num_layers": 24, "num_heads": 64, "d_ff": 10240, "feed_forward_proj": "gated-gelu"}
     texts = {
         "text_encoder": clips[0],
@@ -133,6 +130,13 @@ def save_sd3(folder: Path, transformer: dict[str, Any]) -> Path:
         parts = {"transformer": SD3Transformer2DModel(**transformer), "vae": make_vae(16)}
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return _save(folder, "StableDiffusion3Pipeline", parts, texts)
+
+
+def make_clips() -> list[CLIPTextConfig]:
+    """The two text encoders of Stable Diffusion XL and 3: OpenAI's CLIP-L and OpenCLIP's bigG."""
+    layers = {"num_hidden_layers": 12, "num_attention_heads": 12}, {"num_hidden_layers": 32, "num_attention_heads": 20}
+    widths = ({"hidden_size": width, "projection_dim": width, "intermediate_size": 4 * width} for width in (768, 1280))
+    return [CLIPTextConfig(**layer, **width) for layer, width in zip(layers, widths)]
 
 
 def make_vae(channels: int, narrower: int = 1) -> AutoencoderKL:
