@@ -36,8 +36,8 @@ PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDif
 EXPECTED = "pass a student of Stable Diffusion 1.x, 2.x or SDXL: its pipeline folder or Hub id"
 PIXELS = "no program reads a U-Net of pixels; use it with Diffusers"
 REFUSED = {
-    "StableDiffusion3Pipeline": "ComfyUI takes an SD3's depth from its width, stable-diffusion.cpp its width from its "
-    "depth (64 channels a block), so neither opens one with fewer blocks; use it with Diffusers",
+    "StableDiffusion3Pipeline": "ComfyUI takes an SD3's depth from its width (64 channels a block) and "
+    "stable-diffusion.cpp builds 24 blocks or more, so neither opens one with fewer; use it with Diffusers",
     "DiTPipeline": "no program reads a DiT, which draws by class labels; use it with Diffusers",
     "DDPMPipeline": PIXELS,
     "DDIMPipeline": PIXELS,
@@ -46,7 +46,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SD_CPP = "stable-diffusion.cpp"
 
 
-# ------------------------------------------------------------------------------------------- what every program expects
+# ------------------------------------------------------------------------------------------ what every program expects
 
 
 class Layout(NamedTuple):
@@ -203,7 +203,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--keep_gaps",
         action="store_true",
-        help="number the blocks as if no layer were missing: stable-diffusion.cpp opens BK-SDM-Tiny so, ComfyUI not so",
+        help="number the blocks as if no layer were missing, for BK-SDM-Tiny in stable-diffusion.cpp, not in ComfyUI",
     )
     args = parser.parse_args(input_args)
     check_values(args)
