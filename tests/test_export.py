@@ -35,7 +35,7 @@ XL_BLOCKS = {
 }
 LONE_MID = {"mid_block_type": "UNetMidBlock2D"}
 THIN = {"layers_per_block": 1}
-# The published U-Nets of these names (their configs on the Hub): transformer blocks by level, from the widest image on.
+# The published U-Nets of these names, by their configs on the Hub.
 XL = {
     "sdxl": {"transformer_layers_per_block": [1, 2, 10]},
     "ssd_1b": {
@@ -54,7 +54,7 @@ OWN_XL = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- there and back again
+# ------------------------------------------------------------------------------------------------ there and back again
 
 
 def tiny_sd(folder: Path, student: str, act: str) -> Path:
@@ -154,7 +154,7 @@ def test_half_precision_but_the_vae_of_sdxl(tmp_path):
                 assert tensor.dtype == (torch.float32 if kept else dtype), name
 
 
-# ------------------------------------------------------------------------------ the programs' rules, on the file alone
+# ----------------------------------------------------------------------------- the programs' rules, on the file alone
 
 Shapes = dict[str, tuple[int, ...]]
 UNET = "model.diffusion_model."
@@ -307,7 +307,7 @@ def programs_for(shapes: Shapes) -> list[str]:
     return [name for name, rule in opens.items() if rule(shapes)]
 
 
-# ------------------------------------------------------------------------------------------- our layouts by those rules
+# ------------------------------------------------------------------------------------------ our layouts by those rules
 
 
 def full_size(family: export.Family, config: dict, **scheduler) -> SDPipeline | XLPipeline:
@@ -398,7 +398,7 @@ def test_what_the_file_cannot_say_is_refused(unet, scheduler, words):
     assert words in export.find_obstacle(pipeline, export.SD2)
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
+# --------------------------------------------------------------------------------------------------------- the command
 
 
 @pytest.fixture(scope="module")
@@ -509,7 +509,7 @@ def test_other_formats_are_refused(student, capsys):
     assert "invalid choice: 'onnx'" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------- docs/export.md
+# ------------------------------------------------------------------------------------------------------ docs/export.md
 
 
 def test_the_page_has_each_layout_with_the_programs_that_open_it():
