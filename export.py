@@ -211,7 +211,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_student(model: str, revision: str | None, variant: str | None) -> DiffusionPipeline:
-    """The pipeline, in float32 on the CPU. Ends the process where it is none that has an original layout."""
+    """The pipeline, on the CPU. Ends the process where it is none that has an original layout."""
     folder = Path(model)
     if (folder / "pytorch_lora_weights.safetensors").is_file():
         fail(f"--model {model} is an adapter alone; pass the student's folder around it, where it is merged")
@@ -225,24 +225,30 @@ def load_student(model: str, revision: str | None, variant: str | None) -> Diffu
         if kind not in PIPELINES:
             fail(f"--model {model} is a {kind}: {REFUSED.get(kind, f'it has no such file; {EXPECTED}')}")
         absent = [name for name, part in parts.items() if part == [None, None] or name == "safety_checker"]
-        options = {"revision": revision, "variant": variant, "torch_dtype": torch.float32, **dict.fromkeys(absent)}
-        return read_weights(PIPELINES[kind].from_pretrained, model, **options)
+        options = {"revision": revision, "variant": variant, **dict.fromkeys(absent)}
+        pipeline = read_weights(PIPELINES[kind].from_pretrained, model, **options)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         fail(f"--model {model} does not load: {first_line(error)} Remedy: {EXPECTED}")
+    missing = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if name in absent]
+    if missing:
+        fail(f"--model {model} has no {missing[0]}, which belongs into the file; pass a whole pipeline")
+    return pipeline
 
 
 def describe(pipeline: DiffusionPipeline, family: Family, title: str) -> dict[str, str]:
     """The file's header, by the ModelSpec standard (https://github.com/Stability-AI/ModelSpec)."""
     velocity = pipeline.scheduler.config.prediction_type == "v_prediction"
-    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    architecture = "stable-diffusion-v2-768-v" if family is SD2 and velocity else family.architecture
     pruned = "" if layout_of(pipeline.unet) == family.whole else "-pruned"
+    size = pipeline.unet.config.sample_size
+    side = size * pipeline.vae_scale_factor if isinstance(size, int) else None
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": family.architecture + pruned,
+        "modelspec.architecture": architecture + pruned,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
-        "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": "v" if velocity else "epsilon",
+        **({"modelspec.resolution": f"{side}x{side}"} if side else {}),
     }
 
 

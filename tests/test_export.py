@@ -494,6 +494,10 @@ def test_other_refusals(student, tmp_path, capsys, monkeypatch):
     assert "is no safetensors file's name" in refusal("--model", student, "--output", tmp_path / "a.ckpt")
     assert "is no folder; pass a student of" in refusal("--model", tmp_path / "nowhere", "--output", file)
     assert '--output "" is empty' in refusal("--model", student, "--output", "")
+    whole = tiny_xl(tmp_path / "refiner")
+    parts = json.loads((whole / "model_index.json").read_text())
+    (whole / "model_index.json").write_text(json.dumps(parts | {"text_encoder": [None, None]}))
+    assert "has no text_encoder, which belongs into the file" in refusal("--model", whole, "--output", file)
     monkeypatch.setattr(export, "find_obstacle", lambda pipeline, family: None)
     said = refusal("--model", student, "--output", file)
     assert "no program opens a U-Net of [8, 16, 32] channels with Layout(widths=(1.0, 2.0, 4.0), down=((1,)," in said
