@@ -225,14 +225,13 @@ def load_student(model: str, revision: str | None, variant: str | None) -> Diffu
         if kind not in PIPELINES:
             fail(f"--model {model} is a {kind}: {REFUSED.get(kind, f'it has no such file; {EXPECTED}')}")
         absent = [name for name, part in parts.items() if part == [None, None] or name == "safety_checker"]
+        missing = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if name in absent]
+        if missing:
+            fail(f"--model {model} has no {missing[0]}, which belongs into the file; pass a whole pipeline")
         options = {"revision": revision, "variant": variant, **dict.fromkeys(absent)}
-        pipeline = read_weights(PIPELINES[kind].from_pretrained, model, **options)
+        return read_weights(PIPELINES[kind].from_pretrained, model, **options)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         fail(f"--model {model} does not load: {first_line(error)} Remedy: {EXPECTED}")
-    missing = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if name in absent]
-    if missing:
-        fail(f"--model {model} has no {missing[0]}, which belongs into the file; pass a whole pipeline")
-    return pipeline
 
 
 def describe(pipeline: DiffusionPipeline, family: Family, title: str) -> dict[str, str]:

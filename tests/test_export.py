@@ -461,6 +461,9 @@ def test_a_full_disk_leaves_nothing_behind(student, any_size, tmp_path, monkeypa
     assert "No space left on device; make room, or pass another place" in said and not list(tmp_path.iterdir())
 
 
+REFINER = {"_class_name": "StableDiffusionXLPipeline", "text_encoder": [None, None]}
+
+
 def save_empty(folder: Path, files: dict[str, str]) -> Path:
     folder.mkdir()
     for name, text in files.items():
@@ -477,6 +480,7 @@ def save_empty(folder: Path, files: dict[str, str]) -> Path:
         ({"model_index.json": '{"_class_name": "DiTPipeline"}'}, "no program reads a DiT"),
         ({"model_index.json": '{"_class_name": "DDPMPipeline"}'}, "no program reads a U-Net of pixels"),
         ({"model_index.json": '{"_class_name": "FluxPipeline"}'}, "is a FluxPipeline: it has no such file; pass a"),
+        ({"model_index.json": json.dumps(REFINER)}, "has no text_encoder, which belongs into the file; pass a whole"),
         ({"model_index.json": "{"}, "does not load"),
         ({"model_index.json": '{"_class_name": "StableDiffusionPipeline"}'}, "does not load"),
     ],
@@ -494,10 +498,6 @@ def test_other_refusals(student, tmp_path, capsys, monkeypatch):
     assert "is no safetensors file's name" in refusal("--model", student, "--output", tmp_path / "a.ckpt")
     assert "is no folder; pass a student of" in refusal("--model", tmp_path / "nowhere", "--output", file)
     assert '--output "" is empty' in refusal("--model", student, "--output", "")
-    whole = tiny_xl(tmp_path / "refiner")
-    parts = json.loads((whole / "model_index.json").read_text())
-    (whole / "model_index.json").write_text(json.dumps(parts | {"text_encoder": [None, None]}))
-    assert "has no text_encoder, which belongs into the file" in refusal("--model", whole, "--output", file)
     monkeypatch.setattr(export, "find_obstacle", lambda pipeline, family: None)
     said = refusal("--model", student, "--output", file)
     assert "no program opens a U-Net of [8, 16, 32] channels with Layout(widths=(1.0, 2.0, 4.0), down=((1,)," in said
