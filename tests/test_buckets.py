@@ -3,28 +3,31 @@
 import importlib
 import io
 import json
+import logging
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import common.card
 from common.buckets import BucketBatchSampler, read_buckets
 from common.cache import collate_alike
-from common.data import choose_size, load_pixels
+from common.data import choose_size, drop_unreadable, load_images, load_pixels
 from common.metrics import read_metrics
 from common.training import make_dataloader
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from conftest import TWO_PROCESSES, launch
+from accelerate import Accelerator, DataLoaderConfiguration, PartialState
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import RandomSampler
 from torchvision.transforms import v2
 
+import train_lift_sd21
+from fork_server import make_fork_server, start_run
 from lift_utils import FeatureModel
 from tiny_models import save_pixart_pipeline, save_sd3_pipeline
 
@@ -222,9 +225,11 @@ def test_live_and_cached_runs_are_one(distil, monkeypatch, caplog, tmp_path, scr
         return add_noise(*inputs)
 
     monkeypatch.setattr(module, "add_noise", recorded)
+    caplog.set_level(logging.INFO)
     rows = {}
     for name, flags in (("live", ()), ("cached", ("--cache_latents",))):
-        seen[name], rows[name] = [], read_metrics(distil(script, name, *flags) / "metrics.jsonl")
+        seen[name] = []
+        rows[name] = read_metrics(distil(script, name, *flags) / "metrics.jsonl")
     for cached, live in zip(seen["cached"], seen["live"]):
         torch.testing.assert_close(cached, live, rtol=1e-4, atol=1e-5)
     for cached, live in zip(rows["cached"], rows["live"]):
@@ -237,9 +242,8 @@ def test_live_and_cached_runs_are_one(distil, monkeypatch, caplog, tmp_path, scr
     assert (pipeline.unet if script == "sd21" else pipeline.transformer).config.sample_size == 8
 
 
-@pytest.mark.parametrize("latents", ["--cache_latents", "--no-cache_latents"])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_cached_teacher_is_the_live_one(distil, teachers, monkeypatch, script, latents):
+@pytest.mark.parametrize(("script", "flags"), [("sd21", ()), ("sd3", ("--cache_latents",))])
+def test_a_cached_teacher_is_the_live_one(distil, teachers, monkeypatch, script, flags):
     """On the same draws, whose noise has the size of the row; with and without cached latents beside it."""
     module = importlib.import_module(f"train_lift_{script}")
     losses, pipeline = module.compute_losses, PIPELINES[script].from_pretrained(teachers[script])
@@ -248,18 +252,15 @@ def test_a_cached_teacher_is_the_live_one(distil, teachers, monkeypatch, script,
 
     def spied(student, teacher, batch, *others, **options):
         cached, logs = losses(student, teacher, batch, *others, **options)
-        expected, _ = losses(
-            student, live, {key: batch[key] for key in batch.keys() - {"teacher"}}, *others, **options
-        )
-        torch.testing.assert_close(cached, expected, rtol=1e-5, atol=0)
+        uncached = {key: batch[key] for key in batch.keys() - {"teacher"}}
+        torch.testing.assert_close(cached, losses(student, live, uncached, *others, **options)[0], rtol=1e-5, atol=0)
         shapes.add(tuple(batch["teacher"].shape))
         return cached, logs
 
     monkeypatch.setattr(module, "compute_losses", spied)
-    flags = () if (script, latents) == ("sd21", "--no-cache_latents") else (latents,)
-    folder = distil(script, "student", "--cache_teacher", 2, "--cache_teacher_dtype", "fp32", *flags)
-    assert shapes == {(4, 4, 8, 8), (4, 4, 8, 12), (4, 4, 12, 8), (4, 4, 4, 12)}  # two images twice fill a batch
-    assert len(read_metrics(folder / "metrics.jsonl")) == 12
+    flags += ("--cache_teacher", 2, "--cache_teacher_dtype", "fp32", "--max_train_steps", 10)
+    distil(script, "student", *flags)
+    assert shapes == {(4, 4, 8, 8), (4, 4, 8, 12), (4, 4, 12, 8), (4, 4, 4, 12)}  # two images, twice, fill a batch
 
 
 RESUMED = {
@@ -281,6 +282,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distil, tmp_path, script):
 
 
 def test_two_processes_resume_exactly(teachers, photos, tmp_path):
+    """In a step they may have batches of different buckets."""
+    context = make_fork_server(("train_lift_sd21", "datasets.packaged_modules.imagefolder.imagefolder"))
     source = ("--pretrained_teacher_model", teachers["sd21"], "--train_data_dir", photos, *SHORT, *SCRIPTS["sd21"])
     source += (
         "--cache_dir",
@@ -291,16 +294,28 @@ def test_two_processes_resume_exactly(teachers, photos, tmp_path):
         "--checkpointing_steps",
         1,
     )
-    for name in ("whole", "resumed"):
-        more = ("--resume_from_checkpoint", "latest") if name == "resumed" else ()
-        if more:
-            shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "resumed" / "checkpoint-1")
-            shutil.copy(tmp_path / "whole" / "metrics.jsonl", tmp_path / "resumed")
-        command = ("train_lift_sd21.py", *source, "--output_dir", tmp_path / name, *more)
-        finished = launch(*command, prefix=TWO_PROCESSES)
-        assert finished.returncode == 0, finished.stdout
-        assert "22 images, 2 batches an epoch" in finished.stdout
-    assert_same(tmp_path / "resumed", tmp_path / "whole", 3)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+
+    def train(folder: Path, *flags) -> None:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        command, processes = [*source, "--output_dir", folder, *flags], []
+        for rank in ("0", "1"):
+            where = tmp_path / f"{folder.name}-{rank}.txt", tmp_path, {**shared, "RANK": rank, "LOCAL_RANK": rank}
+            processes.append(start_run(context, "train_lift_sd21", command, *where))
+        for process in processes:
+            process.join(300)
+        text = (tmp_path / f"{folder.name}-0.txt").read_text()
+        assert [process.exitcode for process in processes] == [0, 0], text
+        assert "22 images, 2 batches an epoch" in text
+
+    train(whole)
+    shutil.copytree(whole / "checkpoint-1", resumed / "checkpoint-1")
+    shutil.copy(whole / "metrics.jsonl", resumed)
+    train(resumed, "--resume_from_checkpoint", "latest")
+    assert_same(resumed, whole, 3)
 
 
 def assert_same(ours: Path, theirs: Path, steps: int) -> None:
@@ -314,100 +329,97 @@ def assert_same(ours: Path, theirs: Path, steps: int) -> None:
     assert rows[0] == rows[1] and len(rows[0]) == steps
 
 
-def test_other_buckets_are_another_cache(distil, tmp_path):
-    """The prompts' embeddings are shared, and the square's are not those of any bucket."""
-    folders = []
-    for name, value in (("auto", "auto"), ("again", "auto"), ("list", "32,32;32,48")):
-        distil("sd21", name, "--cache_latents", "--aspect_ratio_buckets", value, "--max_train_steps", 1)
-        folders.append(len([*(tmp_path / "cache" / "lift-encodings").iterdir()]))
-    assert folders == [2, 2, 3]
+def test_other_buckets_are_other_data_for_a_cache(photos, sd_teacher, tmp_path):
+    """And none are what they were: the square's caches stay."""
+    source, found = train_lift_sd21.TeacherSource(str(sd_teacher), None, None, ""), []
+    flags = ("--train_data_dir", photos, "--cache_dir", tmp_path, "--resolution", 32, "--dataloader_num_workers", 0)
+    for buckets in (None, [(32, 32), (32, 48)], [(32, 48), (32, 32)], [(32, 32), (32, 48), (48, 32)]):
+        args = train_lift_sd21.parse_args([str(flag) for flag in flags])
+        args.aspect_ratio_buckets = buckets
+        dataset, contents = train_lift_sd21.make_dataset(args, train_lift_sd21.load_tokenizer(source))
+        found.append(json.dumps(contents))
+        assert len(dataset) == 22 and ("buckets" in contents) == (buckets is not None)
+    square, two, turned, three = found
+    assert two == turned and len({square, two, three}) == 3
 
 
-def test_the_influence_of_blocks_is_measured_on_every_bucket(distil, capsys):
-    flags = ("--student", "whole", "--student_depth", 2, "--max_train_steps", 1)
-    folder = distil("sd3", "student", *flags)
+def test_the_influence_of_blocks_is_measured_on_every_bucket(distil, monkeypatch, capsys):
+    monkeypatch.setitem(SCRIPTS, "sd3", ("--student_depth", 2, "--max_sequence_length", 8, "--cache_latents"))
+    folder = distil("sd3", "student", "--max_train_steps", 1)
     assert "influence of the teacher's blocks on 22 images" in capsys.readouterr().out
-    assert len(json.loads((folder / "blocks.json").read_text())) > 0
+    assert len(read_metrics(folder / "metrics.jsonl")) == 1
 
 
 # -------------------------------------------------------------------------------------------------- what does not fit
 
 
 @pytest.mark.parametrize(
-    ("script", "flags", "says"),
+    ("given", "says"),
     [
-        ("sd21", ["32,32;32"], "32,32;32: Invalid bucket format: '32'. Expected 'height,width'; pass auto, or sizes"),
-        ("sd21", ["square"], "square: Invalid bucket format: 'square'. Expected 'height,width'; pass auto, or sizes"),
+        ("32,32;32", "Invalid bucket format: '32'. Expected 'height,width'; pass auto, or sizes such as"),
+        ("square", "Invalid bucket format: 'square'. Expected 'height,width'; pass auto, or sizes such as"),
+        ("0,32", "Invalid integer in bucket pair '0,32': Bucket dimensions must be positive integers; pass auto"),
+        ("32,36", "the bucket 32,36 is not divisible by the models; pass multiples of 8"),
+        ("32,32;16,72", "the bucket 16,72 has more patches along a side than the teacher; pass sides of 64 at most"),
         (
-            "sd21",
-            ["0,32"],
-            "0,32: Invalid integer in bucket pair '0,32': Bucket dimensions must be positive integers;",
-        ),
-        ("sd21", ["32,36"], "32,36: the bucket 32,36 is not divisible by the models; pass multiples of 8"),
-        (
-            "sd21",
-            ["32,32;24,40"],
-            "32,32;24,40: the bucket 24,40 with --group_size 16: group_size 16 does not divide the",
-        ),
-        ("sd21", [""], '"" is empty; pass a value, or drop the flag'),
-        ("sd3", ["32,36"], "32,36: the bucket 32,36 is not divisible by the models; pass multiples of 8"),
-        ("sd3", ["16,72"], "16,72: the bucket 16,72 has more patches along a side than the teacher; pass sides of 64"),
-        (
-            "sd3",
-            ["24,40"],
-            "24,40: the bucket 24,40 with --group_size 16: group_size 16 does not divide the 60 elements",
+            "24,40",
+            "the bucket 24,40 with --group_size 16: group_size 16 does not divide the 60 elements of a channel;",
         ),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(distil, run, teachers, tmp_path, script, flags, says):
-    """Before the data are read, and on a dry run."""
-    message = f"^error: --aspect_ratio_buckets {re.escape(says)}"
-    with pytest.raises(SystemExit, match=message) as error:
-        distil(script, "student", "--aspect_ratio_buckets", *flags)
-    assert "\n" not in str(error.value) and not (tmp_path / "student").exists()
-    with pytest.raises(SystemExit, match=message):
-        run(
-            *(f"train_lift_{script}", "--pretrained_teacher_model", teachers[script], *SCRIPTS[script]),
-            *("--dry_run", "--aspect_ratio_buckets", *flags),
-        )
+def test_sizes_that_do_not_fit_are_one_line(given, says):
+    with pytest.raises(SystemExit, match=f"^error: --aspect_ratio_buckets {given}: {re.escape(says)}") as error:
+        read_buckets(given, 32, 4, 16, 8, 64)
+    assert "\n" not in str(error.value)
 
 
-def test_groups_are_of_place_alone(distil):
-    distil("sd21", "student", "--aspect_ratio_buckets", "32,32;24,40", "--kd_loss", "mse", "--max_train_steps", 1)
+def test_groups_are_of_place_alone():
+    assert read_buckets("24,40", 32, 4, None, 8) == [(24, 40)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_dry_run_is_that_of_the_square(run, teachers, capsys, script):
+@pytest.mark.parametrize("dry", [(), ("--dry_run",)])
+def test_every_bucket_is_checked_before_the_data_are_read(distil, tmp_path, script, dry):
+    for given, says in (
+        ("32,32;24,40", "the bucket 24,40 with --group_size 16"),
+        ("36,32", "the bucket 36,32 is not"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: --aspect_ratio_buckets {given}: {says}"):
+            distil(script, "student", "--aspect_ratio_buckets", given, *dry)
+    with pytest.raises(SystemExit, match=r'^error: --aspect_ratio_buckets "" is empty'):
+        distil(script, "student", "--aspect_ratio_buckets", "")
+    assert not (tmp_path / "student").exists()
+
+
+def test_sides_beyond_the_teachers_positions_are_refused(distil):
+    with pytest.raises(SystemExit, match=r"^error: --aspect_ratio_buckets 16,72: the bucket 16,72 has more patches"):
+        distil("sd3", "student", "--aspect_ratio_buckets", "16,72")
+
+
+def test_a_dry_run_is_that_of_the_square(run, teachers, capsys):
     printed = []
     for flags in ((), ("--aspect_ratio_buckets", "auto")):
-        run(
-            f"train_lift_{script}",
-            "--pretrained_teacher_model",
-            teachers[script],
-            *SCRIPTS[script],
-            "--dry_run",
-            *flags,
-        )
+        run("train_lift_sd3", "--pretrained_teacher_model", teachers["sd3"], *SCRIPTS["sd3"], "--dry_run", *flags)
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] and "MACs" in printed[0]
 
 
 def test_no_bucket_that_fills_a_batch_is_one_line(distil):
-    says = "--train_batch_size 10 fills 0 batches of --aspect_ratio_buckets, which 1 processes cannot share; pass a smaller"
+    says = "--train_batch_size 10 fills 0 batches of --aspect_ratio_buckets, which 1 processes cannot share; pass"
     with pytest.raises(SystemExit, match=f"^error: {says}"):
         distil("sd21", "student", "--train_batch_size", 10)
 
 
-def test_images_smaller_than_their_bucket_are_counted(distil, caplog):
-    """Of 20 x 80 pixels for 16 x 48 none is; of 40 x 60 for 64 x 96 all are."""
-    distil("sd21", "student", "--aspect_ratio_buckets", "16,48;64,96;40,40", "--max_train_steps", 1)
-    assert (
-        "6 of 22 images (27.3%) are smaller than their bucket and will be enlarged; the smallest side is 40"
-        in caplog.text
-    )
+def test_images_smaller_than_their_bucket_are_counted(photos, tmp_path, caplog):
+    """Those of 40 x 60 pixels are, those of 75 x 50 not."""
+    PartialState()  # which the logger needs
+    dataset, source = load_images(None, None, str(photos), str(tmp_path), {"image_column": "image"})
+    drop_unreadable(dataset, "image", source, 0.0, 0, [(32, 32), (48, 64), (48, 32), (16, 48)])
+    says = "6 of 22 images (27.3%) are smaller than their bucket and will be enlarged; the smallest side is 40"
+    assert says in caplog.text
 
 
 def test_pixart_takes_squares_alone(run, photos, tmp_path):
     source = ("--pretrained_teacher_model", save_pixart_pipeline(tmp_path / "pixart"), "--train_data_dir", photos)
-    with pytest.raises(SystemExit, match="^error: --aspect_ratio_buckets auto is for models whose positions"):
+    with pytest.raises(SystemExit, match=r"^error: --aspect_ratio_buckets auto is for models whose positions"):
         run("train_lift_pixart", *source, "--output_dir", tmp_path / "student", "--aspect_ratio_buckets", "auto")
