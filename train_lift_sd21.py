@@ -688,6 +688,9 @@ def save_pipeline(
         f"(`--student {args.student}`, initialised by {args.student_init}).",
         f"- Images of {args.resolution} pixels, {args.caption_dropout:.0%} of the captions dropped.",
     ]
+    if args.aspect_ratio_buckets:
+        sizes = ", ".join(f"{height} x {width}" for height, width in args.aspect_ratio_buckets)
+        facts.append(f"- Trained in aspect-ratio buckets (height x width): {sizes}.")
     if args.lora_rank:
         where = "merged here; `lora/` has the adapter and its U-Net"
         facts.append(f"- Trained by LoRA of rank {args.lora_rank}, {where}.")

@@ -818,6 +818,9 @@ def save_pipeline(
         f"- Images of {args.resolution} pixels, {args.caption_dropout:.0%} of the captions dropped, noise levels "
         f"by {args.weighting_scheme}; captions by {', '.join(text_encoders)}.",
     ]
+    if args.aspect_ratio_buckets:
+        sizes = ", ".join(f"{height} x {width}" for height, width in args.aspect_ratio_buckets)
+        facts.append(f"- Trained in aspect-ratio buckets (height x width): {sizes}.")
     if args.lora_rank:
         merged = "merged here; `lora/` has the adapter and its transformer"
         facts.append(f"- Trained by LoRA of rank {args.lora_rank}, {merged}.")

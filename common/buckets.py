@@ -144,8 +144,9 @@ def make_batches(
     """
     sampler = BucketBatchSampler(RandomSampler(dataset), batch_size, [count for *_, count in buckets])
     if len(sampler) < num_processes:
-        whole = f"fills {len(sampler)} batches of --aspect_ratio_buckets, which {num_processes} processes cannot share"
-        fail(f"--train_batch_size {batch_size} {whole}; pass a smaller one, fewer buckets, or more images")
+        whole = f"the buckets fill {len(sampler)} whole batches, fewer than there are processes ({num_processes})"
+        remedy = "pass a smaller one, fewer --aspect_ratio_buckets, or more images"
+        fail(f"--train_batch_size {batch_size}: {whole}; {remedy}")
     left = [bucket for bucket, batches in zip(buckets, sampler.batches) if batches == 0]
     if left:
         table = ", ".join(f"{height} x {width}: {count}" for height, width, count in left)

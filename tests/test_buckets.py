@@ -234,6 +234,8 @@ def test_live_and_cached_runs_are_one(distil, monkeypatch, caplog, tmp_path, scr
         torch.testing.assert_close(cached, live, rtol=1e-4, atol=1e-5)
     for cached, live in zip(rows["cached"], rows["live"]):
         assert all(cached[key] == pytest.approx(live[key], rel=1e-5) for key in ("loss", "task", "kd", "kd_mse"))
+    card = (tmp_path / "live" / "README.md").read_text()
+    assert "buckets (height x width): 32 x 32, 48 x 32, 32 x 48, 48 x 16, 16 x 48." in card
     assert {tuple(latents.shape) for latents in seen["live"]} == {(4, 4, 8, 8), (4, 4, 8, 12), (4, 4, 12, 8)}
     assert len(rows["live"]) == 6
     assert "images by bucket, height x width: 16 x 48: 2, 32 x 32: 9, 32 x 48: 6, 48 x 32: 5" in caplog.text
@@ -405,8 +407,10 @@ def test_a_dry_run_is_that_of_the_square(run, teachers, capsys):
 
 
 def test_no_bucket_that_fills_a_batch_is_one_line(distil):
-    says = "--train_batch_size 10 fills 0 batches of --aspect_ratio_buckets, which 1 processes cannot share; pass"
-    with pytest.raises(SystemExit, match=f"^error: {says}"):
+    says = (
+        "--train_batch_size 10: the buckets fill 0 whole batches, fewer than there are processes (1); pass a smaller"
+    )
+    with pytest.raises(SystemExit, match=f"^error: {re.escape(says)}"):
         distil("sd21", "student", "--train_batch_size", 10)
 
 
