@@ -29,6 +29,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from common.adapters import add_adapters, save_adapter
 from common.arguments import (
@@ -40,6 +41,7 @@ from common.arguments import (
     fail,
     tracked_flags,
 )
+from common.buckets import latent_shape, read_buckets, sort_by_bucket
 from common.cache import cache_encodings, identify
 from common.captions import add_caption_arguments, count_longer, drop_uncaptioned, load_captioned, read_prompts
 from common.card import write_model_card
@@ -325,10 +327,15 @@ def check_sizes(student: UNet2DConditionModel, vae: AutoencoderKL, resolution: i
         resolution: Side of the training images, in pixels.
         group_size: Of PLACE, `None` for other losses.
     """
-    factor = vae_factor(vae) * 2 ** (len(student.config.block_out_channels) - 1)
+    factor = size_multiple(student, vae)
     if resolution % factor:
         fail(f"--resolution {resolution} is not divisible by VAE and U-Net; pass a multiple of {factor}")
     check_groups(group_size, student.config.sample_size**2)
+
+
+def size_multiple(student: UNet2DConditionModel, vae: AutoencoderKL) -> int:
+    """What the sides of an image must be divisible by, in pixels: VAE and U-Net halve them again and again."""
+    return vae_factor(vae) * 2 ** (len(student.config.block_out_channels) - 1)
 
 
 def fill_student(
@@ -358,33 +365,41 @@ def example_inputs(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
-def make_dataset(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple[datasets.Dataset, dict[str, str]]:
+def make_dataset(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple[datasets.Dataset, dict[str, Any]]:
     """A dataset of `{"images": uint8 (3, H, W), "input_ids": (77,)}`, without unreadable or uncaptioned images.
 
     Returns:
-        The dataset, and what distinguishes its contents from others'.
+        The dataset, and what distinguishes its contents from others'; its "buckets" are those of [`sort_by_bucket`].
     """
+    size = args.aspect_ratio_buckets or args.resolution
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
     dataset, source = load_captioned(*folders, columns, args.max_unreadable)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
-    how = args.max_unreadable, args.dataloader_num_workers, args.resolution
+    how = args.max_unreadable, args.dataloader_num_workers, size
     dataset = drop_unreadable(dataset, args.image_column, source, *how)
     dataset = drop_uncaptioned(dataset, **columns, source=source, max_unreadable=args.max_unreadable)
     contents = {"data": dataset._fingerprint, "image": args.image_column, "caption": args.caption_column}
+    if args.aspect_ratio_buckets:
+        dataset, buckets = sort_by_bucket(dataset, args.image_column, size, args.dataloader_num_workers)
+        contents |= {"data": dataset._fingerprint, "buckets": buckets}
 
     captions, limit = list(dataset[args.caption_column]), tokenizer.model_max_length
     longer = count_longer(captions, tokenizer, limit)
     if longer:
         logger.warning(f"{longer} of {len(captions)} captions are longer than {limit} tokens and are cut there")
-    load = partial(load_examples, **columns, size=args.resolution, tokenizer=tokenizer)
+    load = partial(load_examples, **columns, size=size, tokenizer=tokenizer)
     return dataset.with_transform(load), contents
 
 
 def load_examples(
-    batch: dict[str, list], image_column: str, caption_column: str, size: int, tokenizer: CLIPTokenizer
+    batch: dict[str, list],
+    image_column: str,
+    caption_column: str,
+    size: int | list[tuple[int, int]],
+    tokenizer: CLIPTokenizer,
 ) -> dict[str, list[torch.Tensor]]:
-    """Decode, resize the shorter side and crop the centre; tokenize."""
+    """Decode, resize and crop the centre, see [`load_pixels`]; tokenize."""
     input_ids = list(tokenize(tokenizer, batch[caption_column]))
     return {"images": load_pixels(batch[image_column], "RGB", size), "input_ids": input_ids}
 
@@ -429,7 +444,7 @@ class Encoders:
 def encode_dataset(
     dataset: datasets.Dataset,
     prompts: list[str],
-    contents: dict[str, str],
+    contents: dict[str, Any],
     tokenizer: CLIPTokenizer,
     source: TeacherSource,
     resolution: int,
@@ -519,7 +534,7 @@ def make_inputs(
     scheduler: DDPMScheduler,
     encoders: Encoders | None,
     no_text: torch.Tensor,
-    draw: Callable[[int, torch.device], dict[str, torch.Tensor]],
+    draw: Callable[..., dict[str, torch.Tensor]],
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A model's inputs, and what it must predict on them, (B, C, h, w).
 
@@ -531,7 +546,8 @@ def make_inputs(
         draw: [`make_draws`] with the settings of the run, for a batch that has none.
     """
     rows = batch["moments" if encoders is None else "images"]
-    draws = batch["draws"] if "draws" in batch else draw(len(rows), rows.device)
+    shape = latent_shape(batch, None if encoders is None else encoders.vae)
+    draws = batch["draws"] if "draws" in batch else draw(len(rows), rows.device, shape=shape)
     moments, text = encode_batch(batch, encoders, draws["flips"])
     mean, std = moments.float().unbind(1)
     latents = mean + std * draws["vae_noise"]
@@ -672,6 +688,9 @@ def save_pipeline(
         f"(`--student {args.student}`, initialised by {args.student_init}).",
         f"- Images of {args.resolution} pixels, {args.caption_dropout:.0%} of the captions dropped.",
     ]
+    if args.aspect_ratio_buckets:
+        sizes = ", ".join(f"{height} x {width}" for height, width in args.aspect_ratio_buckets)
+        facts.append(f"- Trained in aspect-ratio buckets (height x width): {sizes}.")
     if args.lora_rank:
         where = "merged here; `lora/` has the adapter and its U-Net"
         facts.append(f"- Trained by LoRA of rank {args.lora_rank}, {where}.")
@@ -747,6 +766,9 @@ def main(args: argparse.Namespace) -> None:
     args.resolution = args.resolution or teacher_shape.config.sample_size * vae_factor(vae_shape)
     check_teacher(teacher_shape, vae_shape, source)
     student_shape, recipe = build_student(teacher_shape, vae_shape, args)
+    group_size = args.group_size if args.kd_loss == "place" else None
+    how = args.resolution, vae_factor(vae_shape), group_size, size_multiple(student_shape, vae_shape)
+    args.aspect_ratio_buckets = read_buckets(args.aspect_ratio_buckets, *how)
     if args.dry_run:
         return print_dry_run(student_shape, teacher_shape, vae_shape, recipe, source, args)
     scheduler, tokenizer = load_noise_schedule(source, sampler), load_tokenizer(source)
@@ -794,11 +816,11 @@ def main(args: argparse.Namespace) -> None:
     if args.cache_teacher:
         key = contents | {"scheduler": dict(scheduler.config)}
         how = passes, args.seed, args.cache_teacher_dtype, source, [*PARTS], key
-        how += partial(cache, batch_size=args.train_batch_size), device
+        how += partial(cache, batch_size=args.train_batch_size), device, partial(latent_shape, vae=vae_shape)
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
         teacher_samples += sample(teacher, vae=load_vae()) if accelerator.is_main_process else []
         teacher = None
-    dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator)
+    dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator, contents.get("buckets"))
     length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
     args.max_train_steps = count_steps(*length, accelerator)
     student, teacher_model = pair_features(unet, teacher, recipe["features"], example_inputs(unet))

@@ -32,6 +32,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from common.adapters import add_adapters, save_adapter
 from common.arguments import (
@@ -43,7 +44,8 @@ from common.arguments import (
     fail,
     tracked_flags,
 )
-from common.cache import JoinedDataset, cache_encodings, identify
+from common.buckets import latent_shape, read_buckets, sort_by_bucket
+from common.cache import JoinedDataset, cache_encodings, collate_alike, identify
 from common.captions import add_caption_arguments, drop_uncaptioned, load_captioned, read_prompts
 from common.card import write_model_card
 from common.checkpoints import prepare_output
@@ -380,12 +382,19 @@ def check_sizes(student: SD3Transformer2DModel, vae: AutoencoderKL, resolution: 
         resolution: Side of the training images, in pixels.
         group_size: Of PLACE, `None` for other losses.
     """
-    factor, most = vae_factor(vae) * student.config.patch_size, student.config.pos_embed_max_size
+    factor, largest = size_limits(student, vae)
     if resolution % factor:
         fail(f"--resolution {resolution} is not divisible by VAE and patches; pass a multiple of {factor}")
-    if resolution > factor * most:
-        fail(f"--resolution {resolution} has more patches than the teacher's {most}; pass {factor * most} at most")
+    if resolution > largest:
+        most = student.config.pos_embed_max_size
+        fail(f"--resolution {resolution} has more patches than the teacher's {most}; pass {largest} at most")
     check_groups(group_size, student.config.sample_size**2)
+
+
+def size_limits(student: SD3Transformer2DModel, vae: AutoencoderKL) -> tuple[int, int]:
+    """What the sides of an image must be divisible by, and the longest side that has positions, in pixels."""
+    factor = vae_factor(vae) * student.config.patch_size
+    return factor, factor * student.config.pos_embed_max_size
 
 
 def choose_blocks(
@@ -412,9 +421,10 @@ def choose_blocks(
         rows = torch.utils.data.Subset(dataset, torch.randperm(len(dataset))[:INFLUENCE_IMAGES].tolist())
 
         def run() -> None:
-            for batch in torch.utils.data.DataLoader(rows, batch_size=batch_size):
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                predict(model, inputs_of(batch)[0], batch)
+            for alike in torch.utils.data.DataLoader(rows, batch_size=batch_size, collate_fn=collate_alike):
+                for batch in alike:
+                    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                    predict(model, inputs_of(batch)[0], batch)
 
         influence = measure_influence(teacher.transformer_blocks, run, item=1)
         last = len(influence) - 1
@@ -457,30 +467,39 @@ def example_inputs(transformer: SD3Transformer2DModel, t5_tokens: int) -> dict[s
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
-def make_dataset(args: argparse.Namespace, tokenizers: dict) -> tuple[datasets.Dataset, dict[str, str]]:
+def make_dataset(args: argparse.Namespace, tokenizers: dict) -> tuple[datasets.Dataset, dict[str, Any]]:
     """A dataset of images, uint8 (3, H, W), and each text encoder's token ids, and what identifies it in a cache.
 
-    It is without unreadable images and without images that have no caption.
+    It is without unreadable images and without images that have no caption. Its "buckets" are those of
+    [`sort_by_bucket`].
     """
     image, caption = args.image_column, args.caption_column
+    size = args.aspect_ratio_buckets or args.resolution
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
     columns = {"image_column": image, "caption_column": caption}
     dataset, source = load_captioned(*folders, columns, args.max_unreadable)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
-    how = args.max_unreadable, args.dataloader_num_workers, args.resolution
+    how = args.max_unreadable, args.dataloader_num_workers, size
     dataset = drop_unreadable(dataset, image, source, *how)
     dataset = drop_uncaptioned(dataset, image, caption, source, args.max_unreadable)
     contents = {"data": dataset._fingerprint, "image": image, "caption": caption}
+    if args.aspect_ratio_buckets:
+        dataset, buckets = sort_by_bucket(dataset, image, size, args.dataloader_num_workers)
+        contents |= {"data": dataset._fingerprint, "buckets": buckets}
 
     report_long_captions(list(dataset[caption]), tokenizers)
-    transform = partial(load_examples, **columns, size=args.resolution, tokenizers=tokenizers)
+    transform = partial(load_examples, **columns, size=size, tokenizers=tokenizers)
     return dataset.with_transform(transform), contents
 
 
 def load_examples(
-    batch: dict[str, list], image_column: str, caption_column: str, size: int, tokenizers: dict
+    batch: dict[str, list],
+    image_column: str,
+    caption_column: str,
+    size: int | list[tuple[int, int]],
+    tokenizers: dict,
 ) -> dict[str, list[torch.Tensor]]:
-    """Decode, resize the shorter side and crop the centre; tokenize."""
+    """Decode, resize and crop the centre, see [`load_pixels`]; tokenize."""
     tokens = {name: list(ids) for name, ids in tokenize(tokenizers, batch[caption_column]).items()}
     return {"images": load_pixels(batch[image_column], "RGB", size), **tokens}
 
@@ -510,10 +529,10 @@ class Encoders:
 def encode_dataset(
     dataset: datasets.Dataset,
     prompts: list[str],
-    contents: dict[str, str],
+    contents: dict[str, Any],
     tokenizers: dict,
     source: TeacherSource,
-    resolution: int,
+    size: int | list[tuple[int, int]],
     random_flip: bool,
     cache: partial,
     device: torch.device,
@@ -525,6 +544,7 @@ def encode_dataset(
 
     Args:
         contents: What identifies the dataset: see [`make_dataset`].
+        size: See [`load_pixels`].
         cache: [`cache_encodings`] with the settings of the run.
     """
 
@@ -538,9 +558,9 @@ def encode_dataset(
         return encode
 
     key = identify(source.path, source.revision, ["vae"]) | {"part": "vae", "variant": source.variant}
-    key |= {"resolution": resolution, "crop": "centre", "both flips": random_flip}
+    key |= {"resolution": size, "crop": "centre", "both flips": random_flip}
     columns = {"image_column": contents["image"], "caption_column": contents["caption"]}
-    images = dataset.with_transform(partial(load_examples, **columns, size=resolution, tokenizers={}))
+    images = dataset.with_transform(partial(load_examples, **columns, size=size, tokenizers={}))
     moments = cache(images, load_vae, key | contents)
     embeddings, text = cache_text(dataset, prompts, contents, tokenizers, source, cache, device, dtype)
     return JoinedDataset([moments, *embeddings]), text
@@ -608,7 +628,7 @@ def make_inputs(
     encoders: Encoders | None,
     no_text: tuple[torch.Tensor, torch.Tensor],
     layout: TextLayout,
-    draw: Callable[[int, torch.device], dict[str, torch.Tensor]],
+    draw: Callable[..., dict[str, torch.Tensor]],
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """A model's inputs on noise, the velocity to predict on them (B, C, h, w), and the sigmas (B, 1, 1, 1).
 
@@ -621,7 +641,8 @@ def make_inputs(
         draw: [`make_draws`] with the settings of the run, for a batch that has no draws.
     """
     rows = batch["images" if encoders is not None else "moments"]
-    draws = batch["draws"] if "draws" in batch else draw(len(rows), rows.device)
+    shape = latent_shape(batch, None if encoders is None else encoders.vae)
+    draws = batch["draws"] if "draws" in batch else draw(len(rows), rows.device, shape=shape)
     moments, encoded = encode_batch(batch, encoders, draws["flips"])
     mean, std = moments.float().unbind(1)
     latents = mean + std * draws["vae_noise"]
@@ -797,6 +818,9 @@ def save_pipeline(
         f"- Images of {args.resolution} pixels, {args.caption_dropout:.0%} of the captions dropped, noise levels "
         f"by {args.weighting_scheme}; captions by {', '.join(text_encoders)}.",
     ]
+    if args.aspect_ratio_buckets:
+        sizes = ", ".join(f"{height} x {width}" for height, width in args.aspect_ratio_buckets)
+        facts.append(f"- Trained in aspect-ratio buckets (height x width): {sizes}.")
     if args.lora_rank:
         merged = "merged here; `lora/` has the adapter and its transformer"
         facts.append(f"- Trained by LoRA of rank {args.lora_rank}, {merged}.")
@@ -881,6 +905,9 @@ def main(args: argparse.Namespace) -> None:
     args.resolution = args.resolution or teacher_shape.config.sample_size * vae_factor(vae_shape)
     check_teacher(teacher_shape, vae_shape, text_encoders, source)
     student_shape, recipe = build_student(teacher_shape, vae_shape, args)
+    group_size = args.group_size if args.kd_loss == "place" else None
+    how = args.resolution, vae_factor(vae_shape), group_size, *size_limits(student_shape, vae_shape)
+    args.aspect_ratio_buckets = read_buckets(args.aspect_ratio_buckets, *how)
     if args.dry_run:
         return print_dry_run(student_shape, teacher_shape, vae_shape, recipe, text_encoders, source, args)
     scheduler, sampler = load_scheduler(source, accelerator.device), load_part(source, sampler, "scheduler")
@@ -899,7 +926,8 @@ def main(args: argparse.Namespace) -> None:
     workers, encoders = args.dataloader_num_workers, None
     cache = partial(cache_encodings, cache_dir=args.cache_dir, num_workers=workers, accelerator=accelerator)
     if args.cache_latents:
-        inputs = dataset, ["", *prompts], contents, tokenizers, source, args.resolution, args.random_flip
+        size = args.aspect_ratio_buckets or args.resolution
+        inputs = dataset, ["", *prompts], contents, tokenizers, source, size, args.random_flip
         dataset, text = encode_dataset(*inputs, partial(cache, batch_size=args.encoding_batch_size), device, dtype)
     else:
         encoders = Encoders(source, text_encoders, device, dtype)
@@ -933,11 +961,11 @@ def main(args: argparse.Namespace) -> None:
     if args.cache_teacher:
         key = contents | {"scheduler": dict(scheduler.config), "text": [*text_encoders, args.max_sequence_length]}
         how = passes, args.seed, args.cache_teacher_dtype, source, [*PARTS, *TEXT_PARTS], key
-        how += partial(cache, batch_size=args.train_batch_size), device
+        how += partial(cache, batch_size=args.train_batch_size), device, partial(latent_shape, vae=vae_shape)
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
         teacher_samples += sample(teacher, vae=load_vae()) if accelerator.is_main_process else []
         teacher = None
-    dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator)
+    dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator, contents.get("buckets"))
     length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
     args.max_train_steps = count_steps(*length, accelerator)
     inputs = example_inputs(transformer, args.max_sequence_length)

@@ -10,6 +10,7 @@
 
 import gc
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -50,7 +51,7 @@ def cache_encodings(
     where it stopped, and a finished cache is read without loading the encoders.
 
     Args:
-        dataset: Rows that `torch.utils.data.default_collate` takes.
+        dataset: Rows that `torch.utils.data.default_collate` takes; see [`collate_alike`] for rows of several shapes.
         load_encoder: Loads the models and returns a function from a batch to named tensors (B, ...).
         key: Everything that shapes the result, JSON-serialisable: another key is another cache.
         cache_dir: Where the cache goes; `None` is the folder of `datasets`.
@@ -87,13 +88,18 @@ def cache_encodings(
             for at in range(start, ends[start], batch_size)
         ]
         loader = torch.utils.data.DataLoader(
-            dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=outlive_signals
+            dataset,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            worker_init_fn=outlive_signals,
+            collate_fn=collate_alike,
         )
         stops, rows = set(ends.values()), []
         progress = tqdm(loader, desc=description, disable=not accelerator.is_local_main_process)
         with torch.no_grad():
-            for indices, batch in zip(batches, progress):
-                rows += _to_bytes(encode(batch))
+            for indices, alike in zip(batches, progress):
+                for batch in alike:
+                    rows += _to_bytes(encode(batch))
                 if indices.stop in stops:
                     _write_shard(shards[indices.stop - len(rows)], rows)
                     rows = []
@@ -104,6 +110,18 @@ def cache_encodings(
     accelerator.wait_for_everyone()
     whole = datasets.concatenate_datasets([datasets.load_from_disk(str(path)) for path in shards.values()])
     return whole.with_transform(_from_bytes)
+
+
+def collate_alike(rows: list) -> list:
+    """Batches of rows in their order, by `default_collate`; a batch ends where the shapes of the tensors change."""
+    groups = itertools.groupby(rows, key=_shapes)
+    return [torch.utils.data.default_collate(list(alike)) for _, alike in groups]
+
+
+def _shapes(row: Any) -> Any:
+    if isinstance(row, dict):
+        return {name: _shapes(value) for name, value in row.items()}
+    return getattr(row, "shape", None)
 
 
 def _to_bytes(encoded: dict[str, torch.Tensor]) -> list[bytes]:

@@ -31,6 +31,12 @@ def add_caption_arguments(groups: dict[str, argparse._ArgumentGroup]) -> None:
     data.add_argument("--caption_column", default="text", help="column of the captions")
     data.add_argument("--resolution", type=int, help="side of the training images (default: the teacher's)")
     data.add_argument(
+        "--aspect_ratio_buckets",
+        metavar="SIZES",
+        help="crop each image to the size of nearest aspect ratio, not to the square; a batch has images of one size. "
+        'auto: sizes of the area of --resolution squared; or a list, "height,width;height,width", of about one area',
+    )
+    data.add_argument(
         "--caption_dropout", type=float, default=0.1, help="share of captions replaced by the empty one, for guidance"
     )
     data.add_argument("--encoding_batch_size", type=int, default=4, help="images at a time for --cache_latents")

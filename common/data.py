@@ -18,6 +18,7 @@ from common.arguments import fail, first_line
 import datasets
 import torch
 from accelerate.logging import get_logger
+from diffusers.training_utils import find_nearest_bucket
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
@@ -86,12 +87,35 @@ def choose_samples(dataset: datasets.Dataset, count: int | None, seed: int) -> d
     return dataset.shuffle(seed=seed).select(range(count))
 
 
+def measure_images(dataset: datasets.Dataset, column: str, num_workers: int) -> list[tuple[int, int]]:
+    """Height and width of each image as it stands upright, in pixels; (0, 0) of one that does not decode.
+
+    Each image is decoded once. `datasets` keeps the result, so later runs on the same files do not repeat it.
+
+    Args:
+        dataset: With an undecoded image column.
+        column: Its name.
+        num_workers: Processes that decode, 0 for this one.
+    """
+    measured = dataset.map(
+        _measure,
+        input_columns=column,
+        remove_columns=dataset.column_names,
+        num_proc=num_workers or None,
+        desc="Checking images",
+    )
+    return list(zip(measured["height"], measured["width"]))
+
+
 def drop_unreadable(
-    dataset: datasets.Dataset, column: str, source: str, max_unreadable: float, num_workers: int, size: int
+    dataset: datasets.Dataset,
+    column: str,
+    source: str,
+    max_unreadable: float,
+    num_workers: int,
+    size: int | list[tuple[int, int]],
 ) -> datasets.Dataset:
     """The dataset without the images that do not decode, see [`drop_rows`]; it says how many will be enlarged.
-
-    The check decodes each image once. `datasets` keeps its result, so later runs on the same files do not repeat it.
 
     Args:
         dataset: With an undecoded image column.
@@ -99,21 +123,15 @@ def drop_unreadable(
         source: The flag and value the data came from, for messages.
         max_unreadable: The largest share of the images that may be dropped.
         num_workers: Processes that decode, 0 for this one.
-        size: Side of the training images.
+        size: See [`load_pixels`].
     """
-    checked = dataset.map(
-        _shorter_side,
-        input_columns=column,
-        remove_columns=dataset.column_names,
-        num_proc=num_workers or None,
-        desc="Checking images",
-    )
-    sides = list(checked["side"])
-    small = [side for side in sides if 0 < side < size]
+    sizes = measure_images(dataset, column, num_workers)
+    small = [min(image) for image in sizes if all(image) and _is_smaller(image, choose_size(*image, size))]
     if small:
-        found = f"{len(small)} of {len(sides)} images ({len(small) / len(sides):.1%}) are smaller than {size} pixels"
+        than = f"{size} pixels" if isinstance(size, int) else "their bucket"
+        found = f"{len(small)} of {len(sizes)} images ({len(small) / len(sizes):.1%}) are smaller than {than}"
         logger.warning(f"{found} and will be enlarged; the smallest side is {min(small)}")
-    unreadable = [index for index, side in enumerate(sides) if side == 0]
+    unreadable = [index for index, image in enumerate(sizes) if not all(image)]
     return drop_rows(dataset, unreadable, column, "cannot be read", source, max_unreadable)
 
 
@@ -218,18 +236,40 @@ def open_image(record: dict[str, Any], mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _shorter_side(record: dict[str, Any]) -> dict[str, int]:
-    """In pixels; 0 of an image that does not decode."""
+def _measure(record: dict[str, Any]) -> dict[str, int]:
     try:
-        return {"side": min(open_image(record, "RGB").size)}
+        width, height = open_image(record, "RGB").size
     except Exception:  # decoders raise anything on damaged files
-        return {"side": 0}
+        width = height = 0
+    return {"height": height, "width": width}
 
 
-def load_pixels(records: list[dict[str, Any]], mode: str, size: int) -> list[torch.Tensor]:
-    """Decode undecoded records, resize the shorter side and crop the centre: uint8 tensors (channels, size, size)."""
-    transform = v2.Compose([v2.Resize(size, v2.InterpolationMode.LANCZOS), v2.CenterCrop(size), v2.PILToTensor()])
-    return [transform(open_image(record, mode)) for record in records]
+def _is_smaller(image: tuple[int, int], size: tuple[int, int]) -> bool:
+    return image[0] < size[0] or image[1] < size[1]
+
+
+def choose_size(height: int, width: int, size: int | list[tuple[int, int]]) -> tuple[int, int]:
+    """Height and width to which an image of this height and width is brought; see [`load_pixels`]."""
+    return (size, size) if isinstance(size, int) else size[find_nearest_bucket(height, width, size)]
+
+
+def load_pixels(records: list[dict[str, Any]], mode: str, size: int | list[tuple[int, int]]) -> list[torch.Tensor]:
+    """Decode undecoded records, resize them to cover their size and crop the centre: uint8 tensors (channels, H, W).
+
+    Args:
+        size: The side of a square, or buckets (H, W), of which each image takes the nearest by aspect ratio.
+    """
+    return [_fit(open_image(record, mode), size) for record in records]
+
+
+def _fit(image: Image.Image, size: int | list[tuple[int, int]]) -> torch.Tensor:
+    height, width = choose_size(image.height, image.width, size)
+    if image.width * height > image.height * width:  # wider than its size: the height is fitted
+        covering = height, int(height * image.width / image.height)
+    else:
+        covering = int(width * image.height / image.width), width
+    steps = v2.Resize(covering, v2.InterpolationMode.LANCZOS), v2.CenterCrop((height, width)), v2.PILToTensor()
+    return v2.Compose(steps)(image)
 
 
 def flip_views(images: torch.Tensor, both: bool) -> list[torch.Tensor]:

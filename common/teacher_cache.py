@@ -41,6 +41,7 @@ class DrawnDataset(torch.utils.data.Dataset):
         passes: How often.
         seed: Of the draws.
         draw: From a number of rows and a device to their draws, tensors (B, ...).
+        shape_of: From a row to what `draw` takes as "shape"; `None` where all rows have the one that it knows.
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class DrawnDataset(torch.utils.data.Dataset):
         dataset: torch.utils.data.Dataset,
         passes: int,
         seed: int,
-        draw: Callable[[int, torch.device], dict[str, torch.Tensor]],
+        draw: Callable[..., dict[str, torch.Tensor]],
+        shape_of: Callable[[Batch], tuple[int, ...]] | None = None,
     ):
-        self.dataset, self.passes, self.seed, self.draw = dataset, passes, seed, draw
+        self.dataset, self.passes, self.seed, self.draw, self.shape_of = dataset, passes, seed, draw, shape_of
 
     def __len__(self) -> int:
         return self.passes * len(self.dataset)
@@ -63,9 +65,10 @@ class DrawnDataset(torch.utils.data.Dataset):
         places = [divmod(index, len(self.dataset)) for index in indices]
         rows, drawn = read_rows(self.dataset, [row for _, row in places]), []
         with torch.random.fork_rng(devices=[]):
-            for number, row in places:
+            for (number, row), values in zip(places, rows):
                 seed_step(self.seed, number, row)
-                draws = self.draw(1, torch.device("cpu"))
+                known = {"shape": self.shape_of(values)} if self.shape_of else {}
+                draws = self.draw(1, torch.device("cpu"), **known)
                 drawn.append({name: tensor[0] for name, tensor in draws.items()})
         return [{**row, "draws": draws} for row, draws in zip(rows, drawn)]
 
@@ -83,6 +86,7 @@ def cache_predictions(
     key: dict[str, Any],
     cache: Callable,
     device: torch.device,
+    shape_of: Callable[[Batch], tuple[int, ...]] | None = None,
 ) -> JoinedDataset:
     """The rows of a dataset `passes` times over with their "draws", and by "teacher" the prediction on them.
 
@@ -96,8 +100,9 @@ def cache_predictions(
         parts: The folders of its pipeline that shape a prediction.
         key: What shapes one beside that: the data, the noise schedule.
         cache: [`common.cache.cache_encodings`] with all but the data, the models, the key, and what is said here.
+        shape_of: See [`DrawnDataset`].
     """
-    drawn, model = DrawnDataset(dataset, passes, seed, draw), FeatureModel(teacher, [])
+    drawn, model = DrawnDataset(dataset, passes, seed, draw, shape_of), FeatureModel(teacher, [])
 
     def load_teacher() -> Callable:
         def encode(batch: Batch) -> dict[str, torch.Tensor]:

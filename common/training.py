@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from common.arguments import fail, first_line
+from common.buckets import make_batches
 from common.ending import TIMEOUT, StopSignals, outlive_signals
 
 import torch
@@ -95,16 +96,21 @@ def working_dtype(accelerator: Accelerator) -> torch.dtype:
 
 
 def make_dataloader(
-    dataset: torch.utils.data.Dataset, batch_size: int, num_workers: int, accelerator: Accelerator
+    dataset: torch.utils.data.Dataset,
+    batch_size: int,
+    num_workers: int,
+    accelerator: Accelerator,
+    buckets: list[list[int]] | None = None,
 ) -> torch.utils.data.DataLoader:
-    """Shuffled whole batches; the images that do not fill one wait for another epoch's order."""
+    """Shuffled whole batches, of one bucket each; the images that do not fill one wait for another epoch's order."""
     if len(dataset) < batch_size * accelerator.num_processes:
         fail(f"--train_batch_size {batch_size} is more than the {len(dataset)} images; pass a smaller one")
+    order = {"batch_size": batch_size, "shuffle": True, "drop_last": True}
+    if buckets:
+        order = {"batch_sampler": make_batches(dataset, batch_size, buckets, accelerator.num_processes)}
     return torch.utils.data.DataLoader(
         dataset,
-        batch_size=batch_size,
-        shuffle=True,
-        drop_last=True,
+        **order,
         num_workers=num_workers,
         worker_init_fn=outlive_signals,
         persistent_workers=num_workers > 0,

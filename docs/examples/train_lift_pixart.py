@@ -168,6 +168,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     check_args(args)
     if args.lora_rank:
         fail(f"--lora_rank {args.lora_rank} is for pipelines that load LoRA, which PixArt's does not; drop it")
+    if args.aspect_ratio_buckets:
+        given = f"--aspect_ratio_buckets {args.aspect_ratio_buckets}"
+        fail(f"{given} is for models whose positions are of any size, and PixArt's are of one; drop it")
     args.validation_prompts = read_prompts(args.validation_prompts)
     return args
 
