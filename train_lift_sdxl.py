@@ -42,12 +42,23 @@ from common.arguments import (
     fail,
     tracked_flags,
 )
+from common.buckets import latent_shape, read_buckets, sort_by_bucket
 from common.cache import cache_encodings, identify
 from common.captions import add_caption_arguments, count_longer, drop_uncaptioned, load_captioned, read_prompts
 from common.card import write_model_card
 from common.checkpoints import prepare_output
 from common.costs import dtype_of, estimate_activations, profile_forward
-from common.data import choose_samples, drop_unreadable, flip_rows, flip_views, load_pixels, open_image, random_flips
+from common.data import (
+    choose_samples,
+    choose_size,
+    covering_size,
+    drop_unreadable,
+    fit_image,
+    flip_rows,
+    flip_views,
+    open_image,
+    random_flips,
+)
 from common.ending import Stopped, StopSignals
 from common.estimates import print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
@@ -357,10 +368,15 @@ def check_sizes(student: UNet2DConditionModel, vae: AutoencoderKL, resolution: i
         resolution: Side of the training images, in pixels.
         group_size: Of PLACE, `None` for other losses.
     """
-    factor = vae_factor(vae) * 2 ** (len(student.config.block_out_channels) - 1)
+    factor = size_multiple(student, vae)
     if resolution % factor:
         fail(f"--resolution {resolution} is not divisible by VAE and U-Net; pass a multiple of {factor}")
     check_groups(group_size, student.config.sample_size**2)
+
+
+def size_multiple(student: UNet2DConditionModel, vae: AutoencoderKL) -> int:
+    """What the sides of an image must be divisible by, in pixels: VAE and U-Net halve them again and again."""
+    return vae_factor(vae) * 2 ** (len(student.config.block_out_channels) - 1)
 
 
 def fill_student(
@@ -393,42 +409,50 @@ def example_inputs(unet: UNet2DConditionModel, side: int | None = None) -> dict[
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
-def make_dataset(args: argparse.Namespace, tokenizers: list[CLIPTokenizer]) -> tuple[datasets.Dataset, dict[str, str]]:
+def make_dataset(args: argparse.Namespace, tokenizers: list[CLIPTokenizer]) -> tuple[datasets.Dataset, dict[str, Any]]:
     """A dataset of `{"images": uint8 (3, H, W), "time_ids": (6,), "input_ids": (2, 77)}` of the images that will do.
 
     Returns:
-        The dataset, and what distinguishes its contents from others'.
+        The dataset, and what distinguishes its contents from others'; its "buckets" are those of [`sort_by_bucket`].
     """
+    size = args.aspect_ratio_buckets or args.resolution
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
     dataset, source = load_captioned(*folders, columns, args.max_unreadable)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
-    how = args.max_unreadable, args.dataloader_num_workers, args.resolution
+    how = args.max_unreadable, args.dataloader_num_workers, size
     dataset = drop_unreadable(dataset, args.image_column, source, *how)
     dataset = drop_uncaptioned(dataset, **columns, source=source, max_unreadable=args.max_unreadable)
     contents = {"data": dataset._fingerprint, "image": args.image_column, "caption": args.caption_column}
+    if args.aspect_ratio_buckets:
+        dataset, buckets = sort_by_bucket(dataset, args.image_column, size, args.dataloader_num_workers)
+        contents |= {"data": dataset._fingerprint, "buckets": buckets}
 
     captions, limit = list(dataset[args.caption_column]), tokenizers[0].model_max_length
     longer = count_longer(captions, tokenizers[0], limit)
     if longer:
         logger.warning(f"{longer} of {len(captions)} captions are longer than {limit} tokens and are cut there")
-    load = partial(load_examples, **columns, size=args.resolution, tokenizers=tokenizers)
+    load = partial(load_examples, **columns, size=size, tokenizers=tokenizers)
     return dataset.with_transform(load), contents
 
 
 def load_examples(
-    batch: dict[str, list], image_column: str, caption_column: str, size: int, tokenizers: list[CLIPTokenizer]
+    batch: dict[str, list],
+    image_column: str,
+    caption_column: str,
+    size: int | list[tuple[int, int]],
+    tokenizers: list[CLIPTokenizer],
 ) -> dict[str, list[torch.Tensor]]:
-    """Decode, resize the shorter side and crop the centre; tokenize."""
-    sizes = [open_image(record, "RGB").size for record in batch[image_column]]
+    """Decode, resize and crop the centre, see [`fit_image`]; tokenize."""
+    images = [open_image(record, "RGB") for record in batch[image_column]]
     return {
-        "images": load_pixels(batch[image_column], "RGB", size),
-        "time_ids": [make_time_ids(height, width, size) for width, height in sizes],
+        "images": [fit_image(image, size) for image in images],
+        "time_ids": [make_time_ids(image.height, image.width, size) for image in images],
         "input_ids": list(tokenize(tokenizers, batch[caption_column])),
     }
 
 
-def make_time_ids(height: int, width: int, size: int) -> torch.Tensor:
+def make_time_ids(height: int, width: int, size: int | list[tuple[int, int]]) -> torch.Tensor:
     """What SDXL is told of an image, (6,): its size, the corner of the crop, and the size that it is trained with.
 
     The corner is that of the resized image, as in Diffusers' script for SDXL. Heights come before widths.
@@ -436,11 +460,11 @@ def make_time_ids(height: int, width: int, size: int) -> torch.Tensor:
     Args:
         height: Of the image as it is stored, in pixels.
         width: Likewise.
-        size: Side of the training images.
+        size: Of the training images, see [`fit_image`].
     """
-    shorter = min(height, width)
-    top, left = (round((size * side // shorter - size) / 2) for side in (height, width))
-    return torch.tensor([height, width, top, left, size, size], dtype=torch.float32)
+    chosen = choose_size(height, width, size)
+    corner = [round((whole - kept) / 2) for whole, kept in zip(covering_size(height, width, chosen), chosen)]
+    return torch.tensor([height, width, *corner, *chosen], dtype=torch.float32)
 
 
 def load_tokenizers(source: TeacherSource) -> list[CLIPTokenizer]:
@@ -502,7 +526,7 @@ def blank_first(text: Batch, source: TeacherSource) -> Batch:
 def encode_dataset(
     dataset: datasets.Dataset,
     prompts: list[str],
-    contents: dict[str, str],
+    contents: dict[str, Any],
     tokenizers: list[CLIPTokenizer],
     source: TeacherSource,
     vae_path: str | None,
@@ -599,7 +623,7 @@ def make_inputs(
     scheduler: DDPMScheduler,
     encoders: Encoders | None,
     no_text: Batch,
-    draw: Callable[[int, torch.device], dict[str, torch.Tensor]],
+    draw: Callable[..., dict[str, torch.Tensor]],
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """A model's inputs, and what it must predict on them, (B, C, h, w).
 
@@ -611,7 +635,8 @@ def make_inputs(
         draw: [`make_draws`] with the settings of the run, for a batch that has none.
     """
     rows = batch["moments" if encoders is None else "images"]
-    draws = batch["draws"] if "draws" in batch else draw(len(rows), rows.device)
+    shape = latent_shape(batch, None if encoders is None else encoders.vae)
+    draws = batch["draws"] if "draws" in batch else draw(len(rows), rows.device, shape=shape)
     moments, text = encode_batch(batch, encoders, draws["flips"])
     mean, std = moments.float().unbind(1)
     latents = mean + std * draws["vae_noise"]
@@ -761,6 +786,9 @@ def save_pipeline(
         f"(`--student {args.student}`, initialised by {args.student_init}).",
         f"- Images of {args.resolution} pixels, {args.caption_dropout:.0%} of the captions dropped.",
     ]
+    if args.aspect_ratio_buckets:
+        sizes = ", ".join(f"{height} x {width}" for height, width in args.aspect_ratio_buckets)
+        facts.append(f"- Trained in aspect-ratio buckets (height x width): {sizes}.")
     if args.lora_rank:
         where = "merged here; `lora/` has the adapter and its U-Net"
         facts.append(f"- Trained by LoRA of rank {args.lora_rank}, {where}.")
@@ -838,6 +866,9 @@ def main(args: argparse.Namespace) -> None:
     args.resolution = args.resolution or teacher_shape.config.sample_size * vae_factor(vae)
     check_teacher(teacher_shape, vae, source)
     student_shape, recipe = build_student(teacher_shape, vae, args)
+    group_size = args.group_size if args.kd_loss == "place" else None
+    how = args.resolution, vae_factor(vae), group_size, size_multiple(student_shape, vae)
+    args.aspect_ratio_buckets = read_buckets(args.aspect_ratio_buckets, *how)
     if args.dry_run:
         return print_dry_run(student_shape, teacher_shape, vae, recipe, source, args)
     scheduler, tokenizers = load_noise_schedule(source, sampler), load_tokenizers(source)
@@ -887,11 +918,11 @@ def main(args: argparse.Namespace) -> None:
     if args.cache_teacher:
         key = contents | {"scheduler": dict(scheduler.config), "vae": identify_vae(source, args.vae)}
         how = passes, args.seed, args.cache_teacher_dtype, source, [*PARTS], key
-        how += partial(cache, batch_size=args.train_batch_size), device
+        how += partial(cache, batch_size=args.train_batch_size), device, partial(latent_shape, vae=vae)
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
         teacher_samples += sample(teacher, vae=copy.deepcopy(vae).to(device)) if accelerator.is_main_process else []
         teacher = None
-    dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator)
+    dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator, contents.get("buckets"))
     length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
     args.max_train_steps = count_steps(*length, accelerator)
     student, teacher_model = pair_features(unet, teacher, recipe["features"], example_inputs(unet))

@@ -259,17 +259,22 @@ def load_pixels(records: list[dict[str, Any]], mode: str, size: int | list[tuple
     Args:
         size: The side of a square, or buckets (H, W), of which each image takes the nearest by aspect ratio.
     """
-    return [_fit(open_image(record, mode), size) for record in records]
+    return [fit_image(open_image(record, mode), size) for record in records]
 
 
-def _fit(image: Image.Image, size: int | list[tuple[int, int]]) -> torch.Tensor:
-    height, width = choose_size(image.height, image.width, size)
-    if image.width * height > image.height * width:  # wider than its size: the height is fitted
-        covering = height, int(height * image.width / image.height)
-    else:
-        covering = int(width * image.height / image.width), width
-    steps = v2.Resize(covering, v2.InterpolationMode.LANCZOS), v2.CenterCrop((height, width)), v2.PILToTensor()
+def fit_image(image: Image.Image, size: int | list[tuple[int, int]]) -> torch.Tensor:
+    """An image resized to cover its size, the centre cropped; the size is that of [`load_pixels`]."""
+    chosen = choose_size(image.height, image.width, size)
+    covering = covering_size(image.height, image.width, chosen)
+    steps = v2.Resize(covering, v2.InterpolationMode.LANCZOS), v2.CenterCrop(chosen), v2.PILToTensor()
     return v2.Compose(steps)(image)
+
+
+def covering_size(height: int, width: int, chosen: tuple[int, int]) -> tuple[int, int]:
+    """Height and width to which an image is resized before it is cropped to the chosen ones."""
+    if width * chosen[0] > height * chosen[1]:  # wider than these: the height is fitted
+        return chosen[0], int(chosen[0] * width / height)
+    return int(chosen[1] * height / width), chosen[1]
 
 
 def flip_views(images: torch.Tensor, both: bool) -> list[torch.Tensor]:

@@ -238,6 +238,28 @@ def test_time_ids_are_those_of_diffusers_script(size):
     assert train_lift_sdxl.make_time_ids(height, width, 32).tolist() == [height, width, *corner, 32, 32]
 
 
+def test_time_ids_of_a_bucket_have_its_size():
+    """The width of the image is fitted, and 20 of 30 rows are kept."""
+    assert train_lift_sdxl.make_time_ids(60, 80, [(32, 32), (20, 40)]).tolist() == [60, 80, 0, 5, 32, 32]
+    assert train_lift_sdxl.make_time_ids(120, 160, [(20, 40)]).tolist() == [120, 160, 5, 0, 20, 40]
+
+
+def test_buckets_train_alike_live_and_cached(distil, tmp_path):
+    (tmp_path / "images").mkdir()
+    colours, rows = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), dtype=np.uint8), []
+    for index, colour in enumerate(colours):
+        size = (48, 16) if index % 2 else (40, 44)
+        Image.fromarray(colour).resize(size).save(tmp_path / "images" / f"{index}.png")
+        rows.append({"file_name": f"{index}.png", "text": "a dark bag"})
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--train_data_dir", tmp_path / "images", "--aspect_ratio_buckets", "32,32;16,48")
+    flags += ("--cache_dir", tmp_path / "cache", "--train_batch_size", 2)
+    live = distil(*flags, output_dir=tmp_path / "live")
+    cached = distil(*flags, "--cache_latents", output_dir=tmp_path / "cached")
+    losses = [[row["loss"] for row in metrics(folder)] for folder in (live, cached)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 2
+
+
 def test_rows_tell_the_size_of_the_stored_image(teacher, tmp_path):
     tokenizers = train_lift_sdxl.load_tokenizers(TeacherSource(str(teacher), None, None, "pass another"))
     Image.new("RGB", (64, 40)).save(tmp_path / "a.png")
@@ -289,8 +311,8 @@ def test_a_dropped_caption_leaves_the_size(share):
     batch = {"moments": torch.randn(3, 1, 2, 4, 8, 8), **rows}
     no_text = {"text": torch.full((24, 32), 7.0), "pooled": torch.full((20,), 8.0)}
 
-    def draw(count: int, device: torch.device) -> dict[str, torch.Tensor]:
-        return train_lift_sdxl.make_draws(count, device, (4, 8, 8), 1000, random_flip=False, caption_dropout=share)
+    def draw(count: int, device: torch.device, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+        return train_lift_sdxl.make_draws(count, device, shape, 1000, random_flip=False, caption_dropout=share)
 
     inputs, target = train_lift_sdxl.make_inputs(batch, DDPMScheduler(), None, no_text, draw)
     added = inputs["added_cond_kwargs"]
