@@ -185,7 +185,7 @@ def load_model(flag: str, source: str, model_class: type, kind: str, device: tor
     """
     remedy = f"pass a folder or Hub id of a {model_class.__name__}"
     try:
-        given = AutoConfig.from_pretrained(source).model_type
+        given = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
         # transformers would fill another kind of model with random weights, and only warn.
         if given != kind:
             fail(f"{flag} {source} is a model of type {given}; {remedy}")

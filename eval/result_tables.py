@@ -35,6 +35,7 @@ COLUMNS = {  # title, format and factor of each result
 }
 # Keys of evaluate.py for the table of all quality figures, besides the distances.
 QUALITY = ("images", "inception_score", "precision", "recall", "clip_score")
+OTHER_NETWORKS = ("fd_dinov2", "cmmd", "pickscore")  # for a table of their own
 # Quality in words: a distance, divided by the one it is compared with, is at most this.
 WORDS = {
     0.9: "better than",
@@ -166,7 +167,7 @@ def short_count(count: int) -> str:
 
 
 def make_tables(facts: dict[str, dict], rows: dict[str, dict], inception: bool) -> list[list[list[str]]]:
-    """The tables of the report: size, speed and quality in one; then all quality figures; then all costs.
+    """The tables of the report: size, speed and quality in one; all quality figures; all costs; other figures.
 
     Args:
         facts: "parameters", "macs", "seconds" and "bytes" of each model, the teacher first.
@@ -174,8 +175,8 @@ def make_tables(facts: dict[str, dict], rows: dict[str, dict], inception: bool) 
         inception: Whether the features are Inception's.
 
     Returns:
-        Three tables, of a head and a list of cells per row. Columns without a value are dropped; the second table is
-        empty without results.
+        Three or four tables, of a head and a list of cells per row. Columns without a value are dropped; the second
+        table is empty without results.
     """
     teacher, words = facts["teacher"], judge(facts, rows)[0]
     keys = [key for key in ("fid", "kid") if any(row.get(key) is not None for row in rows.values())]
@@ -192,7 +193,8 @@ def make_tables(facts: dict[str, dict], rows: dict[str, dict], inception: bool) 
             costs.append([name, *figures, f"{fact['bytes'] / 2**20:,.0f} MiB"])
         cells += [format_cell(key, rows.get(name, {}).get(key)) for key in keys]
         summary.append(cells + ([words.get(name, "–")] if words else []))
-    return [summary, make_table(rows, QUALITY, inception, head="model"), costs]
+    others = make_table(rows, OTHER_NETWORKS, inception, head="model")
+    return [summary, make_table(rows, QUALITY, inception, head="model"), costs, *([others] if others else [])]
 
 
 def tables_from_files(report: Path, results: Path) -> list[list[list[str]]]:

@@ -695,26 +695,38 @@ def clip(tmp_path_factory, sd_teacher) -> Path:
     return folder
 
 
-def test_clip_score(score, sample, models, clip, tmp_path):
+def test_clip_score_and_pickscore(score, sample, models, clip, tmp_path):
     images = sample(*models["sd"], "--num_images", 5)
-    flags = ("--images", images, "--metrics", "clip_score", "--clip_model", clip)
+    flags = (
+        "--images",
+        images,
+        "--metrics",
+        "clip_score",
+        "pickscore",
+        "--clip_model",
+        clip,
+        "--pickscore_model",
+        clip,
+    )
     row = score(*flags, "--batch_size", 2)["rows"][0]
     model = CLIPModel.from_pretrained(clip).eval()
     tokenizer, processor = CLIPTokenizer.from_pretrained(clip), CLIPImageProcessor.from_pretrained(clip)
-    cosines = []
+    cosines, logits = [], []
     for index, prompt in enumerate([*PROMPTS, *PROMPTS][:5]):
         pixels = processor(images=Image.open(images / f"{index:06d}.png"), return_tensors="pt")
         output = model(**tokenizer(prompt, return_tensors="pt"), **pixels)
         cosines.append((output.image_embeds * output.text_embeds).sum().item())  # both of length 1
+        logits.append(output.logits_per_image.item())  # what PickScore's authors call the score
     assert row["clip_score"] == pytest.approx(np.mean(cosines), abs=1e-5) and np.std(cosines) > 1e-4
+    assert row["pickscore"] == pytest.approx(np.mean(logits), rel=1e-4) and np.mean(logits) != np.mean(cosines)
     (tmp_path / "plain").mkdir()
     for path in sorted(images.glob("*.png")):
         shutil.copy(path, tmp_path / "plain")
     plain, generated = score("--images", tmp_path / "plain", *flags[1:], "--num_workers", 1)["rows"]
     assert plain["clip_score"] is None and generated["clip_score"] == pytest.approx(row["clip_score"])
-    assert plain["warnings"] == {"clip_score": "not measured: the folder has no prompts"}
+    assert set(plain["warnings"].values()) == {"not measured: the folder has no prompts"}
     error = np.std(cosines, ddof=1) / 5**0.5
-    assert generated["warnings"] == {"clip_score": f"fewer than 1,000 images: standard error {error:.2g}"}
+    assert generated["warnings"]["clip_score"] == f"fewer than 1,000 images: standard error {error:.2g}"
 
 
 def test_table_of_several_students(score, sample, models, pool, images):
