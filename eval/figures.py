@@ -24,7 +24,7 @@ FULL_INCEPTION_SCORE = 50_000  # images that its authors ask for (Salimans et al
 FEW_SCORES = 1_000  # with fewer the standard error of a mean score is said
 # Of CMMD, in the code of its authors.
 BANDWIDTH, CMMD_SCALE = 10.0, 1000.0
-BLOCK = 2048  # rows of a kernel matrix that are in memory at a time
+BLOCK = 512  # rows of a kernel matrix that are in memory at a time
 BIASED = 0.05  # a share of the CMMD that its bias may be without a warning
 
 
