@@ -413,9 +413,10 @@ def load_scorer_of(metric: str, args: argparse.Namespace, device: torch.device) 
     if metric == "clip_score":
         source = network_of(args, "clip_model")
         return load_scorer("--clip_model", source, source, False, device)
-    # The model on the Hub is used with the tokenizer and the image processor of the model that it started from.
+    # Its authors use the model with the tokenizer and the image processor of the one that it started from.
     source = network_of(args, "pickscore_model")
-    return load_scorer("--pickscore_model", source, args.pickscore_model or PICKSCORE_PROCESSOR, True, device)
+    processor = PICKSCORE_PROCESSOR if source == NETWORKS["pickscore_model"][1] else source
+    return load_scorer("--pickscore_model", source, processor, True, device)
 
 
 def compare(
