@@ -144,7 +144,7 @@ TEXT_PARTS = {name: part.model.__name__ for name, part in TEXT_ENCODERS.items()}
 # SD3.5-large 4,009.6M, 2,518.6M and 1,240.6M.
 STUDENTS = {"whole": {"one_of": 1}, "half": {"one_of": 2}, "third": {"one_of": 3}, "sixth": {"one_of": 6}}
 
-# The recipe of this project, as none is published: the defaults of shared flags.
+# The recipe of this project, as the authors report SD3 but have no code for it: the defaults of shared flags.
 RECIPE = {
     "output_dir": "lift-sd3",
     "gradient_accumulation_steps": 8,
@@ -178,7 +178,7 @@ INFLUENCE_IMAGES = 64
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (or `input_args`); the defaults are this project's own, as no recipe is published."""
+    """Parse the command line (or `input_args`); the defaults are this project's own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     groups = add_shared_arguments(parser)
     add_caption_arguments(groups)

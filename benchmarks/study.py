@@ -39,8 +39,8 @@ from common.metrics import read_metrics
 from common.teachers import min_snr_weights
 
 from device import describe_device
-from evaluate import frechet_distance, kernel_inception_distance
 from fashion import find_fashion_mnist, read_fashion_mnist
+from figures import frechet_distance, kernel_inception_distance
 from fork_server import make_fork_server, start_run
 from generate import denoise, plain_unet
 from lift_utils import FeatureModel, make_kd_loss

@@ -46,6 +46,7 @@ import small_models
 SCRIPT = "train_lift_sd21.py"
 METHODS = ("none", "mse", "lift", "place")
 STUDENTS = ("bk_tiny", "bk_extreme")
+METRICS = ("fid", "kid", "inception_score", "precision", "recall", "clip_score")
 IMAGES = 10_000  # of the 60,000 training images of Fashion-MNIST
 REFERENCE, REAL = 100, 50  # test images of each prompt, which has at least 159
 TOKENS = 24
@@ -123,7 +124,7 @@ def measure(
         args.output_dir / "reference",
         facts,
         sampling_flags=(*prompts, *sampling_flags),
-        evaluate_flags=("--clip_model", args.output_dir / "parts" / "clip"),
+        evaluate_flags=("--metrics", *METRICS, "--clip_model", args.output_dir / "parts" / "clip"),
         report_flags=("--columns", len(fashion.CLASSES)),
     )
 

@@ -6,19 +6,24 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""Measure folders of images against a reference: FID, KID, Inception score, precision and recall, CLIP score.
+"""Measure folders of images: FID and its like against a reference, and how well images fit their prompts.
 
     python eval/evaluate.py --images teacher-images student-images --reference path/to/real/images --output results
 
-writes results.json and results.md, with the settings from each folder's manifest.json (see generate.py).
+writes results.json and results.md: a table with each figure's number of samples and its warning, and the settings
+from each folder's manifest.json (see generate.py). --metrics chooses the figures:
+
+    fid, kid                    clean-fid's, in the features of its Inception
+    inception_score             torch-fidelity's, 10 splits
+    precision, recall           torch-fidelity's, 3 neighbours
+    fd_dinov2                   Fréchet distance in the features of DINOv2, as by dgm-eval
+    cmmd                        maximum mean discrepancy of CLIP's embeddings
+    clip_score                  mean cosine between image and prompt
+    pickscore                   mean preference for the image, given its prompt
 
 The reference is a folder of images, a dataset on the Hub, statistics that an earlier run saved (.npz), or
 clean-fid:NAME:RESOLUTION:SPLIT for statistics that clean-fid publishes. The statistics of a reference are computed
-once and kept in --statistics_dir.
-
-FID and KID are clean-fid's: its resizing, its Inception, its kernel. The Fréchet distance is computed by a symmetric
-eigendecomposition, which agrees with clean-fid's matrix root. Inception score (10 splits), precision and recall (3
-neighbours) are computed by torch-fidelity. The CLIP score is the mean cosine between image and prompt.
+once for each network and kept in --statistics_dir.
 
 --features replaces Inception by a TorchScript file. It takes float32 (N, 3, H, W) in [0, 255] and returns features
 (N, D), or features and logits (N, classes). A .pt file runs code when it is loaded: pass only one that you trust.
@@ -28,68 +33,69 @@ import argparse
 import functools
 import hashlib
 import json
-import shutil
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-import cleanfid.downloads_helper
 import cleanfid.features
 import datasets
 import numpy as np
 import torch
-from cleanfid.fid import kernel_distance
-from cleanfid.inception_torchscript import InceptionV3W
-from cleanfid.resize import make_resizer
 from cleanfid.utils import EXTENSIONS
 from PIL import Image
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 from tqdm.auto import tqdm
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.arguments import HelpFormatter, check_values, fail, first_line
-from common.checkpoints import hash_file
 from common.data import open_image, undecode
-from common.teachers import read_weights
 
+from figures import (
+    Figure,
+    Statistics,
+    average_scores,
+    measure_clip_mmd,
+    measure_frechet,
+    measure_inception_score,
+    measure_kernel,
+    measure_manifolds,
+)
 from generate import as_path, check_writable, read_manifest
-from result_tables import as_markdown, is_inception, list_remarks, make_table
+from networks import (
+    INCEPTION,
+    PICKSCORE_PROCESSOR,
+    Extractor,
+    Prepare,
+    Scorer,
+    load_clip_images,
+    load_dinov2,
+    load_inception,
+    load_scorer,
+    load_torchscript_features,
+)
+from result_tables import as_markdown, is_inception, list_figures, make_table, title_of
 
 
-INCEPTION = "inception-2015-12-05.pt"
-KEPT = 50_000  # images, chosen at random, whose features are kept for KID, precision and recall; FID uses all
-FEW = 10_000  # with fewer images FID is clearly too high, and for some models more than for others
+KEPT = 50_000  # images, chosen at random, whose features are kept for KID, CMMD, precision and recall; FID uses all
 LIBRARIES = ("torch", "numpy", "pillow", "clean-fid", "torch-fidelity", "transformers")
-
-
-class Extractor(NamedTuple):
-    """A network that turns images into features."""
-
-    name: str  # shown in reports
-    digest: str  # SHA-256 of its file
-    size: int | None  # images are resized to it; `None`: they are not
-    # float32 (N, 3, H, W) in [0, 255] -> features (N, D), logits (N, classes)
-    run: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
-
-
-class Statistics(NamedTuple):
-    """The statistics of a set of images that the metrics are computed from."""
-
-    count: int  # of images; 0 if unknown
-    size: list[int]  # width and height; empty if unknown
-    mean: np.ndarray  # float64 (D,)
-    covariance: np.ndarray  # float64 (D, D)
-    features: np.ndarray | None  # float32 (N, D) of up to KEPT images; published statistics may come without
-    logits: np.ndarray | None  # float32 (N, classes)
-    source: str
+# The figures by what they are computed from: features of Inception or of --features, of DINOv2, of CLIP; prompts.
+OF_INCEPTION = ("fid", "kid", "inception_score", "precision", "recall")
+OF_PROMPTS = ("clip_score", "pickscore")
+METRICS = (*OF_INCEPTION, "fd_dinov2", "cmmd", *OF_PROMPTS)
+WITHOUT_REFERENCE = ("inception_score", *OF_PROMPTS)
+# Flags that say what figures are computed by, the figures, and the value without the flag.
+NETWORKS = {
+    "inception": (OF_INCEPTION, None),
+    "features": (OF_INCEPTION, None),
+    "dinov2_model": (("fd_dinov2",), "facebook/dinov2-large"),
+    "cmmd_model": (("cmmd",), "openai/clip-vit-large-patch14-336"),
+    "clip_model": (("clip_score",), "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"),
+    "pickscore_model": (("pickscore",), "yuvalkirstain/PickScore_v1"),
+}
 
 
 # ------------------------------------------------------------------------------------------------------- the arguments
@@ -99,7 +105,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, or `input_args`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--images", required=True, nargs="+", type=as_path, help="folders of images, each a row")
-    parser.add_argument("--reference", required=True, help="folder, dataset, .npz, or clean-fid:NAME:RESOLUTION:SPLIT")
+    parser.add_argument(
+        "--metrics", nargs="+", default=list(OF_INCEPTION), choices=METRICS, metavar="METRIC", help="see above"
+    )
+    parser.add_argument("--reference", help="folder, dataset, .npz, or clean-fid:NAME:RESOLUTION:SPLIT")
     parser.add_argument("--reference_split", default="train", help="split of a dataset")
     parser.add_argument("--image_column", default="image", help="column of a dataset")
     parser.add_argument(
@@ -118,92 +127,48 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--features_size", type=int, help="resize images to this side for --features (default: do not)"
     )
-    parser.add_argument("--clip_model", help="CLIP folder or Hub id, for images with prompts in their manifest")
+    for name in ("dinov2_model", "cmmd_model", "clip_model", "pickscore_model"):
+        (metric,), default = NETWORKS[name]
+        parser.add_argument(f"--{name}", help=f"folder or Hub id for {metric} (default: {default})")
     parser.add_argument("--batch_size", type=int, default=32, help="images per batch")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode and resize images")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the subsets for KID and Inception score")
+    parser.add_argument("--seed", type=int, default=0, help="seed of KID's subsets and Inception score's splits")
     args = parser.parse_args(input_args)
     check_values(args)
     if args.features_size is not None and args.features is None:
         fail(f"--features_size {args.features_size} is for --features only; drop the flag")
+    for name, (metrics, _) in NETWORKS.items():
+        if getattr(args, name) is not None and not set(metrics) & set(args.metrics):
+            fail(f"--{name} {getattr(args, name)} is for --metrics {' '.join(metrics)}; add one of them, or drop it")
+    compared = [metric for metric in args.metrics if metric not in WITHOUT_REFERENCE]
+    if args.reference is None and compared:
+        fail(f"--metrics {' '.join(compared)} compare with real images; pass them as --reference, or drop these")
+    if args.reference is not None and not compared:
+        fail(f"--reference {args.reference} is not used by --metrics {' '.join(args.metrics)}; drop it")
     return args
 
 
-# ------------------------------------------------------------------------------------------------------- the extractor
-
-
-def load_extractor(args: argparse.Namespace, device: torch.device) -> Extractor:
-    """Load clean-fid's Inception, or the TorchScript file of `--features`."""
-    if args.features is None:
-        return load_inception(args.inception, device)
-    model = load_torchscript("--features", args.features, device)
-
-    def run(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        try:
-            output = model(images)
-        except RuntimeError as error:
-            problem = f"does not accept images of shape {tuple(images.shape[1:])}"
-            fail(f"--features {args.features} {problem}: {str(error).strip().splitlines()[-1]}; pass --features_size")
-        features, logits = output if isinstance(output, tuple) else (output, None)
-        for tensor in (features, logits):
-            if tensor is not None and (tensor.ndim != 2 or len(tensor) != len(images)):
-                shape = tuple(tensor.shape)
-                fail(f"--features {args.features} returns {shape} for {len(images)} images; return (N, D)")
-        return features, logits
-
-    name = f"{args.features.name} at {args.features_size} px" if args.features_size else args.features.name
-    return Extractor(name, hash_file(args.features), args.features_size, run)
-
-
-def load_inception(path: Path | None, device: torch.device) -> Extractor:
-    """Load the Inception of clean-fid, for features and for logits. The file is downloaded once."""
-    path = path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
-    path = path / INCEPTION if path.is_dir() else path
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # clean-fid does not notice half a file
-                shutil.move(cleanfid.downloads_helper.check_download_inception(folder), path)
-        except OSError as error:
-            url = cleanfid.downloads_helper.inception_url
-            fail(f"--inception {path} is missing and not downloaded ({error}); put {url} there, or pass --features")
-    base = load_torchscript("--inception", path, device)
-    if path.name != INCEPTION:
-        fail(f"--inception {path} must have the name {INCEPTION}, which clean-fid loads; rename it")
-    features = InceptionV3W(str(path.parent), download=False).to(device).eval()
-
-    def run(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # The network returns probabilities. Their logarithms serve as logits: softmax turns them back. The last layer
-        # has no bias, as in the published Inception score.
-        return features(images), base(images, no_output_bias=True).log()
-
-    return Extractor("Inception (clean-fid)", hash_file(path), 299, run)
-
-
-def load_torchscript(flag: str, path: Path, device: torch.device) -> torch.jit.ScriptModule:
-    """Load a TorchScript file. Ends the process with the flag's name if that fails."""
-    try:
-        return torch.jit.load(str(path), map_location=device).eval()
-    except (RuntimeError, ValueError, OSError) as error:
-        fail(f"{flag} {path} does not load: {first_line(error)}; pass a file of torch.jit.save")
+def network_of(args: argparse.Namespace, flag: str) -> str:
+    """The folder or Hub id that a flag of [`NETWORKS`] names."""
+    return getattr(args, flag) or NETWORKS[flag][1]
 
 
 # ---------------------------------------------------------------------------------------------------------- the images
 
 
 class Images(torch.utils.data.Dataset):
-    """Images for an extractor, resized as by clean-fid: the original size, and float32 (3, H, W) in [0, 255].
+    """Images for a network: the original width and height, and what `prepare` makes of the image, (3, H, W).
 
     An item is `None` if the image cannot be read.
 
     Args:
         records: Paths, or undecoded images of `datasets`.
-        size: Both sides are resized to it.
+        prepare: The network's.
         crop: Before that the shorter side is resized to it and the longer side is cropped to it.
     """
 
-    def __init__(self, records: "list[Path] | Column", size: int | None, crop: int | None):
-        self.records, self.size, self.crop = records, size, crop
+    def __init__(self, records: "list[Path] | Column", prepare: Prepare, crop: int | None = None):
+        self.records, self.prepare, self.crop = records, prepare, crop
 
     def __len__(self) -> int:
         return len(self.records)
@@ -225,9 +190,7 @@ class Images(torch.utils.data.Dataset):
             image = self.open(index)
         except Exception:  # decoders raise many kinds of errors on damaged files
             return None
-        # Made for each image: the function cannot be sent to worker processes.
-        resize = make_resizer("PIL", False, "bicubic", (self.size, self.size)) if self.size else np.float32
-        return image.size, torch.from_numpy(resize(np.array(image))).permute(2, 0, 1)
+        return image.size, self.prepare(image)
 
     def name(self, index: int) -> str:
         """What error messages call the image."""
@@ -246,6 +209,25 @@ def list_images(folder: Path, flag: str) -> list[Path]:
     return files
 
 
+def read_batches(
+    images: Images, flag: str, args: argparse.Namespace, title: str
+) -> Iterator[list[tuple[tuple[int, int], torch.Tensor]]]:
+    """The items of all images in their order, `--batch_size` at a time, with a progress bar.
+
+    Ends the process with `flag`, the name and value of the flag that they come from, if an image cannot be read.
+    """
+    loader = torch.utils.data.DataLoader(
+        images, batch_size=args.batch_size, num_workers=args.num_workers, collate_fn=list
+    )
+    done = 0
+    for batch in tqdm(loader, desc=f"{title} of {flag.split()[-1]}", leave=False):
+        for index, item in enumerate(batch, done):
+            if item is None:
+                fail(f"{flag}: {images.name(index)} cannot be read; repair or remove it")
+        yield batch
+        done += len(batch)
+
+
 @torch.no_grad()
 def measure(
     images: Images, extractor: Extractor, flag: str, args: argparse.Namespace, device: torch.device
@@ -259,15 +241,10 @@ def measure(
         args: With `batch_size`, `num_workers` and `seed`.
         device: Of the extractor.
     """
-    loader = torch.utils.data.DataLoader(
-        images, batch_size=args.batch_size, num_workers=args.num_workers, collate_fn=list
-    )
     kept = np.random.default_rng(args.seed).permutation(len(images)) < KEPT
     size, features, logits, done = None, [], [], 0
-    for batch in tqdm(loader, desc=f"Features of {flag.split()[-1]}", leave=False):
+    for batch in read_batches(images, flag, args, extractor.name.split(" (")[0]):
         for index, entry in enumerate(batch, done):
-            if entry is None:
-                fail(f"{flag}: {images.name(index)} cannot be read; repair or remove it")
             size = size or entry[0]
             if entry[0] != size:
                 sizes = f"{size[0]}x{size[1]} and {entry[0][0]}x{entry[0][1]}"
@@ -276,7 +253,7 @@ def measure(
         outputs, scores = extractor.run(torch.stack([pixels for _, pixels in batch]).float().to(device))
         outputs = outputs.float().cpu().numpy()
         if not np.isfinite(outputs).all():
-            fail(f"{flag}: the features by {extractor.name} are not finite; pass an extractor for inputs in [0, 255]")
+            fail(f"{flag}: the features by {extractor.name} are not finite; pass a network for inputs in [0, 255]")
         exact = outputs.astype(np.float64)
         if not done:
             # Sums of squares around the first batch's mean stay exact where features are far from zero.
@@ -313,12 +290,12 @@ def load_reference(extractor: Extractor, args: argparse.Namespace, device: torch
     else:
         records, contents = load_dataset(args)
     key = {"reference": source, "contents": contents, "crop": args.reference_resolution}
-    key |= {"extractor": extractor.digest, "size": extractor.size, "resize": "clean"}
+    key |= {"extractor": extractor.digest, "size": extractor.size, "resize": extractor.resizing}
     digest = hashlib.sha256(json.dumps({**key, "reference": ""}).encode()).hexdigest()
     path = args.statistics_dir / f"{Path(source).name}-{digest[:12]}.npz"
     if path.exists():
         return read_statistics(path, extractor)
-    images = Images(records, extractor.size, args.reference_resolution)
+    images = Images(records, extractor.prepare, args.reference_resolution)
     statistics = measure(images, extractor, f"--reference {source}", args, device)
     save_statistics(path, statistics, key)
     return statistics
@@ -386,8 +363,8 @@ def read_statistics(path: Path, extractor: Extractor) -> Statistics:
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         fail(f"--reference {path} cannot be read: {first_line(error)}; pass a file that evaluate.py saved")
     if key and (key["extractor"], key["size"]) != (extractor.digest, extractor.size):
-        remedy = "pass the --features (or none) it was made with, or the images themselves"
-        fail(f"--reference {path} holds features of another extractor than {extractor.name}; {remedy}")
+        remedy = "pass the network and the --metrics it was made with, or the images themselves"
+        fail(f"--reference {path} holds features of another network than {extractor.name}; {remedy}")
     count = int(arrays.get("count", 0 if features is None else len(features)))
     size = arrays.get("size", np.array([])).tolist()
     return Statistics(count, size, mean, covariance, features, None, key.get("reference", str(path)))
@@ -398,8 +375,9 @@ def load_published(source: str, extractor: Extractor) -> Statistics:
     parts = source.split(":")[1:]
     if len(parts) != 3:
         fail(f"--reference {source} is not clean-fid:NAME:RESOLUTION:SPLIT; pass e.g. clean-fid:cifar10:32:train")
-    if extractor.size != 299:
-        fail(f"--reference {source} holds features by Inception; drop --features")
+    if not extractor.name.startswith("Inception"):
+        remedy = "drop --features, and of --metrics all but " + " ".join(OF_INCEPTION)
+        fail(f"--reference {source} holds features by Inception, not by {extractor.name}; {remedy}")
     name, resolution, split = parts
     get = functools.partial(cleanfid.features.get_reference_statistics, name, resolution, split=split)
     try:
@@ -413,133 +391,102 @@ def load_published(source: str, extractor: Extractor) -> Statistics:
 # --------------------------------------------------------------------------------------------------------- the metrics
 
 
-def frechet_distance(
-    mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray
-) -> float:
-    """Squared Fréchet distance between two Gaussians of means (D,) and covariances (D, D), in float64.
-
-    It needs the trace of the matrix root of A · B. That is the sum of the square roots of the eigenvalues of
-    root(A) · B · root(A), which is symmetric.
-    """
-    a, b = (torch.from_numpy(np.asarray(matrix, np.float64)) for matrix in (covariance_a, covariance_b))
-    values, vectors = torch.linalg.eigh(a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum()
-    shift = float(np.square(np.asarray(mean_a, np.float64) - np.asarray(mean_b, np.float64)).sum())
-    return max(0.0, shift + (a.trace() + b.trace() - 2 * cross).item())
-
-
-def kernel_inception_distance(features: np.ndarray, reference_features: np.ndarray, seed: int) -> float:
-    """clean-fid's KID between features (N, D) and (M, D); the seed chooses its random subsets."""
-    state = np.random.get_state()  # clean-fid uses the global generator
-    np.random.seed(seed)
-    distance = kernel_distance(features.astype(np.float64), reference_features.astype(np.float64))
-    np.random.set_state(state)
-    return distance
-
-
-def compare(statistics: Statistics, reference: Statistics, args: argparse.Namespace) -> tuple[dict, list[str]]:
-    """Compare a set of images with the reference.
-
-    Returns:
-        The metrics, `None` for those that cannot be computed, and remarks on them.
-    """
-    dimensions = len(reference.mean)
-    fid, kid = ("FID", "KID") if args.features is None else ("Fréchet distance", "kernel distance")
-    if len(statistics.mean) != dimensions:
-        sizes = f"{dimensions} features, and the extractor {len(statistics.mean)}"
-        fail(f"--reference {args.reference} has {sizes}; pass statistics of the same extractor")
-    scores, remarks = dict.fromkeys(("fid", "kid", "inception_score", "precision", "recall")), []
-    counts = {"images": statistics.count}
-    if reference.features is not None:
-        counts["reference images"] = reference.count
-    short = [f"{count} {name}" for name, count in counts.items() if count <= dimensions]
-    if short:
-        # The covariance would be singular, and the distance would measure the number of images.
-        remarks.append(f"no {fid}: {' and '.join(short)} are too few for a covariance of {dimensions} features")
+def list_extractors(
+    args: argparse.Namespace, device: torch.device
+) -> list[tuple[tuple[str, ...], Callable[[], Extractor]]]:
+    """For each network of features that `--metrics` needs: the metrics computed from it, and what loads it."""
+    if args.features:
+        first = functools.partial(load_torchscript_features, args.features, args.features_size, device)
     else:
-        scores["fid"] = frechet_distance(statistics.mean, statistics.covariance, reference.mean, reference.covariance)
-        few = [f"{count} {name}" for name, count in counts.items() if count < FEW]
-        if few:
-            remarks.append(f"{fid} on {' and '.join(few)}: fewer than {FEW:,} make it too high; {kid} is not affected")
-    if reference.features is None:
-        remarks.append(f"no {kid}, precision and recall: the reference's statistics come without features")
-    else:
-        scores["kid"] = kernel_inception_distance(statistics.features, reference.features, args.seed)
-        if min(statistics.count, reference.count) > 3:
-            pair = (torch.from_numpy(features).float() for features in (statistics.features, reference.features))
-            values = prc_features_to_metric(*pair, prc_neighborhood=3, save_cpu_ram=True, verbose=False)
-            scores |= {name: values[name] for name in ("precision", "recall")}
-    if statistics.logits is not None and statistics.count >= 10:
-        # torch-fidelity multiplies each probability by its logarithm, so 0 gives NaN. e⁻¹⁰⁰ does not change the score.
-        logits = torch.from_numpy(statistics.logits).double().log_softmax(1).clamp(min=-100)
-        values = isc_features_to_metric(logits, splits=10, rng_seed=args.seed)
-        scores["inception_score"] = values["inception_score_mean"]
-    return scores, remarks
+        first = functools.partial(load_inception, args.inception, device)
+    networks = {
+        OF_INCEPTION: first,
+        ("fd_dinov2",): functools.partial(load_dinov2, network_of(args, "dinov2_model"), device),
+        ("cmmd",): functools.partial(load_clip_images, network_of(args, "cmmd_model"), device),
+    }
+    chosen = [(tuple(metric for metric in names if metric in args.metrics), load) for names, load in networks.items()]
+    return [(names, load) for names, load in chosen if names]
+
+
+def load_scorer_of(metric: str, args: argparse.Namespace, device: torch.device) -> Scorer:
+    """Load the model of "clip_score" or "pickscore"."""
+    if metric == "clip_score":
+        source = network_of(args, "clip_model")
+        return load_scorer("--clip_model", source, source, False, device)
+    # Its authors use the model with the tokenizer and the image processor of the one that it started from.
+    source = network_of(args, "pickscore_model")
+    processor = PICKSCORE_PROCESSOR if source == NETWORKS["pickscore_model"][1] else source
+    return load_scorer("--pickscore_model", source, processor, True, device)
+
+
+def compare(
+    statistics: Statistics,
+    reference: Statistics | None,
+    metrics: tuple[str, ...],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> dict[str, Figure]:
+    """The figures of a set of images by these metrics, which are all computed from features of one network."""
+    figures = {}
+    if reference is not None and len(reference.mean) != len(statistics.mean):
+        sizes = f"{len(reference.mean)} features, and the network {len(statistics.mean)}"
+        fail(f"--reference {args.reference} has {sizes}; pass statistics of the same network")
+    if "inception_score" in metrics:
+        figures["inception_score"] = measure_inception_score(statistics, args.seed)
+    for metric in {"fid", "fd_dinov2"} & set(metrics):
+        figures[metric] = measure_frechet(statistics, reference)
+    if "kid" in metrics:
+        figures["kid"] = measure_kernel(statistics, reference, args.seed)
+    if "cmmd" in metrics:
+        figures["cmmd"] = measure_clip_mmd(statistics, reference, device)
+    if manifolds := {"precision", "recall"} & set(metrics):
+        both = measure_manifolds(statistics, reference)
+        figures |= {metric: both[metric] for metric in manifolds}
+    return figures
 
 
 @torch.no_grad()
-def clip_score(files: list[Path], prompts: list[str], args: argparse.Namespace, device: torch.device) -> float:
-    """Mean cosine between CLIP's embeddings of each image and of its prompt, number i modulo their count."""
-    model, processor, tokenizer = load_clip(args.clip_model)
-    model.to(device).eval()
-    total = 0.0
-    for start in tqdm(range(0, len(files), args.batch_size), desc="CLIP score", leave=False):
-        batch = files[start : start + args.batch_size]
-        images = [open_image({"path": str(path), "bytes": None}, "RGB") for path in batch]
-        texts = [prompts[int(path.stem) % len(prompts)] for path in batch]
-        limit = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(device)
-        pixels = processor(images=images, return_tensors="pt").to(device)
-        image_features = model.get_image_features(**pixels).pooler_output
-        text_features = model.get_text_features(**tokens).pooler_output
-        total += torch.cosine_similarity(image_features.float(), text_features.float()).sum().item()
-    return total / len(files)
-
-
-@functools.cache
-def load_clip(source: str) -> tuple[CLIPModel, CLIPImageProcessor, CLIPTokenizer]:
-    """Load a CLIP folder or Hub id, once for all folders of images."""
-    try:
-        model = read_weights(CLIPModel.from_pretrained, source)
-        return model, CLIPImageProcessor.from_pretrained(source), CLIPTokenizer.from_pretrained(source)
-    except (OSError, ValueError, TypeError) as error:
-        fail(f"--clip_model {source} does not load: {first_line(error)}; pass a CLIP folder or Hub id")
+def score_prompts(
+    files: list[Path], prompts: list[str], scorer: Scorer, flag: str, args: argparse.Namespace, device: torch.device
+) -> np.ndarray:
+    """The score, float64 (N,), of each image by its prompt, which is number i modulo their count."""
+    numbers, scores = [int(path.stem) for path in files], []
+    for batch in read_batches(Images(files, scorer.prepare), flag, args, scorer.name.split(" (")[0]):
+        own = [prompts[number % len(prompts)] for number in numbers[len(scores) : len(scores) + len(batch)]]
+        scores += scorer.run(torch.stack([pixels for _, pixels in batch]).to(device), own).tolist()
+    if not np.isfinite(scores).all():
+        fail(f"{flag}: the scores by {scorer.name} are not finite; pass another model for it")
+    return np.array(scores)
 
 
 # --------------------------------------------------------------------------------------------------------- the results
 
 
-# Tables of at most six columns: the folder's name and these.
-TABLES = {
-    "Distances and scores": ("images", "fid", "kid", "inception_score", "clip_score"),
-    "Precision and recall": ("precision", "recall"),
-    "Settings": ("sampler", "num_inference_steps", "guidance_scale", "seed", "dtype"),
-}
+SETTINGS = ("sampler", "num_inference_steps", "guidance_scale", "seed", "dtype")
 
 
 def make_notes(results: dict) -> list[str]:
     """How the results were measured, and what to keep in mind."""
-    reference, extractor = results["reference"], results["extractor"]
-    count = f"{reference['images']:,} images" if reference["images"] else "published statistics"
-    size = ", {} x {} pixels".format(*reference["size"]) if reference["size"] else ""
-    notes = [
-        f"Reference: {reference['source']}, {count}{size}.",
-        f"Features: {extractor['name']}, SHA-256 {extractor['sha256'][:16]}…, {extractor['dimensions']} of them.",
-    ]
+    notes = []
+    if reference := results["reference"]:
+        count = f"{reference['images']:,} images" if reference["images"] else "published statistics"
+        size = ", {} x {} pixels".format(*reference["size"]) if reference["size"] else ""
+        notes.append(f"Reference: {reference['source']}, {count}{size}.")
+    for network in results["networks"]:
+        titles = ", ".join(title_of(metric, is_inception(results)) for metric in network["metrics"])
+        dimensions = f", {network['dimensions']:,} features" if network["dimensions"] else ""
+        notes.append(f"{titles}: by {network['name']}, SHA-256 {network['sha256'][:16]}…{dimensions}.")
     if not is_inception(results):
         notes.append("**Not Inception FID**: do not compare these distances with published figures.")
-    if results["clip_model"]:
-        notes.append(f"CLIP score: mean cosine by {results['clip_model']}.")
-    return notes + list_remarks({row["name"]: row for row in results["rows"]})
+    return notes
 
 
 def write_results(results: dict, output: Path) -> str:
     """Write OUTPUT.json and OUTPUT.md; returns the Markdown."""
-    rows, parts = {row["name"]: row for row in results["rows"]}, []
-    for title, keys in TABLES.items():
-        table = make_table(rows, keys, is_inception(results))
-        parts += [f"## {title}", as_markdown(table)] if table else []
+    rows = {row["name"]: row for row in results["rows"]}
+    parts = ["## Metrics", as_markdown(list_figures(rows, results["metrics"], is_inception(results)), words=(0, 1, 5))]
+    settings = make_table(rows, SETTINGS, is_inception(results))
+    parts += ["## Settings", as_markdown(settings)] if settings else []
     parts.append("\n".join(f"- {note}" for note in make_notes(results)))
     text = "\n\n".join(parts) + "\n"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -571,44 +518,112 @@ def label_folders(folders: list[Path]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
+def check_prompts(folders: dict[str, list[Path]], args: argparse.Namespace) -> dict[str, list[str]]:
+    """The prompts of those folders of images that have them in their manifest, if `--metrics` needs any."""
+    asked = [metric for metric in args.metrics if metric in OF_PROMPTS]
+    manifests = {folder: read_manifest(Path(folder), "--images") for folder in folders} if asked else {}
+    prompts = {folder: manifest["prompts"] for folder, manifest in manifests.items() if manifest.get("prompts")}
+    if asked and not prompts:
+        fail(f"--metrics {' '.join(asked)} needs prompts, and no folder has them in a manifest.json; drop it")
+    for folder in prompts:
+        unnumbered = [path.name for path in folders[folder] if not path.stem.isdecimal()]
+        if unnumbered:
+            problem = f"has prompts by number, and {unnumbered[0]} has no number"
+            fail(f"--images {folder} {problem}; rename or remove that")
+    return prompts
+
+
+class Measured(NamedTuple):
+    """What was measured of all folders of images."""
+
+    figures: dict[str, dict[str, Figure]]  # by folder and metric
+    sizes: dict[str, list[int]]  # width and height, by folder; without an entry where no network asked for one size
+    networks: list[dict]  # for the results: what computed which metrics
+    reference: dict | None  # for the results
+
+
+def measure_features(
+    folders: dict[str, list[Path]], measured: Measured, args: argparse.Namespace, device: torch.device
+) -> Measured:
+    """Add the metrics that are computed from features, one network after the other."""
+    reference = measured.reference
+    for metrics, load in list_extractors(args, device):
+        extractor, known = load(), None
+        if not set(metrics) <= set(WITHOUT_REFERENCE):
+            known = load_reference(extractor, args, device)
+            reference = {"source": known.source, "images": known.count, "size": known.size}
+        for folder, files in folders.items():
+            flag = f"--images {folder}"
+            statistics = measure(Images(files, extractor.prepare), extractor, flag, args, device)
+            measured.sizes[folder] = statistics.size
+            if extractor.size is None and known is not None and known.size not in ([], statistics.size):
+                both = "{}x{} and the reference {}x{}".format(*statistics.size, *known.size)
+                fail(f"{flag} is {both}; pass --features_size or --reference_resolution")
+            measured.figures[folder] |= compare(statistics, known, metrics, args, device)
+        identity = {"name": extractor.name, "sha256": extractor.digest, "dimensions": len(statistics.mean)}
+        measured.networks.append({**identity, "metrics": metrics})
+    return measured._replace(reference=reference)
+
+
+def measure_prompts(
+    folders: dict[str, list[Path]],
+    prompts: dict[str, list[str]],
+    measured: Measured,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Add the metrics that compare images with their prompts."""
+    for metric in [metric for metric in OF_PROMPTS if metric in args.metrics]:
+        scorer = load_scorer_of(metric, args, device)
+        for folder, files in folders.items():
+            figure = Figure(None, len(files), warning="not measured: the folder has no prompts")
+            if folder in prompts:
+                scores = score_prompts(files, prompts[folder], scorer, f"--images {folder}", args, device)
+                figure = average_scores(scores)
+            measured.figures[folder][metric] = figure
+        identity = {"name": scorer.name, "sha256": scorer.digest, "dimensions": None}
+        measured.networks.append({**identity, "metrics": [metric]})
+
+
 def main(args: argparse.Namespace) -> None:
     """Measure every folder and write the results."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_writable(f"--output {args.output}", args.output.parent)
     check_writable(f"--statistics_dir {args.statistics_dir}", args.statistics_dir)
     described = [describe(folder, name) for folder, name in zip(args.images, label_folders(args.images))]
-    if args.clip_model:
-        prompted = [entry for entry in described if read_manifest(Path(entry[1]["folder"]), "--images").get("prompts")]
-        if not prompted:
-            fail(f"--clip_model {args.clip_model} needs prompts, and no folder has them in a manifest.json; drop it")
-        for files, row in prompted:
-            unnumbered = [path.name for path in files if not path.stem.isdecimal()]
-            if unnumbered:
-                problem = f"has prompts by number, and {unnumbered[0]} has no number"
-                fail(f"--images {row['folder']} {problem}; rename or remove that")
-    extractor = load_extractor(args, device)
-    reference = load_reference(extractor, args, device)
-    rows = []
-    for files, row in described:
-        statistics = measure(Images(files, extractor.size, None), extractor, f"--images {row['folder']}", args, device)
-        if extractor.size is None and reference.size not in ([], statistics.size):
-            sizes = (
-                f"{statistics.size[0]}x{statistics.size[1]} and the reference {reference.size[0]}x{reference.size[1]}"
-            )
-            fail(f"--images {row['folder']} is {sizes}; pass --features_size or --reference_resolution")
-        scores, remarks = compare(statistics, reference, args)
-        prompts = read_manifest(Path(row["folder"]), "--images").get("prompts")
-        scores["clip_score"] = clip_score(files, prompts, args, device) if args.clip_model and prompts else None
-        rows.append({**row, "images": statistics.count, "size": statistics.size, **scores, "remarks": remarks})
+    folders = {row["folder"]: files for files, row in described}
+    prompts = check_prompts(folders, args)
+    measured = measure_features(folders, Measured({folder: {} for folder in folders}, {}, [], None), args, device)
+    measure_prompts(folders, prompts, measured, args, device)
     results = {
-        "reference": {"source": reference.source, "images": reference.count, "size": reference.size},
-        "extractor": {"name": extractor.name, "sha256": extractor.digest, "dimensions": len(reference.mean)},
-        "clip_model": args.clip_model,
+        "reference": measured.reference,
+        # The one of FID and its like, which says whether they are comparable with published figures.
+        "extractor": next((each for each in measured.networks if set(each["metrics"]) & set(OF_INCEPTION)), None),
+        "networks": measured.networks,
+        "metrics": [metric for metric in METRICS if metric in args.metrics],
         "seed": args.seed,
         "versions": {library: version(library) for library in LIBRARIES},
-        "rows": rows,
     }
-    print(write_results(results, args.output))
+    rows = [make_row(row, files, measured, is_inception(results)) for files, row in described]
+    print(write_results({**results, "rows": rows}, args.output))
+
+
+def make_row(row: dict, files: list[Path], measured: Measured, inception: bool) -> dict:
+    """A folder's settings and figures, for the results."""
+    figures = measured.figures[row["folder"]]
+    warnings = {metric: figures[metric].warning for metric in METRICS if metric in figures and figures[metric].warning}
+    titles: dict[str, list[str]] = {}  # of the metrics, by their warning
+    for metric, warning in warnings.items():
+        titles.setdefault(warning, []).append(title_of(metric, inception).split(" · ")[0])
+    return {
+        **row,
+        "images": len(files),
+        "size": measured.sizes.get(row["folder"], []),
+        **{metric: figures[metric].value if metric in figures else None for metric in METRICS},
+        "samples": {metric: [figure.samples, figure.reference_samples] for metric, figure in figures.items()},
+        "warnings": warnings,
+        "remarks": [f"{', '.join(same)}: {warning}" for warning, same in titles.items()],
+    }
 
 
 if __name__ == "__main__":

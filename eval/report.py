@@ -70,9 +70,9 @@ FIGURE = {"type": ["number", "null"]}
 RESULTS = {  # by JSON Schema: what is read of evaluate.py's JSON
     "type": "object",
     "properties": {
-        "extractor": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+        "extractor": {"type": ["object", "null"], "properties": {"name": {"type": "string"}}, "required": ["name"]},
         "reference": {
-            "type": "object",
+            "type": ["object", "null"],
             "properties": {"source": {"type": "string"}, "images": {"type": "integer"}},
             "required": ["source", "images"],
         },
@@ -646,7 +646,7 @@ def make_sections(
     if args.prompt_file:
         samples += [f"Prompt {number}: {prompt}" for number, prompt in enumerate(conditions[: args.columns], 1)]
 
-    summary, quality, costs = make_tables(comparison.facts, rows, results is not None and is_inception(results))
+    summary, *figures = make_tables(comparison.facts, rows, results is not None and is_inception(results))
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     measured = (
         f"Time and memory: {where}, {args.dtype}. Whole images, one by one ({settings}), each model in a process "
@@ -672,7 +672,7 @@ def make_sections(
             [summary],
             [*judge(comparison.facts, rows)[1], *quality_notes(rows, results), *samples],
         ),
-        Section("All figures", [], [table for table in (quality, costs) if table], [measured]),
+        Section("All figures", [], [table for table in figures if table], [measured]),
         Section("Training", pictures["curves"], [], training),
         Section("Error by timestep", pictures["errors"], [], errors),
         Section("PLACE's error groups", pictures["groups"], [], [groups] if pictures["groups"] else []),
@@ -683,9 +683,11 @@ def quality_notes(rows: dict[str, dict], results: dict | None) -> list[str]:
     """How the distances were measured, and remarks on the rows."""
     if results is None:
         return ["No quality: pass the JSON of evaluate.py as --results."]
-    reference, extractor = results["reference"], results["extractor"]
-    count = f"{reference['images']:,} images" if reference["images"] else "published statistics"
-    notes = [f"Distances: to {count} ({reference['source']}), in features of {extractor['name']}."]
+    reference, extractor, notes = results["reference"], results["extractor"], []
+    if reference is not None:
+        count = f"{reference['images']:,} images" if reference["images"] else "published statistics"
+        features = f", in features of {extractor['name']}" if extractor is not None else ""
+        notes.append(f"Distances: to {count} ({reference['source']}){features}.")
     if not is_inception(results):
         notes.append("They are not Inception FID: do not compare them with published figures.")
     return notes + list_remarks(rows)

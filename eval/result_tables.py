@@ -23,7 +23,10 @@ COLUMNS = {  # title, format and factor of each result
     "inception_score": ("IS", ".2f", 1),
     "precision": ("precision", ".3f", 1),
     "recall": ("recall", ".3f", 1),
+    "fd_dinov2": ("FD-DINOv2", ".2f", 1),
+    "cmmd": ("CMMD", ".4f", 1),
     "clip_score": ("CLIP", ".4f", 1),
+    "pickscore": ("PickScore", ".3f", 1),
     "sampler": ("sampler", "", 1),
     "num_inference_steps": ("steps", "", 1),
     "guidance_scale": ("guidance", "", 1),
@@ -32,6 +35,7 @@ COLUMNS = {  # title, format and factor of each result
 }
 # Keys of evaluate.py for the table of all quality figures, besides the distances.
 QUALITY = ("images", "inception_score", "precision", "recall", "clip_score")
+OTHER_NETWORKS = ("fd_dinov2", "cmmd", "pickscore")  # for a table of their own
 # Quality in words: a distance, divided by the one it is compared with, is at most this.
 WORDS = {
     0.9: "better than",
@@ -49,8 +53,8 @@ def title_of(key: str, inception: bool) -> str:
 
 
 def is_inception(results: dict) -> bool:
-    """Whether the features are Inception's."""
-    return results["extractor"]["name"].startswith("Inception")
+    """Whether FID and its like, if they were measured, are in Inception's features."""
+    return results["extractor"] is None or results["extractor"]["name"].startswith("Inception")
 
 
 def make_table(rows: dict[str, dict], keys: tuple[str, ...], inception: bool, head: str = "") -> list[list[str]]:
@@ -78,10 +82,28 @@ def format_cell(key: str, value: Any) -> str:
     return "–" if value is None else f"{value * factor if style else value:{style}}"
 
 
-def as_markdown(table: list[list[str]]) -> str:
-    """A table in Markdown. The first column is aligned to the left, the others to the right."""
+def list_figures(rows: dict[str, dict], metrics: list[str], inception: bool) -> list[list[str]]:
+    """The cells of a table with a row for each metric and set of images: value, numbers of samples, and warning.
+
+    Args:
+        rows: Results of evaluate.py by name.
+        metrics: Of [`COLUMNS`], in the order of the table.
+        inception: Whether the features are Inception's.
+    """
+    cells = []
+    for metric in metrics:
+        for name, row in rows.items():
+            samples = ["–" if count is None else f"{count:,}" for count in row["samples"][metric]]
+            value, warning = format_cell(metric, row[metric]), row["warnings"].get(metric, "")
+            cells.append([title_of(metric, inception), name, value, *samples, warning])
+    return [["metric", "images", "value", "samples", "reference", "warning"], *cells]
+
+
+def as_markdown(table: list[list[str]], words: tuple[int, ...] = (0,)) -> str:
+    """A table in Markdown. The columns of words are aligned to the left, the others to the right."""
     lines = [f"| {' | '.join(row)} |" for row in table]
-    return "\n".join([lines[0], "|---|" + "--:|" * (len(table[0]) - 1), *lines[1:]])
+    rule = "".join("---|" if column in words else "--:|" for column in range(len(table[0])))
+    return "\n".join([lines[0], f"|{rule}", *lines[1:]])
 
 
 def list_remarks(rows: dict[str, dict]) -> list[str]:
@@ -145,7 +167,7 @@ def short_count(count: int) -> str:
 
 
 def make_tables(facts: dict[str, dict], rows: dict[str, dict], inception: bool) -> list[list[list[str]]]:
-    """The tables of the report: size, speed and quality in one; then all quality figures; then all costs.
+    """The tables of the report: size, speed and quality in one; all quality figures; all costs; other figures.
 
     Args:
         facts: "parameters", "macs", "seconds" and "bytes" of each model, the teacher first.
@@ -153,8 +175,8 @@ def make_tables(facts: dict[str, dict], rows: dict[str, dict], inception: bool) 
         inception: Whether the features are Inception's.
 
     Returns:
-        Three tables, of a head and a list of cells per row. Columns without a value are dropped; the second table is
-        empty without results.
+        Three or four tables, of a head and a list of cells per row. Columns without a value are dropped; the second
+        table is empty without results.
     """
     teacher, words = facts["teacher"], judge(facts, rows)[0]
     keys = [key for key in ("fid", "kid") if any(row.get(key) is not None for row in rows.values())]
@@ -171,7 +193,8 @@ def make_tables(facts: dict[str, dict], rows: dict[str, dict], inception: bool) 
             costs.append([name, *figures, f"{fact['bytes'] / 2**20:,.0f} MiB"])
         cells += [format_cell(key, rows.get(name, {}).get(key)) for key in keys]
         summary.append(cells + ([words.get(name, "–")] if words else []))
-    return [summary, make_table(rows, QUALITY, inception, head="model"), costs]
+    others = make_table(rows, OTHER_NETWORKS, inception, head="model")
+    return [summary, make_table(rows, QUALITY, inception, head="model"), costs, *([others] if others else [])]
 
 
 def tables_from_files(report: Path, results: Path) -> list[list[list[str]]]:

@@ -23,7 +23,6 @@ FILES = {  # that the commands name; the pages say what they hold
     "student.json": {"config": {"layers_per_block": 1}},
     "teacher.json": {"config": TINY_UNET},
 }
-NEEDS_CUDA = {"--enable_xformers_memory_efficient_attention"}
 
 
 def training_commands() -> list[tuple[str, str]]:
@@ -52,7 +51,6 @@ def teachers(tmp_path_factory) -> dict[str, Path]:
 def test_a_documented_command_runs(run, teachers, tmp_path, monkeypatch, capsys, page, command):
     name, *flags = shlex.split(command)
     script = name.removesuffix(".py")
-    flags = [flag for flag in flags if flag not in NEEDS_CUDA]
     if "none" not in flags:  # as in --kd_loss none
         flags += ["--pretrained_teacher_model", teachers[script]]
     monkeypatch.chdir(tmp_path)

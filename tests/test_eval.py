@@ -38,6 +38,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, T5EncoderModel
 
 import evaluate
+import figures
 import generate
 import report
 import result_tables
@@ -496,13 +497,13 @@ def test_frechet_distance_of_known_gaussians():
     a, b = basis * first @ basis.T, basis * second @ basis.T
     shift = random.normal(size=6)
     expected = np.square(shift).sum() + np.square(np.sqrt(first) - np.sqrt(second)).sum()
-    assert evaluate.frechet_distance(shift, a, np.zeros(6), b) == pytest.approx(expected, rel=1e-9)
+    assert figures.frechet_distance(shift, a, np.zeros(6), b) == pytest.approx(expected, rel=1e-9)
     # Any two covariances, compared with clean-fid's matrix root.
     c = np.cov(random.normal(size=(6, 50)))
     expected = fid.frechet_distance(shift, a, np.ones(6), c)
-    assert evaluate.frechet_distance(shift, a, np.ones(6), c) == pytest.approx(expected, rel=1e-6)
+    assert figures.frechet_distance(shift, a, np.ones(6), c) == pytest.approx(expected, rel=1e-6)
     singular = np.diag([1.0, 0, 0, 0, 0, 0])
-    assert evaluate.frechet_distance(shift, singular, shift, singular) == pytest.approx(0, abs=1e-9)
+    assert figures.frechet_distance(shift, singular, shift, singular) == pytest.approx(0, abs=1e-9)
 
 
 def test_distances_equal_those_of_clean_fid(score, noise, pool):
@@ -524,7 +525,7 @@ def test_distances_equal_those_of_clean_fid(score, noise, pool):
     assert row["kid"] == pytest.approx(fid.kernel_distance(images, reference), rel=1e-5)
     assert "pool.pt at 299 px" in results["text"] and "Not Inception FID" in results["text"]
     assert "| FID |" not in results["text"] and "Fréchet distance" in results["text"]
-    assert "60 images and 60 reference images: fewer than 10,000" in results["text"]
+    assert "| 60 | 60 | fewer than 10,000 images make it too high |" in results["text"]
 
 
 def test_identical_folders(score, noise, pool, tmp_path):
@@ -544,9 +545,10 @@ def test_inception_score(score, tmp_path, pool):
         (tmp_path / name).mkdir()
         for index in range(200):
             Image.new("RGB", (4, 4), (levels[index % 2],) * 3).save(tmp_path / name / f"{index}.png")
-    two, one = score(
-        *("--images", tmp_path / "two", tmp_path / "one", "--reference", tmp_path / "two", "--features", pool)
-    )["rows"]
+    flags = ("--features", pool, "--metrics", "inception_score")  # which need no reference
+    results = score("--images", tmp_path / "two", tmp_path / "one", *flags)
+    two, one = results["rows"]
+    assert results["reference"] is None and two["fid"] is None and "Reference:" not in results["text"]
     assert two["inception_score"] == pytest.approx(2, abs=0.06)  # of 20 images at a time, not quite half each
     assert one["inception_score"] == pytest.approx(1)
 
@@ -576,7 +578,7 @@ def test_statistics_are_kept_and_used_again(score, noise, pool, tmp_path, monkey
 
     twice = tmp_path / "twice.pt"  # another extractor
     torch.jit.script(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())).save(str(twice))
-    with pytest.raises(SystemExit, match="features of another extractor"):
+    with pytest.raises(SystemExit, match="features of another network"):
         score("--images", noise["a"], "--reference", kept[0], "--features", twice)
     with np.load(kept[0]) as file:
         np.savez(tmp_path / "foreign.npz", mu=file["mu"], sigma=file["sigma"])  # as other programs save them
@@ -637,13 +639,14 @@ def test_inception_by_clean_fid(score, noise, tmp_path):
     results = score("--images", noise["a"], "--reference", noise["b"])
     row = results["rows"][0]
     assert results["extractor"]["name"] == "Inception (clean-fid)" and results["extractor"]["dimensions"] == 2048
-    assert row["fid"] is None and "60 images and 60 reference images are too few" in row["remarks"][0]
+    assert row["fid"] is None and row["samples"]["fid"] == [60, 60]
+    assert row["remarks"][0] == "FID: not measured: too few images for a covariance of 2,048 features"
     wrapper = InceptionV3W(str(path.parent), download=False)
     extract = {"device": torch.device("cpu"), "num_workers": 0, "verbose": False}
     features = [fid.get_folder_features(str(noise[name]), wrapper, **extract).astype(float) for name in "ab"]
     np.random.seed(0)
     assert row["kid"] == pytest.approx(fid.kernel_distance(*features), rel=1e-4)
-    assert row["inception_score"] > 1 and "| IS |" in results["text"] and "KID" in results["text"]
+    assert row["inception_score"] > 1 and "| IS |" in results["text"] and "| KID · 10³ |" in results["text"]
     assert "Not Inception FID" not in results["text"]
 
 
@@ -693,23 +696,38 @@ def clip(tmp_path_factory, sd_teacher) -> Path:
     return folder
 
 
-def test_clip_score(score, sample, models, clip, pool, noise, tmp_path):
+def test_clip_score_and_pickscore(score, sample, models, clip, tmp_path):
     images = sample(*models["sd"], "--num_images", 5)
-    flags = ("--images", images, "--reference", images, "--features", pool, "--clip_model", clip)
+    flags = (
+        "--images",
+        images,
+        "--metrics",
+        "clip_score",
+        "pickscore",
+        "--clip_model",
+        clip,
+        "--pickscore_model",
+        clip,
+    )
     row = score(*flags, "--batch_size", 2)["rows"][0]
     model = CLIPModel.from_pretrained(clip).eval()
     tokenizer, processor = CLIPTokenizer.from_pretrained(clip), CLIPImageProcessor.from_pretrained(clip)
-    cosines = []
+    cosines, logits = [], []
     for index, prompt in enumerate([*PROMPTS, *PROMPTS][:5]):
         pixels = processor(images=Image.open(images / f"{index:06d}.png"), return_tensors="pt")
         output = model(**tokenizer(prompt, return_tensors="pt"), **pixels)
         cosines.append((output.image_embeds * output.text_embeds).sum().item())  # both of length 1
+        logits.append(output.logits_per_image.item())  # what PickScore's authors call the score
     assert row["clip_score"] == pytest.approx(np.mean(cosines), abs=1e-5) and np.std(cosines) > 1e-4
+    assert row["pickscore"] == pytest.approx(np.mean(logits), rel=1e-4) and np.mean(logits) != np.mean(cosines)
     (tmp_path / "plain").mkdir()
     for path in sorted(images.glob("*.png")):
         shutil.copy(path, tmp_path / "plain")
-    plain, generated = score("--images", tmp_path / "plain", *flags[1:])["rows"]
+    plain, generated = score("--images", tmp_path / "plain", *flags[1:], "--num_workers", 1)["rows"]
     assert plain["clip_score"] is None and generated["clip_score"] == pytest.approx(row["clip_score"])
+    assert set(plain["warnings"].values()) == {"not measured: the folder has no prompts"}
+    error = np.std(cosines, ddof=1) / 5**0.5
+    assert generated["warnings"]["clip_score"] == f"fewer than 1,000 images: standard error {error:.2g}"
 
 
 def test_table_of_several_students(score, sample, models, pool, images):
@@ -718,14 +736,21 @@ def test_table_of_several_students(score, sample, models, pool, images):
     student = sample(*models["pixels"], "--num_images", 20, "--seed", 1, "--sampler", "ddpm", name="student")
     results = score("--images", teacher, student, "--reference", images, "--features", pool)
     tables = read_tables(results["text"])
-    assert [[row[0] for row in table] for table in tables] == [["", "teacher", "student"]] * 3
-    assert [len(table[0]) for table in tables] == [5, 3, 5]
-    assert tables[0][0] == ["", "images", "Fréchet distance", "kernel distance · 10³", "score"]
-    assert tables[1][0] == ["", "precision", "recall"] and tables[2][2] == ["student", "ddpm", "2", "1", "float32"]
+    measured, settings = tables
+    assert measured[0] == ["metric", "images", "value", "samples", "reference", "warning"]
+    assert [row[0] for row in measured[1::2]] == [
+        *("Fréchet distance", "kernel distance · 10³", "score", "precision", "recall"),
+    ]
     first, second = results["rows"]
+    assert measured[2] == [
+        *("Fréchet distance", "student", f"{second['fid']:.2f}", "20", "96"),
+        "fewer than 10,000 images make it too high",
+    ]
+    assert measured[5][3:5] == ["20", "–"]  # a score of the images alone
+    assert settings[2] == ["student", "ddpm", "2", "1", "float32"]
     assert (first["sampler"], first["seed"], second["sampler"], second["seed"]) == ("ddim", 0, "ddpm", 1)
     assert first["contents"] == second["contents"] and first["versions"]["diffusers"]
-    assert results["versions"]["clean-fid"] and tables[0][1][1] == "20"
+    assert results["versions"]["clean-fid"] and first["remarks"][-1].startswith("precision, recall: fewer than")
 
 
 def test_reference_of_mixed_sizes_is_cropped(score, noise, pool, tmp_path):

@@ -109,6 +109,7 @@ def save_pool(path: Path) -> None:
     torch.jit.script(Pool()).save(str(path))
 
 
+ALONE = "^--features ^--reference"  # for figures of evaluate.py that need neither
 PICTURES = {f"{index}.png": picture(index) for index in range(6)}
 COLOURED = {f"{index}.png": picture(index, 32, "RGB") for index in range(6)}
 CAPTIONS = [{"text": f"a photo of bag {index}"} for index in range(6)]
@@ -311,7 +312,7 @@ USAGE = [
     (DEEP, "--keep_blocks -1,2", "argument --keep_blocks: expected one argument"),
     (GENERATE, "^--model", "the following arguments are required: --model"),
     ((GENERATE, REPORT), "--sampler best", "argument --sampler: invalid choice: 'best'"),
-    (EVALUATE, "^--reference", "the following arguments are required: --reference"),
+    (EVALUATE, "--metrics fid nosuch", "invalid choice: 'nosuch' (choose from"),
     (REPORT, "^--students", "the following arguments are required: --students"),
     ((GENERATE, REPORT), "--output_dir ''", 'argument --output_dir: "" is empty; pass a path'),
     ((GENERATE, REPORT), "--prompt_file ''", 'argument --prompt_file: "" is empty; pass a path'),
@@ -572,7 +573,12 @@ DAMAGED_IMAGES = [
     (EVALUATE, {"manifest.json": "{"}, "", "{it} has a damaged manifest.json"),
     (EVALUATE, {"manifest.json": "[]"}, "", "{it} has a damaged manifest.json"),
     (EVALUATE, {"manifest.json": {"num_images": "two"}}, "", "{it} has a damaged manifest.json"),
-    (EVALUATE, {"manifest.json": {"prompts": 7}}, "--clip_model {empty}", "{it} has a damaged manifest.json"),
+    (
+        EVALUATE,
+        {"manifest.json": {"prompts": 7}},
+        "--metrics clip_score ^--features ^--reference",
+        "{it} has a damaged manifest.json",
+    ),
     (EVALUATE, {"manifest.json": {"num_images": 3}}, "", "--images {it} holds 2 of the 3 images of its manifest"),
     (EVALUATE, {"000001.png": 60}, "", "--images {it}", "000001.png cannot be read; repair or remove"),
     (EVALUATE, {"000001.png": None}, "", "--images {it} holds 1 of the 2 images of its manifest"),
@@ -790,9 +796,9 @@ CASES = [
     (EVALUATE, "--reference {torn_npz}", "cannot be read"),
     (EVALUATE, "--reference {flat_npz}", "cannot be read"),
     (EVALUATE, "--reference {keyed_npz}", "cannot be read"),
-    (EVALUATE, "--reference {other_npz}", "has 5 features, and the extractor 12"),
+    (EVALUATE, "--reference {other_npz}", "has 5 features, and the network 12"),
     (EVALUATE, "--reference clean-fid:cifar10", "is not clean-fid:NAME:RESOLUTION:SPLIT; pass"),
-    (EVALUATE, "--reference clean-fid:cifar10:32:train", "holds features by Inception; drop --features"),
+    (EVALUATE, "--reference clean-fid:cifar10:32:train", "holds features by Inception, not by", "drop --features"),
     (EVALUATE, "--features nowhere.pt", "does not load"),
     (EVALUATE, "--features {binary}", "does not load"),
     (EVALUATE, "--features {empty}", "does not load"),
@@ -800,8 +806,17 @@ CASES = [
     (EVALUATE, "^--features --features_size 8", "--features_size 8 is for --features"),
     (EVALUATE, "^--features --inception {file}", "--inception {file} does not load"),
     (EVALUATE, "^--features --inception {pool}", "must have the name inception-2015-12-05.pt"),
-    (EVALUATE, "--clip_model {empty}", "needs prompts"),
-    (EVALUATE, "--images {prompted} --reference {prompted} --clip_model {empty}", "{empty} does not load"),
+    (EVALUATE, f"{ALONE} --metrics clip_score pickscore", "--metrics clip_score pickscore needs prompts"),
+    (EVALUATE, ALONE + " --images {prompted} --metrics clip_score --clip_model {empty}", "{empty} does not load"),
+    (EVALUATE, ALONE + " --images {prompted} --metrics pickscore --pickscore_model no/no", "no/no does not load"),
+    (EVALUATE, "--clip_model {empty}", "--clip_model {empty} is for --metrics clip_score; add"),
+    (EVALUATE, "--metrics cmmd", "--features", "is for --metrics fid kid inception_score precision recall; add"),
+    (EVALUATE, "--metrics fid fd_dinov2 --dinov2_model {empty}", "--dinov2_model {empty} does not load"),
+    (EVALUATE, "--metrics fid fd_dinov2 --dinov2_model {sd}/text_encoder", "a model of type clip_text_model; pass"),
+    (EVALUATE, "--metrics fid cmmd --cmmd_model nobody/nothing", "--cmmd_model nobody/nothing does not load"),
+    (EVALUATE, "--metrics fid cmmd --cmmd_model {dit}", "--cmmd_model {dit} does not load"),
+    (EVALUATE, "^--reference", "--metrics fid kid precision recall compare with real images; pass them as"),
+    (EVALUATE, "--metrics inception_score", "--reference", "is not used by --metrics inception_score; drop it"),
     (EVALUATE, "--output {file}/results", "cannot be written to"),
     (EVALUATE, "--statistics_dir {file}", "cannot be written to"),
     # report.py
