@@ -148,16 +148,16 @@ TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelW
 
 
 def thinned_student(depths: list[int | list[int]], up_depths: list[list[int]]) -> dict:
-    """A student in the manner of SSD-1B (Gupta et al., 2024): all layers, fewer transformer blocks, no middle block.
+    """A student in the manner of SSD-1B (Gupta et al., 2024): all residual layers but one, fewer transformer blocks.
 
-    A transformer keeps its first blocks.
+    A transformer keeps its first blocks; of the middle block the first residual layer is left.
 
     Args:
         depths: Transformer blocks of each down block, or of each of its transformers.
         up_depths: Those of the up blocks, from the inside out.
     """
     config = {"transformer_layers_per_block": depths, "reverse_transformer_layers_per_block": up_depths}
-    return {"config": config | {"mid_block_type": None}}
+    return {"config": config | {"mid_block_type": "UNetMidBlock2D"}}
 
 
 def koala_student(depths: list[int], mid: bool = False) -> dict:

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from full_models import CELEBA, SD3_MEDIUM, SD35_LARGE, save_ddpm, save_dit, save_sd3, save_sd21
+from full_models import CELEBA, SD3_MEDIUM, SD35_LARGE, save_ddpm, save_dit, save_sd3, save_sd21, save_sdxl
 from tqdm.auto import tqdm
 
 
@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 UNETS = "pruned_30", "pruned_50", "extreme"
 BLOCKS = "bk_base", "bk_small", "bk_tiny", "bk_extreme"
 WIDTHS = "width_256", "width_224", "width_192", "width_160", "width_128"
+XL = "ssd_1b", "vega", "koala_1b", "koala_700m", "extreme", "width_80"
 HALF = "--mixed_precision fp16 --cache_latents"
 SD3 = "--resolution 512 --train_batch_size 4 --mixed_precision bf16 --gradient_checkpointing"
 
@@ -48,6 +49,10 @@ def list_runs() -> list[tuple[str, str, str]]:
             "--gradient_checkpointing --lora_rank 16",
         ):
             runs.append(("sd21", "sd21", f"{flags} {more}"))
+    for student in XL:
+        flags = f"--student {student} {HALF} --use_ema --gradient_checkpointing"
+        for more in ("--use_8bit_adam", "--use_8bit_adam --cache_teacher 4 --lambda_kd_feat 0", "--lora_rank 16"):
+            runs.append(("sdxl", "sdxl", f"{flags} {more}"))
     for student in ("d19", "d14", "d7", "d4"):
         flags = f"--student {student} {HALF} --use_8bit_adam --use_ema"
         runs += [("dit", "dit", f"{flags}{more}") for more in (" --gradient_checkpointing", "")]
@@ -89,6 +94,7 @@ def main(args: argparse.Namespace) -> None:
         teachers = {
             "celeba": save_ddpm(where / "celeba", **CELEBA),
             "sd21": save_sd21(where / "sd21"),
+            "sdxl": save_sdxl(where / "sdxl"),
             "dit": save_dit(where / "dit"),
             "sd3-medium": save_sd3(where / "sd3-medium", SD3_MEDIUM),
             "sd3.5-large": save_sd3(where / "sd3.5-large", SD35_LARGE),

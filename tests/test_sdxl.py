@@ -161,8 +161,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distil, tmp_path, flags):
 
 SIZES = {
     "whole": 2_567_463_684,
-    "ssd_1b": 1_300_195_844,
-    "vega": 714_087_044,
+    "ssd_1b": 1_331_334_404,
+    "vega": 745_225_604,
     "koala_1b": 1_161_184_324,
     "koala_700m": 782_822_724,
     "extreme": 84_371_524,
