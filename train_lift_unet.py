@@ -650,7 +650,7 @@ def main(args: argparse.Namespace) -> None:
     live_teacher, teacher_samples, passes = teacher, [], args.cache_teacher or 1
     if args.cache_teacher:
         parts = ["unet" if (Path(source.path) / "unet").is_dir() else "."]
-        key = contents | {"scheduler": dict(scheduler.config)}
+        key = contents | {"scheduler": public_config(scheduler.config)}
         settings = {"cache_dir": args.cache_dir, "batch_size": args.train_batch_size}
         cache = partial(cache_encodings, **settings, num_workers=args.dataloader_num_workers, accelerator=accelerator)
         how = passes, args.seed, args.cache_teacher_dtype, source, parts, key, cache, device

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import train_lift_sd3
 import train_lift_sd21
+import train_lift_sdxl
 from tiny_models import save_sd3_pipeline
 
 
@@ -142,7 +143,7 @@ def test_a_changed_text_is_another_content_in_a_cache(load, texts, tmp_path):
     assert after != before and sum("sketch" in caption for caption in captions) == 1
 
 
-@pytest.mark.parametrize("script", [train_lift_sd21, train_lift_sd3])
+@pytest.mark.parametrize("script", [train_lift_sd21, train_lift_sd3, train_lift_sdxl])
 def test_prompts_come_from_files_and_the_command(script, tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffa bag\r\n\r\n a coat \r\n".encode())
 

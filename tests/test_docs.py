@@ -13,7 +13,7 @@ from pathlib import Path
 import diffusers
 import pytest
 from conftest import ROOT
-from full_models import SD3_MEDIUM, save_ddpm, save_dit, save_sd3, save_sd21
+from full_models import SD3_MEDIUM, save_ddpm, save_dit, save_sd3, save_sd21, save_sdxl
 
 from tiny_models import TINY_UNET
 
@@ -30,7 +30,7 @@ def training_commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
-        found += [(page.name, match) for match in re.findall(r"train_lift_(?:unet|sd21|dit|sd3)\.py --[^\n`]*", text)]
+        found += [(page.name, match) for match in re.findall(r"train_lift_(?!pixart|ldm)\w+\.py --[^\n`]*", text)]
     return list(dict.fromkeys(found))
 
 
@@ -42,6 +42,7 @@ def teachers(tmp_path_factory) -> dict[str, Path]:
     return {
         "train_lift_unet": save_ddpm(folder / "ddpm", sample_size=32, block_out_channels=[64, 128], **blocks),
         "train_lift_sd21": save_sd21(folder / "sd21"),
+        "train_lift_sdxl": save_sdxl(folder / "sdxl"),
         "train_lift_dit": save_dit(folder / "dit"),
         "train_lift_sd3": save_sd3(folder / "sd3", SD3_MEDIUM),
     }

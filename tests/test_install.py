@@ -54,7 +54,7 @@ def test_a_mistyped_flag_is_answered_without_warnings(script):
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = ["train_lift_unet", "train_lift_sd21", "train_lift_dit", "train_lift_sd3"]
+SCRIPTS = ["train_lift_unet", "train_lift_sd21", "train_lift_dit", "train_lift_sd3", "train_lift_sdxl"]
 RESULTS = sorted((ROOT / "demos" / "results").glob("*/results.md"))
 
 
