@@ -238,9 +238,8 @@ def check_pipeline(source: TeacherSource) -> type[SchedulerMixin]:
     """Refuse pipelines that this script does not distil; returns the sampler's class."""
     kinds = check_parts(source, PARTS)
     if "text_encoder_2" in kinds:
-        fail(
-            f"--pretrained_teacher_model {source.path} has two text encoders (SDXL); run train_lift_sdxl.py, or {source.expected}"
-        )
+        remedy = f"run train_lift_sdxl.py, or {source.expected}"
+        fail(f"--pretrained_teacher_model {source.path} has two text encoders (SDXL); {remedy}")
     sampler = kinds["scheduler"]
     if not hasattr(diffusers, sampler):
         fail(f"--pretrained_teacher_model {source.path} has an unknown scheduler, {sampler}; {source.expected}")

@@ -110,7 +110,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     kd.add_argument("--cache_teacher_dtype", default="fp16", choices=("fp32", "fp16", "bf16"), help="of what it keeps")
     kd.add_argument("--group_size", type=int, default=16, help="elements per PLACE group")
     kd.add_argument("--group_by", default="error", choices=("error", "position"), help="how PLACE groups elements")
-    kd.add_argument("--coarse_norm", default="l1", choices=("l1", "l2"), help="norm of the coarse term")
+    kd.add_argument("--coarse_norm", default="l1", choices=("l1", "l2"), help="coarse term's norm; published: l1")
     kd.add_argument(
         "--kd_weighting",
         default="adaptive",

@@ -453,7 +453,7 @@ DAMAGED_TEACHERS = [
     ((SD, DIT), {"vae": None}, "", "does not load: Error no file named config.json"),
     (SD3, {VAE: 100}, "", "does not load"),
     (LATENT, {VAE: ruin_weights}, "", "its vae has weights that are not finite"),
-    (SD, SDXL, "", "two text encoders (SDXL); pass"),
+    (SD, SDXL, "", "two text encoders (SDXL); run train_lift_sdxl.py, or pass"),
     (SD, {INDEX: {"tokenizer": ...}}, "", "with no tokenizer; pass"),
     (SD, {"tokenizer": None}, "", "lacks files of its tokenizer; pass"),
     (SD3, {"tokenizer": None}, "", "lacks its tokenizer; pass"),
