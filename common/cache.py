@@ -21,6 +21,7 @@ from typing import Any
 
 from common.checkpoints import flush
 from common.ending import outlive_signals
+from common.memory import fits_the_gpu
 
 import datasets
 import torch
@@ -44,6 +45,7 @@ def cache_encodings(
     accelerator: Accelerator,
     period: int | None = None,
     description: str = "Encoding the data",
+    batch_flag: str = "--encoding_batch_size",
 ) -> datasets.Dataset:
     """What encoders make of the data, computed once, as a memory-mapped dataset; the encoders are freed then.
 
@@ -61,6 +63,7 @@ def cache_encodings(
         period: Where the rows are several passes over the same data, the length of one. No shard belongs to two of
             them, so that a cache of more passes goes on from one of fewer.
         description: Of the progress bar.
+        batch_flag: What `batch_size` is the value of, for messages.
 
     Returns:
         The named tensors without their batch dimension, row for row.
@@ -98,8 +101,9 @@ def cache_encodings(
         progress = tqdm(loader, desc=description, disable=not accelerator.is_local_main_process)
         with torch.no_grad():
             for indices, alike in zip(batches, progress):
-                for batch in alike:
-                    rows += _to_bytes(encode(batch))
+                with fits_the_gpu(f"{batch_flag} {batch_size}", "lower it"):
+                    for batch in alike:
+                        rows += _to_bytes(encode(batch))
                 if indices.stop in stops:
                     _write_shard(shards[indices.stop - len(rows)], rows)
                     rows = []

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from common.memory import fits_the_gpu
+
 import torch
 
 
@@ -96,8 +98,10 @@ class StopSignals:
 
     def attempt(self, work: Callable, **options: Any) -> None:
         """Do `work`, part of which is [`interruptible`]. Where there are several processes, the run then goes on."""
+        remedy = "pass fewer --validation_prompts, --validation_classes or --num_validation_images"
         try:
-            work(**options)
+            with fits_the_gpu("the sample grid", remedy):
+                work(**options)
         except Stopped:
             if self.alone:
                 raise

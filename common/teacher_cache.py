@@ -119,7 +119,7 @@ def cache_predictions(
     key = key | identify(source.path, source.revision, parts) | {"variant": source.variant}
     held = sorted({str(weight.dtype) for weight in teacher.parameters()})
     key |= {"seed": seed, "stored": storage, "dtype": str(teacher.dtype), "held": held, "draws": draw.keywords}
-    words = {"period": len(dataset), "description": "Caching the teacher"}
+    words = {"period": len(dataset), "description": "Caching the teacher", "batch_flag": "--train_batch_size"}
     return JoinedDataset([drawn, cache(drawn, load_teacher, key, **words)])
 
 

@@ -313,6 +313,24 @@ def test_cached_and_uncached_runs_see_the_same_data(distil, monkeypatch, flags):
     assert all(map(torch.equal, seen["again"], seen["cached"]))
 
 
+def test_what_does_not_fit_the_gpu_is_named(distil, monkeypatch):
+    def full(*inputs, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lift_sd21.Encoders, "encode_images", full)
+        with pytest.raises(SystemExit, match=r"^error: --encoding_batch_size 3 does not fit the GPU: CUDA out of mem"):
+            distil("encoding", "--cache_latents", "--encoding_batch_size", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("common.teacher_cache.predict", full)
+        with pytest.raises(SystemExit, match=r"^error: --train_batch_size 4 does not fit the GPU: CUDA out of memory"):
+            distil("caching", "--cache_latents", "--cache_teacher", 1, "--lambda_kd_feat", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lift_sd21, "sample_images", full)
+        with pytest.raises(SystemExit, match=r"^error: the sample grid does not fit .* fewer --validation_prompts"):
+            distil("sampling", "--cache_latents")
+
+
 def test_each_access_draws_from_the_cached_moments_anew(monkeypatch):
     monkeypatch.setattr(train_lift_sd21, "add_noise", lambda scheduler, latents, *others: (latents, latents))
     mean = torch.stack([torch.zeros(4, 8, 8), torch.full((4, 8, 8), 100.0)])  # as it is, and flipped

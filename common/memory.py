@@ -1,0 +1,30 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""What does a run say where something other than a training step does not fit the GPU?"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from common.arguments import fail, first_line
+
+import torch
+
+
+@contextmanager
+def fits_the_gpu(subject: str, remedy: str) -> Iterator[None]:
+    """End the run with one line where the GPU's memory runs out inside.
+
+    Args:
+        subject: What does not fit: a flag and its value.
+        remedy: What to do.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fail(f"{subject} does not fit the GPU: {first_line(error)} Remedy: {remedy}")
