@@ -199,7 +199,7 @@ def koala_student(depths: list[int], mid: bool = False) -> dict:
 
 
 # A preset says what a JSON file says: {"levels": outer levels kept, "width": fraction, "config": {overrides},
-# "blocks": {...}, "features": [...]}. Of the 2,567M U-Net of SDXL they keep 1,331M, 745M, 1,161M, 783M, 84M, 226M and all.
+# "blocks": {...}, "features": [...]}. Of SDXL's 2,567M they keep 1,331M, 745M, 1,161M, 783M, 84M, 226M and all.
 STUDENTS = {
     "ssd_1b": thinned_student([1, [2, 2], [4, 4]], [[4, 4, 10], [2, 1, 1], 1]),
     "vega": thinned_student([1, [1, 1], [2, 2]], [[2, 2, 2], [1, 1, 1], 1]),
