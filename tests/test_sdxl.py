@@ -117,8 +117,10 @@ def test_from_teacher_to_student_by_accelerate_launch(teacher, captioned, tmp_pa
 )
 def test_flags_train_a_student_that_loads(distil, teacher, tmp_path, flags):
     folder = distil(*flags, "--cache_dir", tmp_path / "cache")
-    name = "up_blocks.1.resnets.0.conv1.weight"
-    assert not set(weights(folder)[name].flatten().tolist()) & set(weights(teacher)[name].flatten().tolist())
+    ours, theirs = (
+        set(weights(each)["up_blocks.1.resnets.0.conv1.weight"].flatten().tolist()) for each in (folder, teacher)
+    )
+    assert len(ours & theirs) < 0.01 * len(ours)  # each weight has moved, maybe to another's value
     assert all(0 < row["grad_norm"] < np.inf for row in metrics(folder))
     options = {"variant": "fp16"} if "--save_fp16_variant" in flags else {}
     assert generate(folder, **options).shape == (32, 32, 3)
