@@ -14,7 +14,7 @@ from common.students import public_config
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from diffusers import StableDiffusionPipeline as SDPipeline
 from diffusers import StableDiffusionXLPipeline as XLPipeline
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
@@ -68,24 +68,11 @@ def tiny_sd(folder: Path, student: str, act: str) -> Path:
 
 
 def tiny_xl(folder: Path, prediction: str = "epsilon", **unet) -> Path:
-    """A tiny SDXL pipeline with text encoders of widths 12 and 20; `unet` overrides its U-Net's config."""
+    """A tiny SDXL pipeline whose second text encoder is an OpenCLIP; `unet` overrides its U-Net's config."""
+    tiny_models.save_sdxl_pipeline(folder, prediction, **unet)
     torch.manual_seed(0)
-    texts = [tiny_models._clip(12), tiny_models._clip(20)]
-    encoders = [CLIPTextModel(texts[0][0].config), CLIPTextModelWithProjection(texts[1][0].config)]
-    encoders[1].config.hidden_act = "gelu"
-    config = {
-        "sample_size": 8,
-        "block_out_channels": [8, 16, 32],
-        "attention_head_dim": [1, 2, 4],
-        "norm_num_groups": 4,
-        "cross_attention_dim": 32,
-        "addition_time_embed_dim": 4,
-        "projection_class_embeddings_input_dim": 20 + 6 * 4,
-    }
-    scheduler = EulerDiscreteScheduler(**NOISE, prediction_type=prediction)
-    model, vae = UNet2DConditionModel(**{**config, **XL_BLOCKS, **unet}), tiny_models._vae()
-    tokenizers = [tokenizer for _, tokenizer in texts]
-    XLPipeline(vae, *encoders, *tokenizers, model, scheduler).save_pretrained(folder)
+    config = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder_2", hidden_act="gelu")
+    CLIPTextModelWithProjection(config).save_pretrained(folder / "text_encoder_2")
     return folder
 
 
