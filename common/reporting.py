@@ -90,11 +90,11 @@ def labelled_grid(
 
 
 def save_grid(grid: Image.Image, output_dir: Path, step: int, trackers: list[GeneralTracker]) -> None:
-    """Keep a grid of samples as samples/step-<step>.png and as samples.png, and show it in the trackers."""
-    path = grid_path(output_dir, step)
+    """Keep a grid of samples as samples.png and as samples/step-<step>.png, and show it in the trackers."""
+    path, temporary = grid_path(output_dir, step), output_dir / "samples.tmp"
     path.parent.mkdir(exist_ok=True)
-    for each in (path, output_dir / "samples.png"):
-        temporary = each.with_suffix(".tmp")
+    # The step's own file comes last: where it is, a resumed run draws no grid for this step.
+    for each in (output_dir / "samples.png", path):
         grid.save(temporary, format="png")
         temporary.replace(each)
     for tracker in trackers:

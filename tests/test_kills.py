@@ -4,9 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+
+from common.reporting import grid_path, save_grid
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 from fork_server import make_fork_server
 from kills import kill_runs, make_cases
@@ -29,6 +33,29 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(server, script, tmp_path):
     tally = kill_runs(server, case, tmp_path / "runs", kills=3, seed=f"test {script}", killed=lambda: None)
     assert tally.failures == []
     assert tally.phases.total() == 3 and tally.finished >= 1 and tally.runs == 3 + tally.finished
+
+
+@pytest.mark.parametrize("replaced", [0, 1])
+def test_a_grid_that_a_kill_has_cut_off_is_drawn_again(replaced, tmp_path, monkeypatch):
+    """The step's own file says that nothing is left to draw: it must not be there before samples.png."""
+    save_grid(Image.new("L", (4, 4)), tmp_path, 1, [])
+    before, replace = (tmp_path / "samples.png").read_bytes(), Path.replace
+
+    def kill(path, target):
+        names.append(Path(target).name)
+        if len(names) > replaced:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    names: list[str] = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", kill)
+        save_grid(Image.new("L", (8, 8)), tmp_path, 2, [])
+    assert not grid_path(tmp_path, 2).exists()
+
+    save_grid(Image.new("L", (8, 8)), tmp_path, 2, [])
+    assert (tmp_path / "samples.png").read_bytes() == grid_path(tmp_path, 2).read_bytes() != before
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["samples.png", "step-000001.png", "step-000002.png"]
 
 
 def test_the_comparison_finds_what_differs(tmp_path):
