@@ -20,7 +20,8 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.arguments import HelpFormatter, check_values, fail, first_line
+from common.arguments import HelpFormatter, check_values
+from common.errors import fail, first_line
 from common.finite import first_non_finite
 from common.single_file import State, convert_pipeline
 from common.teachers import read_weights

@@ -36,8 +36,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.arguments import fail
 from common.costs import profile_forward
+from common.errors import fail
 from common.metrics import read_metrics
 
 import train_lift_sd21

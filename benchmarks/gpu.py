@@ -48,7 +48,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.arguments import fail
+from common.errors import fail
 from common.metrics import read_metrics
 
 from dry_runs import estimate

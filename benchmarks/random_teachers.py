@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.arguments import fail
+from common.errors import fail
 
 from diffusers import (
     DDIMScheduler,

@@ -56,7 +56,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.arguments import fail
+from common.errors import fail
 from common.teacher_cache import Batch, predict
 
 from accelerate.optimizer import AcceleratedOptimizer

@@ -17,23 +17,14 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+from common.errors import fail, first_line
 from common.ranges import RANGES
 
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
-
-
-def fail(message: str) -> NoReturn:
-    """End the run with one line that names the flag, its value and the remedy."""
-    raise SystemExit(f"error: {message}")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def end_in_one_line(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:

@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from common.arguments import fail
 from common.data import choose_size, measure_images
+from common.errors import fail
 from common.teachers import vae_factor
 
 import datasets

@@ -13,8 +13,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from common.arguments import fail, first_line
 from common.data import drop_rows, load_images, report_dropped
+from common.errors import fail, first_line
 
 import datasets
 from accelerate.logging import get_logger

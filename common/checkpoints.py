@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from common.arguments import fail, first_line
+from common.errors import fail, first_line
 
 import torch
 from safetensors import SafetensorError

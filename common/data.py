@@ -13,7 +13,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from common.arguments import fail, first_line
+from common.errors import fail, first_line
 
 import datasets
 import torch

@@ -10,8 +10,8 @@
 
 from pathlib import Path
 
-from common.arguments import fail, first_line
 from common.ending import Stopped
+from common.errors import fail, first_line
 
 import torch
 from diffusers import DiffusionPipeline

@@ -11,7 +11,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from common.arguments import fail, first_line
+from common.errors import fail, first_line
 
 import torch
 

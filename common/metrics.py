@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.arguments import fail, first_line
+from common.errors import fail, first_line
 from common.reporting import grid_path
 from common.train_state import RunningMeans
 

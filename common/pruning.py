@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable
 
-from common.arguments import fail
+from common.errors import fail
 
 import torch
 import torch_pruning as tp

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.arguments import fail, first_line
+from common.errors import fail, first_line
 
 import torch
 from jsonschema import Draft202012Validator

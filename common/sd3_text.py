@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from common.arguments import fail
 from common.cache import JoinedDataset, identify
 from common.captions import count_longer
+from common.errors import fail
 from common.teachers import TeacherSource, load_from, load_frozen, load_part
 
 import datasets

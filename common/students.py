@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.arguments import fail, first_line
+from common.errors import fail, first_line
 
 import torch
 from accelerate import Accelerator

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from common.arguments import fail
 from common.cache import JoinedDataset, identify, read_rows
+from common.errors import fail
 from common.teachers import PLAIN, TeacherSource
 from common.training import seed_step
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.arguments import fail, first_line
+from common.errors import fail, first_line
 from common.finite import first_non_finite
 
 import torch

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.arguments import fail
 from common.checkpoints import find_checkpoint, save_checkpoint
 from common.ending import Stopped, end_workers
+from common.errors import fail
 from common.finite import first_non_finite
 
 import torch

@@ -14,9 +14,9 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from common.arguments import fail, first_line
 from common.buckets import make_batches
 from common.ending import TIMEOUT, StopSignals, outlive_signals
+from common.errors import fail, first_line
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches

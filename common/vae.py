@@ -11,8 +11,8 @@
 import math
 from typing import Any
 
-from common.arguments import fail, first_line
 from common.cache import identify
+from common.errors import fail, first_line
 from common.teachers import TeacherSource, check_weights, load_part, load_skeleton, read_weights
 
 import torch

@@ -47,7 +47,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
-from common.arguments import HelpFormatter, fail
+from common.arguments import HelpFormatter
+from common.errors import fail
 from common.metrics import read_metrics
 
 import evaluate

@@ -51,8 +51,9 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.arguments import HelpFormatter, check_values, fail, first_line
+from common.arguments import HelpFormatter, check_values
 from common.data import open_image, undecode
+from common.errors import fail, first_line
 
 from figures import (
     Figure,

@@ -56,10 +56,11 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.arguments import HelpFormatter, check_values, fail, first_line
+from common.arguments import HelpFormatter, check_values
 from common.cache import identify
 from common.checkpoints import hash_file
 from common.ending import TIMEOUT
+from common.errors import fail, first_line
 from common.finite import first_non_finite
 from common.teachers import DDPM_NOISE, PREDICTIONS, read_weights
 

@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.arguments import fail, first_line
 from common.checkpoints import hash_file
+from common.errors import fail, first_line
 from common.teachers import read_weights
 
 import cleanfid.downloads_helper

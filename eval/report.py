@@ -49,9 +49,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.arguments import HelpFormatter, check_values, fail, first_line
+from common.arguments import HelpFormatter, check_values
 from common.costs import profile_forward
 from common.data import open_image
+from common.errors import fail, first_line
 from common.metrics import plot_curves, read_metrics
 from common.reporting import labelled_grid
 from common.teachers import vae_factor

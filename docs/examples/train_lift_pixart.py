@@ -34,7 +34,6 @@ from common.arguments import (
     check_args,
     describe_run,
     end_in_one_line,
-    fail,
     tracked_flags,
 )
 from common.cache import cache_encodings, identify
@@ -44,6 +43,7 @@ from common.checkpoints import prepare_output
 from common.costs import dtype_of, estimate_activations, profile_forward
 from common.data import choose_samples, drop_unreadable, flip_rows, flip_views, load_pixels, random_flips
 from common.ending import Stopped, StopSignals
+from common.errors import fail
 from common.estimates import print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
