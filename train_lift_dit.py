@@ -68,7 +68,8 @@ from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
-from common.reporting import grid_path, plot_influence, sample_grid, sample_models, save_grid
+from common.reporting import gather_samples, grid_path, plot_influence, sample_grid, sample_models, save_grid, share_of
+from common.sharding import clip_gradients, gather_model, prepare
 from common.students import (
     check_groups,
     choose_once,
@@ -805,22 +806,24 @@ def sample_images(
         scheduler: The teacher's.
     """
     training, config, count, device = transformer.training, transformer.config, len(classes), accelerator.device
+    mine = share_of(count, accelerator)
     transformer.eval()
     seed_step(seed)  # samplers may draw noise of their own
-    latents = torch.randn(count, config.in_channels, config.sample_size, config.sample_size).to(device)
-    labels = torch.tensor([*classes, *[config.num_embeds_ada_norm] * count], device=device)
+    latents = torch.randn(count, config.in_channels, config.sample_size, config.sample_size)[mine].to(device)
+    labels = [classes[row] for row in mine] + [config.num_embeds_ada_norm] * len(mine)
+    labels = torch.tensor(labels, device=device)
     scheduler.set_timesteps(num_inference_steps, device=device)
     for step in scheduler.timesteps:
         both = scheduler.scale_model_input(latents, step).repeat(2, 1, 1, 1).to(transformer.dtype)
         with accelerator.autocast():
-            output = transformer(both, step.expand(2 * count), labels, return_dict=False)[0]
+            output = transformer(both, step.expand(2 * len(mine)), labels, return_dict=False)[0]
         guided, unguided = split_output(output.float(), config.in_channels)[0].chunk(2)
         guided = unguided + guidance_scale * (guided - unguided)
         latents = scheduler.step(guided, step, latents).prev_sample
     images = vae.decode(latents / vae.config.scaling_factor).sample
     transformer.train(training)
     pixels = (images / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
-    return DiTPipeline.numpy_to_pil(pixels)
+    return gather_samples(DiTPipeline.numpy_to_pil(pixels), count)
 
 
 def log_validation(
@@ -941,7 +944,7 @@ def print_dry_run(
 def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
     # ---- models
-    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32, args.dry_run
+    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32, args.dry_run, args.fsdp
     accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
     stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
@@ -991,33 +994,33 @@ def main(args: argparse.Namespace) -> None:
     keep_labels(transformer)
     if teacher is not None:
         fill_student(transformer, teacher, recipe, args.student_init)
-    how = args.teacher_dtype, dtype, device, args.offload_teacher
+    first = torch.device("cpu") if args.fsdp and not args.cache_teacher else device
+    how = args.teacher_dtype, dtype, first, args.offload_teacher
     teacher = hold_teacher(teacher, *how) if teacher is not None and args.kd_loss != "none" else None
     how = {"seed": args.seed, "num_inference_steps": args.num_inference_steps, "classes": list(shown)}
     how |= {"guidance_scale": args.guidance_scale, "accelerator": accelerator}
-    sample = partial(stop.interruptible(sample_images), scheduler=sampler, **how)
+    sample = partial(stop.leave_together(sample_images), scheduler=sampler, **how)
     teacher_samples, passes = [], args.cache_teacher or 1
     if args.cache_teacher:
         key = contents | {"scheduler": public_config(scheduler.config), "vae": identify_vae(source, args.vae)}
         how = passes, args.seed, args.cache_teacher_dtype, source, ["transformer"], key
         how += partial(cache, batch_size=args.train_batch_size), device
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
-        if accelerator.is_main_process:
-            teacher_samples += sample(teacher, vae=copy.deepcopy(vae).to(device))
+        teacher_samples += sample(teacher, vae=copy.deepcopy(vae).to(device))
         teacher = None
     dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator)
     length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
     args.max_train_steps = count_steps(*length, accelerator)
     student, teacher_model = pair_features(transformer, teacher, recipe["features"], example_inputs(transformer))
-    xformers = args.enable_xformers_memory_efficient_attention
-    prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, args.compile)
+    xformers, how = args.enable_xformers_memory_efficient_attention, (args.compile, args.fsdp)
+    prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, *how)
 
     # ---- optimizer, average
     trained = trained_parameters(student.model)
     adam = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon, args.use_8bit_adam
     optimizer = make_optimizer(student, args.learning_rate, *adam)
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
-    student, optimizer, dataloader = accelerator.prepare(student, optimizer, dataloader)
+    student, optimizer, dataloader = prepare(student, optimizer, dataloader, accelerator)
     ema = EMAModel(trained, decay=args.ema_decay, foreach=True) if args.use_ema else None
     skipped = torch.zeros(2, device=accelerator.device)
 
@@ -1025,7 +1028,7 @@ def main(args: argparse.Namespace) -> None:
     trains = accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
     train_state, resume = TrainState(*trains), args.resume_from_checkpoint
     first_step = load_train_state(output_dir, resume, args.discard_later_checkpoints, train_state)
-    checkpoints, grids = Due(args.checkpointing_steps), Due(args.validation_steps)
+    checkpoints, grids = (Due(steps, stop.agree) for steps in (args.checkpointing_steps, args.validation_steps))
     data = len(dataset) // passes, len(dataloader) / passes, args.train_batch_size
     due = args.max_train_steps, checkpoints, args.checkpoints_total_limit, grids
     describe_start(accelerator, train_state, teacher_model, data, *due)
@@ -1052,7 +1055,7 @@ def main(args: argparse.Namespace) -> None:
     batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps, stop)
     stop.let_steps_finish()
     try:
-        if first_step == 0 and accelerator.is_main_process:  # something to compare with, and a test of the sampling
+        if first_step == 0:  # something to compare with, and a test of the sampling
             stop.attempt(validate, step=0)
         for step in range(first_step + 1, args.max_train_steps + 1):
             micro_steps = []
@@ -1065,7 +1068,7 @@ def main(args: argparse.Namespace) -> None:
                     accelerator.backward(loss)
                 micro_steps.append({name: value.detach() for name, value in logs.items()})
             losses = mean_over_processes(micro_steps, accelerator)
-            grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+            grad_norm = clip_gradients(student, args.max_grad_norm, accelerator)
             guarded_step(optimizer, losses["loss"], grad_norm, skipped)
             lr_scheduler.step()
             optimizer.zero_grad()
@@ -1076,22 +1079,20 @@ def main(args: argparse.Namespace) -> None:
             last = step == args.max_train_steps
             if step % args.logging_steps == 0 or step == 1 or last:
                 check_skipped(metrics.write(step, skipped, lr_scheduler.get_last_lr()[0]), step, last)
-            if accelerator.is_main_process:  # the others wait for it in their next step
-                # A bad step's weights may be ruined: they are not to take the place of the last good ones.
-                if checkpoints.now(step, bad=skipped[1]) or last:
-                    save_train_state(output_dir, train_state, args.checkpoints_total_limit)
-                if grids.now(step) and not last:
-                    stop.attempt(validate, step=step)
-        if accelerator.is_main_process and not grid_path(output_dir, args.max_train_steps).exists():
+            # A bad step's weights may be ruined: they are not to take the place of the last good ones.
+            if checkpoints.now(step, bad=skipped[1]) or last:
+                save_train_state(output_dir, train_state, args.checkpoints_total_limit)
+            if grids.now(step) and not last:
+                stop.attempt(validate, step=step)
+        if not stop.agree(grid_path(output_dir, args.max_train_steps).exists()):
             stop.attempt(validate, step=args.max_train_steps)
     except Stopped as stopped:
         save_and_leave(output_dir, train_state, args.checkpoints_total_limit, accelerator, stopped)
     metrics.progress_bar.close()
 
     # ---- result
+    transformer = gather_model(transformer, ema)
     if accelerator.is_main_process:
-        if ema is not None:
-            ema.copy_to(trained)
         check_finite(dict(transformer.named_parameters()), "student", args.max_train_steps)
         save_pipeline(transformer, teacher_shape, recipe, vae, sampler, names, args)
         if args.push_to_hub:

@@ -55,7 +55,8 @@ from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.pruning import prune_width
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
-from common.reporting import grid_path, sample_grid, sample_models, save_grid
+from common.reporting import gather_samples, grid_path, sample_grid, sample_models, save_grid, share_of
+from common.sharding import clip_gradients, gather_model, prepare
 from common.students import (
     check_groups,
     count_features,
@@ -623,9 +624,11 @@ def sample_images(
         scheduler: The teacher's.
         text: Embeddings of the empty caption and of the prompts, (1 + N, 77, D).
     """
-    training, count, text = unet.training, len(text) - 1, text.to(accelerator.device)
+    training, count = unet.training, len(text) - 1
+    mine = share_of(count, accelerator)
+    text = text[[0, *(1 + row for row in mine)]].to(accelerator.device)
     shape = (count, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(accelerator.device)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))[mine].to(accelerator.device)
     pipeline = StableDiffusionPipeline(
         vae, None, None, unet.eval(), scheduler, None, None, requires_safety_checker=False
     )
@@ -633,7 +636,7 @@ def sample_images(
     with accelerator.autocast():
         latents = pipeline(
             prompt_embeds=text[1:],
-            negative_prompt_embeds=text[:1].expand(count, -1, -1),
+            negative_prompt_embeds=text[:1].expand(len(mine), -1, -1),
             latents=noise,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -641,7 +644,7 @@ def sample_images(
         ).images
     images = vae.decode(latents.float() / vae.config.scaling_factor).sample
     unet.train(training)
-    return pipeline.image_processor.postprocess(images)
+    return gather_samples(pipeline.image_processor.postprocess(images), count)
 
 
 def log_validation(
@@ -756,7 +759,7 @@ def print_dry_run(
 def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
     # ---- models
-    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32, args.dry_run
+    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32, args.dry_run, args.fsdp
     accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
     stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
@@ -798,7 +801,8 @@ def main(args: argparse.Namespace) -> None:
     unet = UNet2DConditionModel.from_config(student_shape.config)
     teacher = load_part(source, UNet2DConditionModel, "unet")
     fill_student(unet, teacher, recipe, args.student_init)
-    how = args.teacher_dtype, dtype, device, args.offload_teacher
+    first = torch.device("cpu") if args.fsdp and not args.cache_teacher else device
+    how = args.teacher_dtype, dtype, first, args.offload_teacher
     teacher = hold_teacher(teacher, *how) if args.kd_loss != "none" else None
     if args.lora_rank:  # before the features: a layer's adapter is part of its output
         add_adapters(unet, args.lora_rank, LORA_TARGETS, dtype)
@@ -811,7 +815,7 @@ def main(args: argparse.Namespace) -> None:
     inputs_of = partial(make_inputs, **how)
     how = {"text": text, "seed": args.seed, "num_inference_steps": args.num_inference_steps}
     how |= {"scheduler": load_part(source, sampler, "scheduler"), "guidance_scale": args.guidance_scale}
-    sample = partial(stop.interruptible(sample_images), **how, accelerator=accelerator)
+    sample = partial(stop.leave_together(sample_images), **how, accelerator=accelerator)
     load_vae = partial(load_frozen, source, AutoencoderKL, "vae", device, torch.float32)
     teacher_samples, passes = [], args.cache_teacher or 1
     if args.cache_teacher:
@@ -819,21 +823,21 @@ def main(args: argparse.Namespace) -> None:
         how = passes, args.seed, args.cache_teacher_dtype, source, [*PARTS], key
         how += partial(cache, batch_size=args.train_batch_size), device, partial(latent_shape, vae=vae_shape)
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
-        teacher_samples += sample(teacher, vae=load_vae()) if accelerator.is_main_process else []
+        teacher_samples += sample(teacher, vae=load_vae())
         teacher = None
     dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator, contents.get("buckets"))
     length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
     args.max_train_steps = count_steps(*length, accelerator)
     student, teacher_model = pair_features(unet, teacher, recipe["features"], example_inputs(unet))
-    xformers = args.enable_xformers_memory_efficient_attention
-    prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, args.compile)
+    xformers, how = args.enable_xformers_memory_efficient_attention, (args.compile, args.fsdp)
+    prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, *how)
 
     # ---- optimizer, average
     trained = trained_parameters(student.model)
     adam = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon, args.use_8bit_adam
     optimizer = make_optimizer(student, args.learning_rate, *adam)
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
-    student, optimizer, dataloader = accelerator.prepare(student, optimizer, dataloader)
+    student, optimizer, dataloader = prepare(student, optimizer, dataloader, accelerator)
     ema = EMAModel(trained, decay=args.ema_decay, foreach=True) if args.use_ema else None
     skipped = torch.zeros(2, device=accelerator.device)
 
@@ -841,7 +845,7 @@ def main(args: argparse.Namespace) -> None:
     trains = accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
     train_state, resume = TrainState(*trains), args.resume_from_checkpoint
     first_step = load_train_state(output_dir, resume, args.discard_later_checkpoints, train_state)
-    checkpoints, grids = Due(args.checkpointing_steps), Due(args.validation_steps)
+    checkpoints, grids = (Due(steps, stop.agree) for steps in (args.checkpointing_steps, args.validation_steps))
     data = len(dataset) // passes, len(dataloader) / passes, args.train_batch_size
     due = args.max_train_steps, checkpoints, args.checkpoints_total_limit, grids
     describe_start(accelerator, train_state, teacher_model, data, *due)
@@ -861,7 +865,7 @@ def main(args: argparse.Namespace) -> None:
     batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps, stop)
     stop.let_steps_finish()
     try:
-        if first_step == 0 and accelerator.is_main_process:  # something to compare with, and a test of the sampling
+        if first_step == 0:  # something to compare with, and a test of the sampling
             stop.attempt(validate, step=0)
         for step in range(first_step + 1, args.max_train_steps + 1):
             micro_steps = []
@@ -874,7 +878,7 @@ def main(args: argparse.Namespace) -> None:
                     accelerator.backward(loss)
                 micro_steps.append({name: value.detach() for name, value in logs.items()})
             losses = mean_over_processes(micro_steps, accelerator)
-            grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+            grad_norm = clip_gradients(student, args.max_grad_norm, accelerator)
             guarded_step(optimizer, losses["loss"], grad_norm, skipped)
             lr_scheduler.step()
             optimizer.zero_grad()
@@ -885,22 +889,20 @@ def main(args: argparse.Namespace) -> None:
             last = step == args.max_train_steps
             if step % args.logging_steps == 0 or step == 1 or last:
                 check_skipped(metrics.write(step, skipped, lr_scheduler.get_last_lr()[0]), step, last)
-            if accelerator.is_main_process:  # the others wait for it in their next step
-                # A bad step's weights may be ruined: they are not to take the place of the last good ones.
-                if checkpoints.now(step, bad=skipped[1]) or last:
-                    save_train_state(output_dir, train_state, args.checkpoints_total_limit)
-                if grids.now(step) and not last:
-                    stop.attempt(validate, step=step)
-        if accelerator.is_main_process and not grid_path(output_dir, args.max_train_steps).exists():
+            # A bad step's weights may be ruined: they are not to take the place of the last good ones.
+            if checkpoints.now(step, bad=skipped[1]) or last:
+                save_train_state(output_dir, train_state, args.checkpoints_total_limit)
+            if grids.now(step) and not last:
+                stop.attempt(validate, step=step)
+        if not stop.agree(grid_path(output_dir, args.max_train_steps).exists()):
             stop.attempt(validate, step=args.max_train_steps)
     except Stopped as stopped:
         save_and_leave(output_dir, train_state, args.checkpoints_total_limit, accelerator, stopped)
     metrics.progress_bar.close()
 
     # ---- result
+    unet = gather_model(unet, ema)
     if accelerator.is_main_process:
-        if ema is not None:
-            ema.copy_to(trained)
         check_finite(dict(unet.named_parameters()), "student", args.max_train_steps)
         save_pipeline(unet, teacher_shape, source, args)
         if args.push_to_hub:

@@ -57,7 +57,7 @@ from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
-from common.reporting import grid_path, plot_influence, sample_grid, sample_models, save_grid
+from common.reporting import gather_samples, grid_path, plot_influence, sample_grid, sample_models, save_grid, share_of
 from common.sd3_text import (
     T5,
     TEXT_ENCODERS,
@@ -71,6 +71,7 @@ from common.sd3_text import (
     report_long_captions,
     tokenize,
 )
+from common.sharding import clip_gradients, gather_model, prepare
 from common.students import (
     check_groups,
     choose_once,
@@ -735,18 +736,19 @@ def sample_images(
         text: Embeddings and pooled embeddings of the empty caption and of the prompts, (1 + N, ...).
     """
     training, count, side = transformer.training, len(text[0]) - 1, resolution // vae_factor(vae)
-    shape = (count, transformer.config.in_channels, side, side)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(accelerator.device)
+    shape, mine = (count, transformer.config.in_channels, side, side), share_of(count, accelerator)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))[mine].to(accelerator.device)
     pipeline = StableDiffusion3Pipeline(transformer.eval(), scheduler, vae, None, None, None, None, None, None)
     pipeline.set_progress_bar_config(disable=True)
     # In float32: the pipeline keeps the latents in the embeddings' dtype.
-    text, pooled = (embeddings.to(accelerator.device).float() for embeddings in text)
+    rows = [0, *(1 + row for row in mine)]
+    text, pooled = (embeddings[rows].to(accelerator.device).float() for embeddings in text)
     with accelerator.autocast():
         latents = pipeline(
             prompt_embeds=text[1:],
-            negative_prompt_embeds=text[:1].expand(count, -1, -1),
+            negative_prompt_embeds=text[:1].expand(len(mine), -1, -1),
             pooled_prompt_embeds=pooled[1:],
-            negative_pooled_prompt_embeds=pooled[:1].expand(count, -1),
+            negative_pooled_prompt_embeds=pooled[:1].expand(len(mine), -1),
             height=resolution,
             width=resolution,
             latents=noise,
@@ -757,7 +759,7 @@ def sample_images(
     latents = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
     images = torch.cat([vae.decode(image).sample for image in latents.split(1)])  # one by one: decoding takes memory
     transformer.train(training)
-    return pipeline.image_processor.postprocess(images)
+    return gather_samples(pipeline.image_processor.postprocess(images), count)
 
 
 def log_validation(
@@ -894,7 +896,7 @@ def print_dry_run(
 def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
     # ---- models
-    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32, args.dry_run
+    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32, args.dry_run, args.fsdp
     accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
     stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
@@ -945,7 +947,8 @@ def main(args: argparse.Namespace) -> None:
         kept = choose_blocks(source, args.student_depth, *data, args.resume_from_checkpoint, accelerator)
         student_shape, recipe = build_student(teacher_shape, vae_shape, args, kept)
     seed_step(args.seed)
-    how = args.teacher_dtype, dtype, device, args.offload_teacher
+    first = torch.device("cpu") if args.fsdp and not args.cache_teacher else device
+    how = args.teacher_dtype, dtype, first, args.offload_teacher
     teacher = load_frozen(source, SD3Transformer2DModel, "transformer", *first_place(*how))
     with torch.device("meta" if args.share_backbone else "cpu"):
         transformer = SD3Transformer2DModel.from_config(student_shape.config)
@@ -954,8 +957,8 @@ def main(args: argparse.Namespace) -> None:
     if args.lora_rank:  # seeded anew, so that the adapters do not depend on how the student was made
         seed_step(args.seed)
         add_adapters(transformer, args.lora_rank, LORA_TARGETS, dtype)
-    values = {name: getattr(args, name) for name in SAMPLING_FLAGS} | {"scheduler": sampler, "text": text}
-    sample = partial(stop.interruptible(sample_images), accelerator=accelerator, **values)
+    values = {name: getattr(args, name) for name in SAMPLING_FLAGS} | {"accelerator": accelerator}
+    sample = partial(stop.leave_together(sample_images), scheduler=sampler, text=text, **values)
     load_vae = partial(load_frozen, source, AutoencoderKL, "vae", device, torch.float32)
     teacher_samples, passes = [], args.cache_teacher or 1
     if args.cache_teacher:
@@ -963,22 +966,22 @@ def main(args: argparse.Namespace) -> None:
         how = passes, args.seed, args.cache_teacher_dtype, source, [*PARTS, *TEXT_PARTS], key
         how += partial(cache, batch_size=args.train_batch_size), device, partial(latent_shape, vae=vae_shape)
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
-        teacher_samples += sample(teacher, vae=load_vae()) if accelerator.is_main_process else []
+        teacher_samples += sample(teacher, vae=load_vae())
         teacher = None
     dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator, contents.get("buckets"))
     length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
     args.max_train_steps = count_steps(*length, accelerator)
     inputs = example_inputs(transformer, args.max_sequence_length)
     student, teacher_model = pair_features(transformer, teacher, recipe["features"], inputs, item=1)
-    xformers = args.enable_xformers_memory_efficient_attention
-    prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, args.compile)
+    xformers, how = args.enable_xformers_memory_efficient_attention, (args.compile, args.fsdp)
+    prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, *how)
 
     # ---- optimizer, average
     trained = trained_parameters(student.model)
     adam = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon, args.use_8bit_adam
     optimizer = make_optimizer(student, args.learning_rate, *adam)
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
-    student, optimizer, dataloader = accelerator.prepare(student, optimizer, dataloader)
+    student, optimizer, dataloader = prepare(student, optimizer, dataloader, accelerator)
     ema = EMAModel(trained, decay=args.ema_decay, foreach=True) if args.use_ema else None
     skipped = torch.zeros(2, device=accelerator.device)
 
@@ -986,7 +989,7 @@ def main(args: argparse.Namespace) -> None:
     trains = accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
     train_state, resume = TrainState(*trains), args.resume_from_checkpoint
     first_step = load_train_state(output_dir, resume, args.discard_later_checkpoints, train_state)
-    checkpoints, grids = Due(args.checkpointing_steps), Due(args.validation_steps)
+    checkpoints, grids = (Due(steps, stop.agree) for steps in (args.checkpointing_steps, args.validation_steps))
     data = len(dataset) // passes, len(dataloader) / passes, args.train_batch_size
     due = args.max_train_steps, checkpoints, args.checkpoints_total_limit, grids
     describe_start(accelerator, train_state, teacher_model, data, *due)
@@ -1006,7 +1009,7 @@ def main(args: argparse.Namespace) -> None:
     batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps, stop)
     stop.let_steps_finish()
     try:
-        if first_step == 0 and accelerator.is_main_process:  # something to compare with, and a test of the sampling
+        if first_step == 0:  # something to compare with, and a test of the sampling
             stop.attempt(validate, step=0)
         for step in range(first_step + 1, args.max_train_steps + 1):
             micro_steps = []
@@ -1019,7 +1022,7 @@ def main(args: argparse.Namespace) -> None:
                     accelerator.backward(loss)
                 micro_steps.append({name: value.detach() for name, value in logs.items()})
             losses = mean_over_processes(micro_steps, accelerator)
-            grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+            grad_norm = clip_gradients(student, args.max_grad_norm, accelerator)
             guarded_step(optimizer, losses["loss"], grad_norm, skipped)
             lr_scheduler.step()
             optimizer.zero_grad()
@@ -1030,22 +1033,20 @@ def main(args: argparse.Namespace) -> None:
             last = step == args.max_train_steps
             if step % args.logging_steps == 0 or step == 1 or last:
                 check_skipped(metrics.write(step, skipped, lr_scheduler.get_last_lr()[0]), step, last)
-            if accelerator.is_main_process:  # the others wait for it in their next step
-                # A bad step's weights may be ruined: they are not to take the place of the last good ones.
-                if checkpoints.now(step, bad=skipped[1]) or last:
-                    save_train_state(output_dir, train_state, args.checkpoints_total_limit)
-                if grids.now(step) and not last:
-                    stop.attempt(validate, step=step)
-        if accelerator.is_main_process and not grid_path(output_dir, args.max_train_steps).exists():
+            # A bad step's weights may be ruined: they are not to take the place of the last good ones.
+            if checkpoints.now(step, bad=skipped[1]) or last:
+                save_train_state(output_dir, train_state, args.checkpoints_total_limit)
+            if grids.now(step) and not last:
+                stop.attempt(validate, step=step)
+        if not stop.agree(grid_path(output_dir, args.max_train_steps).exists()):
             stop.attempt(validate, step=args.max_train_steps)
     except Stopped as stopped:
         save_and_leave(output_dir, train_state, args.checkpoints_total_limit, accelerator, stopped)
     metrics.progress_bar.close()
 
     # ---- result
+    transformer = gather_model(transformer, ema)
     if accelerator.is_main_process:
-        if ema is not None:
-            ema.copy_to(trained)
         check_finite(dict(transformer.named_parameters()), "student", args.max_train_steps)
         save_pipeline(transformer, teacher_shape, recipe, text_encoders, source, args)
         if args.push_to_hub:

@@ -54,7 +54,8 @@ from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.pruning import prune_width
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
-from common.reporting import grid_path, labelled_grid, sample_models, save_grid
+from common.reporting import gather_samples, grid_path, labelled_grid, sample_models, save_grid, share_of
+from common.sharding import clip_gradients, gather_model, prepare
 from common.students import (
     check_groups,
     count_features,
@@ -499,7 +500,7 @@ def sample_images(
     seed: int,
     count: int,
     num_inference_steps: int,
-    device: torch.device,
+    accelerator: Accelerator,
 ) -> list[Image.Image]:
     """Samples by DDIM from the noise that the seed fixes, the same for every model, whatever its precision."""
     training = unet.training
@@ -507,12 +508,13 @@ def sample_images(
     sampler = DDIMScheduler.from_config(scheduler.config)
     sampler.set_timesteps(num_inference_steps)
     shape = count, unet.config.in_channels, *image_size(unet)
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    images = images[share_of(count, accelerator)].to(accelerator.device)
     for step in sampler.timesteps:
         images = sampler.step(unet(images, step).sample.float(), step, images).prev_sample
     unet.train(training)
     pixels = (images / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
-    return DDIMPipeline.numpy_to_pil(pixels)
+    return gather_samples(DDIMPipeline.numpy_to_pil(pixels), count)
 
 
 def log_validation(
@@ -597,7 +599,7 @@ def main(args: argparse.Namespace) -> None:
     """Set up, train, save."""
     # ---- models
     scale = 1.0 if args.reduction == "sum" else 2.0**16
-    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32, args.dry_run, scale
+    how = args.gradient_accumulation_steps, args.mixed_precision, args.allow_tf32, args.dry_run, args.fsdp, scale
     accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
     stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
@@ -636,17 +638,18 @@ def main(args: argparse.Namespace) -> None:
     )
     inputs_of = partial(make_inputs, scheduler=scheduler, draw=draw)
     sample = partial(
-        stop.interruptible(sample_images),
+        stop.leave_together(sample_images),
         scheduler=scheduler,
         seed=args.seed,
         count=args.num_validation_images,
         num_inference_steps=args.num_inference_steps,
-        device=device,
+        accelerator=accelerator,
     )
 
     # ---- teacher
     if teacher is not None:
-        teacher = hold_teacher(teacher, args.teacher_dtype, dtype, device, args.offload_teacher)
+        first = torch.device("cpu") if args.fsdp and not args.cache_teacher else device
+        teacher = hold_teacher(teacher, args.teacher_dtype, dtype, first, args.offload_teacher)
     live_teacher, teacher_samples, passes = teacher, [], args.cache_teacher or 1
     if args.cache_teacher:
         parts = ["unet" if (Path(source.path) / "unet").is_dir() else "."]
@@ -655,7 +658,7 @@ def main(args: argparse.Namespace) -> None:
         cache = partial(cache_encodings, **settings, num_workers=args.dataloader_num_workers, accelerator=accelerator)
         how = passes, args.seed, args.cache_teacher_dtype, source, parts, key, cache, device
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
-        teacher_samples += sample(teacher) if accelerator.is_main_process else []
+        teacher_samples += sample(teacher)
         teacher.to("meta")  # its size stays, for the model card
         live_teacher = None
     dataloader = make_dataloader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator)
@@ -665,15 +668,15 @@ def main(args: argparse.Namespace) -> None:
     student, teacher_model = pair_features(
         unet, live_teacher, recipe["features"], example_inputs(unet), always_project=True
     )
-    xformers = args.enable_xformers_memory_efficient_attention
-    prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, args.compile)
+    xformers, how = args.enable_xformers_memory_efficient_attention, (args.compile, args.fsdp)
+    prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, *how)
 
     # ---- optimizer, average
     trained = trained_parameters(student.model)
     adam = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon, args.use_8bit_adam
     optimizer = make_optimizer(student, args.learning_rate, *adam)
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
-    student, optimizer, dataloader = accelerator.prepare(student, optimizer, dataloader)
+    student, optimizer, dataloader = prepare(student, optimizer, dataloader, accelerator)
     ema = EMAModel(trained, decay=args.ema_decay, foreach=True) if args.use_ema else None
     skipped = torch.zeros(2, device=accelerator.device)
 
@@ -681,7 +684,7 @@ def main(args: argparse.Namespace) -> None:
     trains = accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
     train_state, resume = TrainState(*trains), args.resume_from_checkpoint
     first_step = load_train_state(output_dir, resume, args.discard_later_checkpoints, train_state)
-    checkpoints, grids = Due(args.checkpointing_steps), Due(args.validation_steps)
+    checkpoints, grids = (Due(steps, stop.agree) for steps in (args.checkpointing_steps, args.validation_steps))
     data = len(dataset) // passes, len(dataloader) / passes, args.train_batch_size
     due = args.max_train_steps, checkpoints, args.checkpoints_total_limit, grids
     describe_start(accelerator, train_state, teacher_model, data, *due)
@@ -707,7 +710,7 @@ def main(args: argparse.Namespace) -> None:
     batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps, stop)
     stop.let_steps_finish()
     try:
-        if first_step == 0 and accelerator.is_main_process:  # something to compare with, and a test of the sampling
+        if first_step == 0:  # something to compare with, and a test of the sampling
             stop.attempt(validate, step=0)
         for step in range(first_step + 1, args.max_train_steps + 1):
             micro_steps = []
@@ -720,7 +723,7 @@ def main(args: argparse.Namespace) -> None:
                     accelerator.backward(loss)
                 micro_steps.append({name: value.detach() for name, value in logs.items()})
             losses = mean_over_processes(micro_steps, accelerator)
-            grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+            grad_norm = clip_gradients(student, args.max_grad_norm, accelerator)
             guarded_step(optimizer, losses["loss"], grad_norm, skipped)
             lr_scheduler.step()
             optimizer.zero_grad()
@@ -731,22 +734,20 @@ def main(args: argparse.Namespace) -> None:
             last = step == args.max_train_steps
             if step % args.logging_steps == 0 or step == 1 or last:
                 check_skipped(metrics.write(step, skipped, lr_scheduler.get_last_lr()[0]), step, last)
-            if accelerator.is_main_process:  # the others wait for it in their next step
-                # A bad step's weights may be ruined: they are not to take the place of the last good ones.
-                if checkpoints.now(step, bad=skipped[1]) or last:
-                    save_train_state(output_dir, train_state, args.checkpoints_total_limit)
-                if grids.now(step) and not last:
-                    stop.attempt(validate, step=step)
-        if accelerator.is_main_process and not grid_path(output_dir, args.max_train_steps).exists():
+            # A bad step's weights may be ruined: they are not to take the place of the last good ones.
+            if checkpoints.now(step, bad=skipped[1]) or last:
+                save_train_state(output_dir, train_state, args.checkpoints_total_limit)
+            if grids.now(step) and not last:
+                stop.attempt(validate, step=step)
+        if not stop.agree(grid_path(output_dir, args.max_train_steps).exists()):
             stop.attempt(validate, step=args.max_train_steps)
     except Stopped as stopped:
         save_and_leave(output_dir, train_state, args.checkpoints_total_limit, accelerator, stopped)
     metrics.progress_bar.close()
 
     # ---- result
+    unet = gather_model(unet, ema)
     if accelerator.is_main_process:
-        if ema is not None:
-            ema.copy_to(trained)
         check_finite(dict(unet.named_parameters()), "student", args.max_train_steps)
         save_pipeline(unet, teacher, scheduler, args)
         if args.push_to_hub:

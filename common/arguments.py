@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.attention import check_xformers
 from common.errors import fail, first_line
 from common.ranges import RANGES
 
@@ -146,6 +147,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
         "--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention, not SDPA"
     )
     training.add_argument("--compile", action="store_true", help="torch.compile teacher and student")
+    spread = "spread the weights of teacher and student over all processes (FSDP2)"
+    training.add_argument("--fsdp", action="store_true", help=spread)
 
     logs = parser.add_argument_group("checkpoints, logs and the Hub")
     logs.add_argument("--checkpointing_steps", type=int, help="steps between checkpoints (default: half an hour)")
@@ -219,10 +222,24 @@ def check_args(args: argparse.Namespace) -> None:
     for flag, given in (("--use_8bit_adam", args.use_8bit_adam), ("--teacher_dtype nf4", args.teacher_dtype == "nf4")):
         if given and importlib.util.find_spec("bitsandbytes") is None:
             fail(f"{flag} needs bitsandbytes; pip install bitsandbytes, or drop the flag")
+    if args.fsdp:
+        check_sharded(args)
     if getattr(args, "lora_rank", 0) and importlib.util.find_spec("peft") is None:
         fail(f"--lora_rank {args.lora_rank} needs peft; pip install peft, or drop the flag")
     if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
         fail(f"--report_to {args.report_to} is not installed; pip install {args.report_to}, or pass none")
+
+
+def check_sharded(args: argparse.Namespace) -> None:
+    """Refuse what `--fsdp` does not go with."""
+    reasons = {"--use_8bit_adam": (args.use_8bit_adam, "its moments cannot be spread; spread ones are small")}
+    if args.cache_teacher is None:  # else it is whole, and gone before the training
+        flag = f"--teacher_dtype {args.teacher_dtype}"
+        reasons[flag] = args.teacher_dtype in ("fp8", "nf4"), "compressed weights cannot be spread"
+        reasons["--offload_teacher"] = args.offload_teacher, "spread weights stay on the GPUs"
+    for flag, (given, why) in reasons.items():
+        if given:
+            fail(f"--fsdp with {flag}: {why}; drop one of them")
 
 
 def check_cached_teacher(args: argparse.Namespace) -> None:
@@ -233,18 +250,6 @@ def check_cached_teacher(args: argparse.Namespace) -> None:
     if args.lambda_kd_feat > 0:
         remedy = "pass --lambda_kd_feat 0, or drop --cache_teacher"
         fail(f"{given} keeps predictions alone, --lambda_kd_feat {args.lambda_kd_feat} needs features; {remedy}")
-
-
-def check_xformers() -> None:
-    """End the run where xformers is missing, or its kernels, which are built for one version of torch, do not load."""
-    flag = "--enable_xformers_memory_efficient_attention"
-    if importlib.util.find_spec("xformers") is None:
-        fail(f"{flag} needs xformers; pip install it as requirements.txt has it, or drop the flag")
-    from xformers import _cpp_lib
-
-    if _cpp_lib._cpp_library_load_exception is not None:
-        why = f"xformers' kernels do not load beside torch {torch.__version__}"
-        fail(f"{flag}: {why}; install the pair in requirements.txt, or drop the flag: attention is SDPA then")
 
 
 def tracked_flags(args: argparse.Namespace) -> dict[str, Any]:

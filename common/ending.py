@@ -67,6 +67,14 @@ class StopSignals:
             if self.at_once:
                 raise Stopped(self.received)
 
+    def agree(self, value: bool) -> bool:
+        """What the main process says, on all processes. They must call this together."""
+        if self.alone:
+            return value
+        flag = torch.tensor(value)
+        torch.distributed.broadcast(flag, 0, group=self.group)
+        return bool(flag)
+
     def let_steps_finish(self) -> None:
         """From here on a signal waits for [`check`]."""
         self.at_once, self.started = False, True
@@ -96,8 +104,25 @@ class StopSignals:
 
         return interrupted
 
+    def leave_together(self, sample: Callable) -> Callable:
+        """`sample`, a function of a model, as one that a signal ends at the model's next forward pass.
+
+        All processes must call it, and the model in it equally often. One that is alone ends it at once.
+        """
+        if self.alone:
+            return self.interruptible(sample)
+
+        def checked(model: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+            handle = model.register_forward_pre_hook(lambda *_: self.check(), prepend=True)
+            try:
+                return sample(model, *arguments, **options)
+            finally:
+                handle.remove()
+
+        return checked
+
     def attempt(self, work: Callable, **options: Any) -> None:
-        """Do `work`, part of which is [`interruptible`]. Where there are several processes, the run then goes on."""
+        """Do `work`, part of which a signal may end. Where there are several processes, the run then goes on."""
         remedy = "pass fewer --validation_prompts, --validation_classes or --num_validation_images"
         try:
             with fits_the_gpu("the sample grid", remedy):

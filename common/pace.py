@@ -11,6 +11,7 @@
 import math
 import os
 import time
+from collections.abc import Callable
 
 from common.train_state import TrainState
 
@@ -25,14 +26,15 @@ INTERVAL = 30 * 60  # seconds, where no number of steps is given
 
 
 class Due:
-    """When the next checkpoint or sample grid is due. Only the main process asks: processes have clocks of their own.
+    """When the next checkpoint or sample grid is due. All processes ask together: the first one's clock counts.
 
     Args:
         steps: Every so many steps; `None` is whenever [`INTERVAL`] has passed.
+        agree: From what a process says to what the first one says. See [`common.ending.StopSignals`].
     """
 
-    def __init__(self, steps: int | None):
-        self.steps, self.since = steps, time.monotonic()
+    def __init__(self, steps: int | None, agree: Callable[[bool], bool]):
+        self.steps, self.agree, self.since = steps, agree, time.monotonic()
 
     def now(self, step: int, bad: torch.Tensor | None = None) -> bool:
         """Whether it is due after this step.
@@ -40,7 +42,8 @@ class Due:
         Args:
             bad: Scalar, not 0 where it must wait for a better step. It is read only when it is due.
         """
-        late = time.monotonic() - self.since >= INTERVAL if self.steps is None else step % self.steps == 0
+        by_clock = self.steps is None
+        late = self.agree(time.monotonic() - self.since >= INTERVAL) if by_clock else step % self.steps == 0
         if not late or (bad is not None and bad):
             return False
         self.since = time.monotonic()

@@ -8,6 +8,7 @@
 # specific language governing permissions and limitations under the License.
 """What does a run show of its samples, and of the blocks that it has chosen?"""
 
+import math
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from common.training import averaged_weights, trained_parameters
 
 import numpy as np
 import torch
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw, ImageFont
 
@@ -48,6 +51,18 @@ def sample_models(
         with averaged_weights(ema, trained_parameters(student)):
             samples["EMA student"] = sample(student)
     return samples
+
+
+def share_of(count: int, accelerator: Accelerator) -> list[int]:
+    """Which of the samples this process draws. All draw equally many: the last one may be drawn more than once."""
+    each = math.ceil(count / accelerator.num_processes)
+    first = each * accelerator.process_index
+    return [min(sample, count - 1) for sample in range(first, first + each)]
+
+
+def gather_samples(samples: list[Image.Image], count: int) -> list[Image.Image]:
+    """All samples, on all processes, from those that each has drawn as [`share_of`] says."""
+    return gather_object(samples)[:count]
 
 
 def sample_grid(samples: dict[str, list[Image.Image]], labels: list[str]) -> Image.Image:
@@ -90,7 +105,12 @@ def labelled_grid(
 
 
 def save_grid(grid: Image.Image, output_dir: Path, step: int, trackers: list[GeneralTracker]) -> None:
-    """Keep a grid of samples as samples.png and as samples/step-<step>.png, and show it in the trackers."""
+    """Keep a grid of samples as samples.png and as samples/step-<step>.png, and show it in the trackers.
+
+    All processes may call this: the main one does it.
+    """
+    if not PartialState().is_main_process:
+        return
     path, temporary = grid_path(output_dir, step), output_dir / "samples.tmp"
     path.parent.mkdir(exist_ok=True)
     # The step's own file comes last: where it is, a resumed run draws no grid for this step.

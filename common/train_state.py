@@ -19,9 +19,10 @@ from common.checkpoints import find_checkpoint, save_checkpoint
 from common.ending import Stopped, end_workers
 from common.errors import fail
 from common.finite import first_non_finite
+from common.sharding import gather, spread_like
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.training_utils import EMAModel
@@ -90,7 +91,7 @@ class TrainState:
 
 
 def save_train_state(output_dir: Path, train_state: TrainState, limit: int | None) -> None:
-    """Write everything into `checkpoint-<step>`. The main process calls this, the others wait.
+    """Write everything into `checkpoint-<step>`. All processes call this, and the main one writes.
 
     Weights that are not finite end the run, and the checkpoints stay.
 
@@ -99,7 +100,12 @@ def save_train_state(output_dir: Path, train_state: TrainState, limit: int | Non
     """
     step, model = train_state.step, train_state.student.model
     moments, optimizer = flatten_optimizer(train_state.optimizer)
-    weights = student_files(train_state.student, train_state.ema)
+    weights = {**student_files(train_state.student, train_state.ema), "optimizer": moments}
+    weights = {name: gather(tensors) for name, tensors in weights.items()}
+    train_state.saved = step
+    if not PartialState().is_main_process:
+        return
+    moments = weights.pop("optimizer")
     state = {
         "step": step,
         "config": {key: value for key, value in model.config.items() if not key.startswith("_")},
@@ -119,7 +125,6 @@ def save_train_state(output_dir: Path, train_state: TrainState, limit: int | Non
     # A bad step's weights may be ruined: they are not to drive out the last good ones.
     kept = None if train_state.skipped[1] else limit
     save_checkpoint(output_dir, step, {**weights, "optimizer": moments}, state, kept, configs)
-    train_state.saved = step
 
 
 def student_files(student: FeatureModel, ema: EMAModel | None) -> dict[str, dict[str, torch.Tensor]]:
@@ -173,7 +178,7 @@ def save_and_leave(
         stopped: The signal.
     """
     end_workers()  # here, because torch would wait five seconds for each of those that wait for something else
-    if accelerator.is_main_process and train_state.step > train_state.saved:
+    if train_state.step > train_state.saved:
         save_train_state(output_dir, train_state, limit)
     accelerator.wait_for_everyone()
     saved = f"saved step {train_state.step}; go on with --resume_from_checkpoint latest"
@@ -209,7 +214,7 @@ def load_train_state(output_dir: Path, resume_from: str | None, discard_later: b
         fail(f"--resume_from_checkpoint {resume_from} is of {kind}; pass --use_8bit_adam as the run did, or leave it")
     for name, file in weights.items():
         for key, tensor in file.items():
-            tensor.copy_(tensors[name][key])
+            tensor.copy_(spread_like(tensors[name][key], tensor))
     restore_optimizer(train_state.optimizer, moments, state["optimizer"])
     # The place in the schedule is the checkpoint's, the learning rate is this run's: it may have been lowered.
     scheduler = train_state.lr_scheduler
@@ -244,7 +249,9 @@ def restore_optimizer(
 ) -> None:
     """Load what [`flatten_optimizer`] returned. Settings such as the betas stay as they are."""
     state: dict[int, dict[str, Any]] = {}
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for key, value in {**tensors, **rest["scalars"]}.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        spread = spread_like(value, weights[int(index)]) if isinstance(value, torch.Tensor) else value
+        state.setdefault(int(index), {})[name] = spread
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

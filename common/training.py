@@ -11,12 +11,15 @@
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from common.attention import use_xformers
 from common.buckets import make_batches
 from common.ending import TIMEOUT, StopSignals, outlive_signals
 from common.errors import fail, first_line
+from common.sharding import shard
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
@@ -46,6 +49,7 @@ def make_accelerator(
     mixed_precision: str | None,
     allow_tf32: bool,
     dry_run: bool = False,
+    fsdp: bool = False,
     loss_scale: float = 2.0**16,
 ) -> Accelerator:
     """An Accelerator with a sampler whose order depends on the seed and the epoch alone, and logging set up.
@@ -58,8 +62,13 @@ def make_accelerator(
         mixed_precision: "no", "fp16", "bf16", or `None` for what the accelerate config says.
         allow_tf32: Whether matrix products and convolutions may use TF32.
         dry_run: Whether nothing will be computed: fp16 then needs no GPU.
+        fsdp: Whether models will be spread over the processes.
         loss_scale: What the gradient scaler of fp16 starts with.
     """
+    for engine in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}") == "true":
+            remedy = "set distributed_type to MULTI_GPU there, and pass --fsdp"
+            fail(f"the accelerate config asks for {engine}, which these scripts do not use; {remedy}")
     try:
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
@@ -82,6 +91,8 @@ def make_accelerator(
         fail(f"--mixed_precision {mixed_precision} with --report_to {report_to}: {first_line(error)}; {remedy}")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and not dry_run:
         fail("--mixed_precision fp16 needs a GPU, and there is none; pass --mixed_precision bf16 or no")
+    if fsdp and not dry_run and not torch.distributed.is_initialized():
+        fail("--fsdp spreads models over processes, and there is one; launch more with --multi_gpu, or drop it")
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(levelname)s %(message)s", level=level)
     for name in ("httpx", "httpx2"):  # they print every request to the Hub, signed addresses and all
@@ -125,6 +136,7 @@ def prepare_models(
     gradient_checkpointing: bool,
     xformers: bool,
     compiled: bool,
+    fsdp: bool,
 ) -> None:
     """Set both models up as asked for, in place."""
     models = [model for model in (student, teacher) if model is not None]
@@ -132,23 +144,15 @@ def prepare_models(
         student.model.enable_gradient_checkpointing()
     if xformers:
         for model in models:
-            _use_xformers(model.model, accelerator.mixed_precision)
+            use_xformers(model.model, accelerator.mixed_precision)
     if compiled:
         # A recomputed block must not capture its feature again: that would break the graph at each block.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         for model in models:
             model.compile()
-
-
-def _use_xformers(model: torch.nn.Module, mixed_precision: str) -> None:
-    remedy = "drop --enable_xformers_memory_efficient_attention: attention is SDPA then, which needs as little memory"
-    if getattr(model.config, "qk_norm", None) is not None and mixed_precision != "no":
-        # Normalised queries and keys come in float32 beside half-precision values, which xformers refuses.
-        fail(f"--mixed_precision {mixed_precision} with xformers does not go with the model's qk_norm; {remedy}")
-    try:
-        model.enable_xformers_memory_efficient_attention()
-    except Exception as error:  # of whatever kernel has tried it
-        fail(f"xformers cannot compute this model's attention: {first_line(error)}; {remedy}")
+    if fsdp:
+        for model in models:
+            shard(model, accelerator.device)
 
 
 def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -197,10 +201,12 @@ def averaged_weights(ema: EMAModel, parameters: list[torch.nn.Parameter]) -> Ite
     """Put an EMAModel's averaged weights into the parameters for a while."""
     ema.store(parameters)
     try:
+        ema.foreach = False  # PyTorch has no `_foreach_copy_` of weights that are spread
         ema.copy_to(parameters)
         yield
     finally:
         ema.restore(parameters)
+        ema.foreach = True
 
 
 def seed_step(seed: int, *position: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from common.adapters import add_adapters
-from common.arguments import check_xformers
+from common.attention import check_xformers
 from common.data import flip_views
 from common.sd3_text import T5, TextLayout, join_text
 from common.students import pair_features

@@ -65,7 +65,7 @@ def test_a_room_is_small_and_takes_values(path):
 def test_rooms_import_each_other_in_one_direction():
     arrows = {path.stem: {module for module in imports(path) if module.startswith("common.")} for path in ROOMS}
     arrows = {room: {module.removeprefix("common.") for module in modules} for room, modules in arrows.items()}
-    assert all(len(modules) <= 4 for modules in arrows.values())
+    assert all(len(modules - {"errors"}) <= 4 for modules in arrows.values())  # any room may say what is wrong
     while arrows:
         leaves = {room for room, modules in arrows.items() if not modules & arrows.keys()}
         assert leaves, f"a circle among {sorted(arrows)}"

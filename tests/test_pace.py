@@ -45,11 +45,11 @@ def distil(run, teacher, images, folder):
 
 
 def test_due_by_steps_or_by_the_clock(monkeypatch):
-    by_steps = Due(3)
+    by_steps = Due(3, lambda late: late)
     assert [step for step in range(1, 10) if by_steps.now(step)] == [3, 6, 9]
     clock = SimpleNamespace(monotonic=lambda: clock.time, time=0.0)
     monkeypatch.setattr(pace, "time", clock)
-    by_clock, found = Due(None), []
+    by_clock, found = Due(None, lambda late: late), []
     for step in range(1, 11):
         clock.time += 400  # seconds: due after the fifth, which is a bad one
         if by_clock.now(step, bad=torch.tensor(float(step == 5))):
