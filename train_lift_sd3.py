@@ -247,6 +247,7 @@ def check_script_args(args: argparse.Namespace) -> None:
             "a --kd_loss with a teacher": args.kd_loss != "none",
             "blocks of the teacher, not a JSON file": not (args.student or "").endswith(".json"),
             "a teacher in the run's precision on the device": not (args.teacher_dtype or args.offload_teacher),
+            "a teacher whole on each process, without --fsdp": not args.fsdp,
         }
         missing = [name for name, met in needed.items() if not met]
         if missing:

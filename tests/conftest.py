@@ -1,6 +1,7 @@
 """Fixtures that the tests of the scripts share: real images, a small teacher, and two ways to run a script."""
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -122,6 +123,37 @@ def run_file(*arguments, cwd: Path = ROOT, **environment: str) -> subprocess.Com
 
 # A port of its own for each pair: tests run side by side.
 TWO_PROCESSES = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+# Runs scripts one after the other in the process that it is, which saves the time of the imports. Several processes
+# stay together between runs: they cannot meet again where they have met.
+SEVERAL_RUNS = """
+import importlib, json, sys
+import torch.distributed
+destroy, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *group: None
+from accelerate.state import AcceleratorState, GradientState
+from common.checkpoints import unlock_output
+for name, *command in json.loads(sys.argv[1]):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    script = importlib.import_module(name)
+    sys.argv = [f"{name}.py", *command]
+    script.main(script.parse_args(command))
+    unlock_output()
+    print("finished", command, flush=True)
+if torch.distributed.is_initialized():
+    destroy()
+"""
+
+
+def run_several(commands: list[tuple], folder: Path, prefix: tuple = ()) -> str:
+    """Run commands, a script's name and its flags each, one after the other; returns what was printed."""
+    program = folder / "several_runs.py"
+    program.write_text(SEVERAL_RUNS)
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    finished = run_file(*prefix, program, words, PYTHONPATH=str(ROOT))
+    assert finished.returncode == 0, finished.stdout[-5000:]
+    return finished.stdout
 
 
 def launch(*arguments, prefix: tuple = ("accelerate.commands.launch", "--cpu"), **options):
