@@ -36,6 +36,7 @@ from common.arguments import (
     end_in_one_line,
     tracked_flags,
 )
+from common.batches import endless_batches, make_dataloader
 from common.cache import cache_encodings, identify
 from common.captions import add_caption_arguments, count_longer, drop_uncaptioned, load_captioned, read_prompts
 from common.card import write_model_card
@@ -77,11 +78,9 @@ from common.teachers import (
 from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
 from common.training import (
     check_skipped,
-    endless_batches,
     get_scheduler,
     guarded_step,
     make_accelerator,
-    make_dataloader,
     make_optimizer,
     prepare_models,
     seed_step,
