@@ -3,6 +3,7 @@
 import importlib
 import io
 import itertools
+import json
 import tarfile
 import zipfile
 from collections import Counter
@@ -24,6 +25,7 @@ from diffusers import DDPMPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+import streams
 import train_lift_unet
 from fork_server import make_fork_server
 from kills import kill_runs
@@ -199,6 +201,14 @@ def test_files_out_of_an_archive_are_fetched(tmp_path):
     rows[3]["png"]["path"] = f"zip://other.png::{tmp_path}/images.zip"
     with pytest.raises(SystemExit, match=r"other\.png.* is out of reach: .*--resume_from_checkpoint latest"):
         numbers_of(StreamLoader(open_stream_of(rows, tmp_path), 8, 0, CPU).batches_from(0), 1)
+
+
+def test_the_benchmark(tmp_path, capsys):
+    flags = ("--shards", "2", "--images", "120", "--passes", "0.5", "--output", str(tmp_path / "streams.json"))
+    streams.main(streams.parse_args([*flags]))
+    (row,) = json.loads((tmp_path / "streams.json").read_text())["rows"]
+    assert row["images"] == 240 and row["images done"] == 120
+    assert "| skipped, images per second |" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------- unusable images
