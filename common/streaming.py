@@ -75,6 +75,10 @@ def check_streaming(flags: dict[str, Any]) -> None:
             fail(f"{given} with --streaming: it {why}")
 
 
+def find_nothing(row: Row) -> None:
+    """No fault with any row."""
+
+
 class StreamedDataset:
     """Data that are read as they are needed. Its length is 0: it is not known.
 
@@ -103,7 +107,7 @@ class StreamedDataset:
         seed: int,
         shuffle_buffer: int,
         output_dir: str,
-        find_fault: Callable[[Row], str | None] = lambda row: None,
+        find_fault: Callable[[Row], str | None] = find_nothing,
     ):
         self.stream, self.source, self.load, self.image_column = stream, source, load, image_column
         self.max_unreadable, self.seed, self.shuffle_buffer = max_unreadable, seed, shuffle_buffer

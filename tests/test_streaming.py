@@ -4,6 +4,7 @@ import importlib
 import io
 import itertools
 import json
+import pickle
 import tarfile
 import zipfile
 from collections import Counter
@@ -14,7 +15,7 @@ import common.bookmarks
 import common.card
 from common.captions import find_no_caption
 from common.classes import find_wrong_label
-from common.data import load_images, load_pixels
+from common.data import load_images, load_pixels, open_image
 from common.streaming import StreamedDataset, StreamLoader, StreamPart
 
 import datasets
@@ -164,21 +165,32 @@ def test_bookmarks_leave_little_to_read(shards, tmp_path, monkeypatch):
         assert len(read) <= 10 + 2 * 7 + 4
 
 
+@pytest.mark.parametrize("hub", [False, True])
 @pytest.mark.parametrize("world", [2, 3])  # by shards, and by rows, since 3 does not divide 4
-def test_processes_share_a_pass(shards, tmp_path, world):
+def test_processes_share_a_pass(shards, tables, tmp_path, monkeypatch, world, hub):
+    monkeypatch.setattr(common.bookmarks, "BOOKMARK_ROWS", 10)
     parts = []
     for rank in range(world):
-        part = StreamPart(open_stream(shards, tmp_path), 1, rank, world, tmp_path / "marks", 0)
-        rows = itertools.islice(part.rows(0, 0), COUNT // world)
-        parts.append({int(row["png"]["path"].split(".")[0]) for row in rows})
-    assert sum(map(len, parts)) == len(set().union(*parts)) == COUNT // world * world
+        part = StreamPart(open_stream(tables if hub else shards, tmp_path, hub), 1, rank, world, tmp_path / "marks", 0)
+        numbers = flat(numbers_of(iter(part), 2 * COUNT // world))
+        parts.append(numbers[: COUNT // world])
+        rows = [row[part.dataset.image_column] for row in itertools.islice(part.rows(0, 17), 5)]
+        assert [open_image(row, "L").getpixel((0, 0)) for row in rows] == numbers[17:22]
+    assert len(set(flat(parts))) == len(flat(parts)) == COUNT // world * world
     if world == 2:
-        assert set().union(*parts) == set(range(COUNT))
+        assert set(flat(parts)) == set(range(COUNT))
 
 
 def test_there_are_no_more_workers_than_shards(shards, tmp_path):
     assert StreamLoader(open_stream(shards, tmp_path), 4, 9, CPU).num_workers == 4
     assert StreamLoader(open_stream(shards, tmp_path), 4, 9, CPU, rank=1, world=2).num_workers == 2
+
+
+def test_a_part_of_a_stream_can_be_sent_to_a_worker(shards, tmp_path):
+    """Where workers are not forked: they start from what is pickled."""
+    part = StreamPart(open_stream(shards, tmp_path), 4, 0, 1, tmp_path / "marks", 3)
+    sent = pickle.loads(pickle.dumps(part))
+    assert numbers_of(iter(sent), 4) == numbers_of(iter(part), 4)
 
 
 def test_another_order_is_named(shards, tmp_path, caplog):
