@@ -46,9 +46,11 @@ from common.arguments import (
     end_in_one_line,
     tracked_flags,
 )
+from common.batches import endless_batches, make_dataloader
 from common.cache import cache_encodings
 from common.card import write_model_card
 from common.checkpoints import prepare_output
+from common.classes import find_wrong_label, number_classes, number_labels, read_classes
 from common.costs import dtype_of, estimate_activations, profile_forward
 from common.data import (
     choose_samples,
@@ -57,9 +59,7 @@ from common.data import (
     flip_views,
     load_images,
     load_pixels,
-    number_classes,
     random_flips,
-    read_classes,
 )
 from common.ending import Stopped, StopSignals
 from common.errors import fail
@@ -70,6 +70,7 @@ from common.pace import Due, count_steps, describe_start
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
 from common.reporting import gather_samples, grid_path, plot_influence, sample_grid, sample_models, save_grid, share_of
 from common.sharding import clip_gradients, gather_model, prepare
+from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
     check_groups,
     choose_once,
@@ -97,11 +98,9 @@ from common.teachers import (
 from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
 from common.training import (
     check_skipped,
-    endless_batches,
     get_scheduler,
     guarded_step,
     make_accelerator,
-    make_dataloader,
     make_optimizer,
     prepare_models,
     seed_step,
@@ -169,6 +168,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (or `input_args`); the defaults are the published recipe of DiT-XL/2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     groups = add_shared_arguments(parser)
+    add_streaming_arguments(groups["data"])
 
     group = groups["models"]
     group.add_argument(
@@ -218,6 +218,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.pretrained_teacher_model is None and not from_scratch:
         args.pretrained_teacher_model = TEACHER
     check_args(args)
+    check_streaming(vars(args))
     check_script_args(args)
     return args
 
@@ -392,8 +393,12 @@ def choose_blocks(
 
     def measure() -> tuple[list[float], list[int]]:
         seed_step(seed)
-        rows = range(0, len(dataset), math.ceil(len(dataset) / INFLUENCE_IMAGES))
-        loader = torch.utils.data.DataLoader(torch.utils.data.Subset(dataset, rows), batch_size)
+        if isinstance(dataset, StreamedDataset):
+            rows = dataset.sample(INFLUENCE_IMAGES)
+        else:
+            places = range(0, len(dataset), math.ceil(len(dataset) / INFLUENCE_IMAGES))
+            rows = torch.utils.data.Subset(dataset, places)
+        loader = torch.utils.data.DataLoader(rows, batch_size)
         teacher.to(accelerator.device).eval()
 
         def run() -> None:
@@ -446,7 +451,7 @@ def example_inputs(transformer: DiTTransformer2DModel) -> dict[str, torch.Tensor
 
 def make_dataset(
     args: argparse.Namespace, num_classes: int, names: dict[int, str], channels: int, resolution: int
-) -> tuple[datasets.Dataset, dict[str, str], dict[int, str]]:
+) -> tuple[datasets.Dataset | StreamedDataset, dict[str, str], dict[int, str]]:
     """A dataset of `{"images": uint8 (channels, resolution, resolution), "labels": int}`, without unreadable images.
 
     Args:
@@ -458,15 +463,21 @@ def make_dataset(
     """
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
+    mode = "L" if channels == 1 else "RGB"
+    load = partial(load_examples, **columns, mode=mode, size=resolution)
+    if args.streaming:
+        stream, source = load_images(*folders, columns, streaming=True)
+        numbers, found = number_labels(stream, args.label_column, num_classes)
+        how = args.image_column, args.max_unreadable, args.seed, args.shuffle_buffer, args.output_dir
+        labelled = partial(find_wrong_label, label_column=args.label_column, numbers=numbers, num_classes=num_classes)
+        return StreamedDataset(stream, source, partial(load, numbers=numbers), *how, labelled), {}, names or found
     dataset, source = load_images(*folders, columns)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
     numbers, found = number_classes(dataset, args.label_column, num_classes)
     how = args.max_unreadable, args.dataloader_num_workers, resolution
     dataset = drop_unreadable(dataset, args.image_column, source, *how)
     contents = {"data": dataset._fingerprint, "image": args.image_column, "label": args.label_column}
-    mode = "L" if channels == 1 else "RGB"
-    load = partial(load_examples, **columns, numbers=numbers, mode=mode, size=resolution)
-    return dataset.with_transform(load), contents, names or found
+    return dataset.with_transform(partial(load, numbers=numbers)), contents, names or found
 
 
 def load_examples(

@@ -40,13 +40,30 @@ from common.arguments import (
     end_in_one_line,
     tracked_flags,
 )
+from common.batches import endless_batches, make_dataloader
 from common.buckets import latent_shape, read_buckets, sort_by_bucket
 from common.cache import cache_encodings, identify
-from common.captions import add_caption_arguments, count_longer, drop_uncaptioned, load_captioned, read_prompts
+from common.captions import (
+    add_caption_arguments,
+    count_longer,
+    drop_uncaptioned,
+    find_no_caption,
+    first_captions,
+    load_captioned,
+    read_prompts,
+)
 from common.card import write_model_card
 from common.checkpoints import prepare_output
 from common.costs import dtype_of, estimate_activations, profile_forward
-from common.data import choose_samples, drop_unreadable, flip_rows, flip_views, load_pixels, random_flips
+from common.data import (
+    choose_samples,
+    drop_unreadable,
+    flip_rows,
+    flip_views,
+    load_images,
+    load_pixels,
+    random_flips,
+)
 from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import print_cache_estimate, print_memory_estimate, print_time_estimate
@@ -57,6 +74,7 @@ from common.pruning import prune_width
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
 from common.reporting import gather_samples, grid_path, sample_grid, sample_models, save_grid, share_of
 from common.sharding import clip_gradients, gather_model, prepare
+from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
     check_groups,
     count_features,
@@ -84,11 +102,9 @@ from common.teachers import (
 from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
 from common.training import (
     check_skipped,
-    endless_batches,
     get_scheduler,
     guarded_step,
     make_accelerator,
-    make_dataloader,
     make_optimizer,
     prepare_models,
     seed_step,
@@ -205,6 +221,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     groups = add_shared_arguments(parser)
     add_caption_arguments(groups)
+    add_streaming_arguments(groups["data"])
 
     group = groups["models"]
     group.add_argument(
@@ -228,6 +245,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**RECIPE)
     args = parser.parse_args(input_args)
     check_args(args)
+    check_streaming(vars(args))
     args.validation_prompts = read_prompts(args.validation_prompts)
     return args
 
@@ -367,7 +385,9 @@ def example_inputs(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
-def make_dataset(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple[datasets.Dataset, dict[str, Any]]:
+def make_dataset(
+    args: argparse.Namespace, tokenizer: CLIPTokenizer
+) -> tuple[datasets.Dataset | StreamedDataset, dict[str, Any]]:
     """A dataset of `{"images": uint8 (3, H, W), "input_ids": (77,)}`, without unreadable or uncaptioned images.
 
     Returns:
@@ -376,6 +396,12 @@ def make_dataset(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple[da
     size = args.aspect_ratio_buckets or args.resolution
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
+    load = partial(load_examples, **columns, size=size, tokenizer=tokenizer)
+    if args.streaming:
+        stream, source = load_images(*folders, columns, streaming=True)
+        how = args.image_column, args.max_unreadable, args.seed, args.shuffle_buffer, args.output_dir
+        captioned = partial(find_no_caption, caption_column=args.caption_column)
+        return StreamedDataset(stream, source, load, *how, captioned), {}
     dataset, source = load_captioned(*folders, columns, args.max_unreadable)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
     how = args.max_unreadable, args.dataloader_num_workers, size
@@ -390,7 +416,6 @@ def make_dataset(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple[da
     longer = count_longer(captions, tokenizer, limit)
     if longer:
         logger.warning(f"{longer} of {len(captions)} captions are longer than {limit} tokens and are cut there")
-    load = partial(load_examples, **columns, size=size, tokenizer=tokenizer)
     return dataset.with_transform(load), contents
 
 
@@ -786,7 +811,7 @@ def main(args: argparse.Namespace) -> None:
     device, dtype = accelerator.device, working_dtype(accelerator)
     with accelerator.main_process_first():
         dataset, contents = make_dataset(args, tokenizer)
-    prompts = args.validation_prompts or [*dataset.with_format(None)[:4][args.caption_column]]
+    prompts = args.validation_prompts or first_captions(dataset, args.caption_column)
     workers, encoders = args.dataloader_num_workers, None
     cache = partial(cache_encodings, cache_dir=args.cache_dir, num_workers=workers, accelerator=accelerator)
     if args.cache_latents:

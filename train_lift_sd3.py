@@ -43,13 +43,29 @@ from common.arguments import (
     end_in_one_line,
     tracked_flags,
 )
+from common.batches import endless_batches, make_dataloader
 from common.buckets import latent_shape, read_buckets, sort_by_bucket
 from common.cache import JoinedDataset, cache_encodings, collate_alike, identify
-from common.captions import add_caption_arguments, drop_uncaptioned, load_captioned, read_prompts
+from common.captions import (
+    add_caption_arguments,
+    drop_uncaptioned,
+    find_no_caption,
+    first_captions,
+    load_captioned,
+    read_prompts,
+)
 from common.card import write_model_card
 from common.checkpoints import prepare_output
 from common.costs import dtype_of, estimate_activations, profile_forward
-from common.data import choose_samples, drop_unreadable, flip_rows, flip_views, load_pixels, random_flips
+from common.data import (
+    choose_samples,
+    drop_unreadable,
+    flip_rows,
+    flip_views,
+    load_images,
+    load_pixels,
+    random_flips,
+)
 from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import print_cache_estimate, print_memory_estimate, print_time_estimate
@@ -72,6 +88,7 @@ from common.sd3_text import (
     tokenize,
 )
 from common.sharding import clip_gradients, gather_model, prepare
+from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
     check_groups,
     choose_once,
@@ -100,11 +117,9 @@ from common.teachers import (
 from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
 from common.training import (
     check_skipped,
-    endless_batches,
     get_scheduler,
     guarded_step,
     make_accelerator,
-    make_dataloader,
     make_optimizer,
     prepare_models,
     seed_step,
@@ -183,6 +198,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     groups = add_shared_arguments(parser)
     add_caption_arguments(groups)
+    add_streaming_arguments(groups["data"])
 
     group = groups["models"]
     group.add_argument("--pretrained_teacher_model", default=TEACHER, help="SD 3 or 3.5: a folder or a Hub id")
@@ -227,6 +243,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**RECIPE)
     args = parser.parse_args(input_args)
     check_args(args)
+    check_streaming(vars(args))
     args.validation_prompts = read_prompts(args.validation_prompts)
     check_script_args(args)
     return args
@@ -402,7 +419,7 @@ def size_limits(student: SD3Transformer2DModel, vae: AutoencoderKL) -> tuple[int
 def choose_blocks(
     source: TeacherSource,
     depth: int,
-    dataset: torch.utils.data.Dataset,
+    dataset: torch.utils.data.Dataset | StreamedDataset,
     batch_size: int,
     inputs_of: Callable[[Batch], tuple],
     seed: int,
@@ -420,7 +437,10 @@ def choose_blocks(
         teacher = load_frozen(source, SD3Transformer2DModel, "transformer", device, dtype)
         model = FeatureModel(hold_teacher(teacher, None, dtype, device, offload=False), [])
         seed_step(seed)
-        rows = torch.utils.data.Subset(dataset, torch.randperm(len(dataset))[:INFLUENCE_IMAGES].tolist())
+        if isinstance(dataset, StreamedDataset):
+            rows = dataset.sample(INFLUENCE_IMAGES)
+        else:
+            rows = torch.utils.data.Subset(dataset, torch.randperm(len(dataset))[:INFLUENCE_IMAGES].tolist())
 
         def run() -> None:
             for alike in torch.utils.data.DataLoader(rows, batch_size=batch_size, collate_fn=collate_alike):
@@ -469,7 +489,9 @@ def example_inputs(transformer: SD3Transformer2DModel, t5_tokens: int) -> dict[s
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
-def make_dataset(args: argparse.Namespace, tokenizers: dict) -> tuple[datasets.Dataset, dict[str, Any]]:
+def make_dataset(
+    args: argparse.Namespace, tokenizers: dict
+) -> tuple[datasets.Dataset | StreamedDataset, dict[str, Any]]:
     """A dataset of images, uint8 (3, H, W), and each text encoder's token ids, and what identifies it in a cache.
 
     It is without unreadable images and without images that have no caption. Its "buckets" are those of
@@ -479,6 +501,12 @@ def make_dataset(args: argparse.Namespace, tokenizers: dict) -> tuple[datasets.D
     size = args.aspect_ratio_buckets or args.resolution
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
     columns = {"image_column": image, "caption_column": caption}
+    load = partial(load_examples, **columns, size=size, tokenizers=tokenizers)
+    if args.streaming:
+        stream, source = load_images(*folders, columns, streaming=True)
+        how = args.image_column, args.max_unreadable, args.seed, args.shuffle_buffer, args.output_dir
+        captioned = partial(find_no_caption, caption_column=args.caption_column)
+        return StreamedDataset(stream, source, load, *how, captioned), {}
     dataset, source = load_captioned(*folders, columns, args.max_unreadable)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
     how = args.max_unreadable, args.dataloader_num_workers, size
@@ -490,8 +518,7 @@ def make_dataset(args: argparse.Namespace, tokenizers: dict) -> tuple[datasets.D
         contents |= {"data": dataset._fingerprint, "buckets": buckets}
 
     report_long_captions(list(dataset[caption]), tokenizers)
-    transform = partial(load_examples, **columns, size=size, tokenizers=tokenizers)
-    return dataset.with_transform(transform), contents
+    return dataset.with_transform(load), contents
 
 
 def load_examples(
@@ -925,7 +952,7 @@ def main(args: argparse.Namespace) -> None:
     device, dtype = accelerator.device, working_dtype(accelerator)
     with accelerator.main_process_first():
         dataset, contents = make_dataset(args, tokenizers)
-    prompts = args.validation_prompts or [*dataset.with_format(None)[:4][args.caption_column]]
+    prompts = args.validation_prompts or first_captions(dataset, args.caption_column)
     workers, encoders = args.dataloader_num_workers, None
     cache = partial(cache_encodings, cache_dir=args.cache_dir, num_workers=workers, accelerator=accelerator)
     if args.cache_latents:

@@ -41,6 +41,7 @@ from common.arguments import (
     end_in_one_line,
     tracked_flags,
 )
+from common.batches import endless_batches, make_dataloader
 from common.cache import cache_encodings
 from common.card import write_model_card
 from common.checkpoints import prepare_output
@@ -56,6 +57,7 @@ from common.pruning import prune_width
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
 from common.reporting import gather_samples, grid_path, labelled_grid, sample_models, save_grid, share_of
 from common.sharding import clip_gradients, gather_model, prepare
+from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
     check_groups,
     count_features,
@@ -72,11 +74,9 @@ from common.teachers import TeacherSource, check_weights, load_weights, make_noi
 from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
 from common.training import (
     check_skipped,
-    endless_batches,
     get_scheduler,
     guarded_step,
     make_accelerator,
-    make_dataloader,
     make_optimizer,
     prepare_models,
     seed_step,
@@ -130,6 +130,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     switch = argparse.BooleanOptionalAction
     groups = add_shared_arguments(parser)
+    add_streaming_arguments(groups["data"])
 
     group = groups["models"]
     group.add_argument("--pretrained_teacher_model", help="DDPM/DDIM pipeline or UNet2DModel: a folder or a Hub id")
@@ -173,6 +174,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**RECIPE)
     args = parser.parse_args(input_args)
     check_args(args)
+    check_streaming(vars(args))
     if args.kd_loss != "none" and args.pretrained_teacher_model is None:
         fail(f"--kd_loss {args.kd_loss} needs a teacher; add --pretrained_teacher_model, or pass --kd_loss none")
     if args.pretrained_teacher_model is None and not args.student.endswith(".json"):
@@ -313,7 +315,9 @@ def fill_student(
         return fill_from_blocks(student, teacher, recipe.get("blocks"), random=student_init == "random")
     accumulate = None
     if student_init == "diffusion":
-        batch = torch.stack([item["images"] for item in dataset.select(range(min(len(dataset), 16)))])
+        streamed = isinstance(dataset, StreamedDataset)
+        items = dataset.sample(16) if streamed else dataset.select(range(min(len(dataset), 16)))
+        batch = torch.stack([item["images"] for item in items])
         accumulate = partial(accumulate_gradients, scheduler=scheduler, images=batch.to(device) / 127.5 - 1)
     side = 2 ** len(teacher.config.block_out_channels)
     sample = torch.zeros(1, teacher.config.in_channels, side, side)
@@ -361,20 +365,24 @@ def example_inputs(unet: UNet2DModel) -> dict[str, torch.Tensor]:
 
 def make_dataset(
     args: argparse.Namespace, channels: int, resolution: int
-) -> tuple[datasets.Dataset, dict[str, str | int]]:
+) -> tuple[datasets.Dataset | StreamedDataset, dict[str, str | int]]:
     """A dataset of `{"images": uint8 (channels, resolution, resolution)}`, without unreadable images.
 
     Returns:
         The dataset, and what identifies its contents in a cache.
     """
-    column = args.image_column
+    column, mode = args.image_column, "L" if channels == 1 else "RGB"
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
+    load = partial(load_examples, column=column, mode=mode, size=resolution)
+    if args.streaming:
+        stream, source = load_images(*folders, {"image_column": column}, streaming=True)
+        how = args.image_column, args.max_unreadable, args.seed, args.shuffle_buffer, args.output_dir
+        return StreamedDataset(stream, source, load, *how), {}
     dataset, source = load_images(*folders, {"image_column": column}, drop_labels=True)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
     dataset = drop_unreadable(dataset, column, source, args.max_unreadable, args.dataloader_num_workers, resolution)
     contents = {"data": dataset._fingerprint, "image": column, "resolution": resolution}
-    mode = "L" if channels == 1 else "RGB"
-    return dataset.with_transform(partial(load_examples, column=column, mode=mode, size=resolution)), contents
+    return dataset.with_transform(load), contents
 
 
 def load_examples(batch: dict[str, list], column: str, mode: str, size: int) -> dict[str, list[torch.Tensor]]:

@@ -12,9 +12,11 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from common.data import drop_rows, load_images, report_dropped
 from common.errors import fail, first_line
+from common.streaming import StreamedDataset
 
 import datasets
 from accelerate.logging import get_logger
@@ -125,6 +127,18 @@ def drop_uncaptioned(
     """The dataset without the images whose caption is missing or empty; see [`drop_rows`]."""
     empty = [row for row, text in enumerate(dataset[caption_column]) if not (text or "").strip()]
     return drop_rows(dataset, empty, image_column, "have no caption", source, max_unreadable)
+
+
+def find_no_caption(row: dict[str, Any], caption_column: str) -> str | None:
+    """What is wrong with a row of a stream: its caption is missing or empty; `None` where it is not."""
+    return None if (row[caption_column] or "").strip() else "have no caption"
+
+
+def first_captions(dataset: datasets.Dataset | StreamedDataset, column: str, count: int = 4) -> list[str]:
+    """The captions of the first images."""
+    if isinstance(dataset, StreamedDataset):
+        return [row[column] for row in dataset.head(count)]
+    return list(dataset.with_format(None)[:count][column])
 
 
 def report_unlisted(dataset: datasets.Dataset, column: str, source: str, max_unreadable: float) -> None:

@@ -10,6 +10,7 @@
 
 import glob
 import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from torchvision.transforms import v2
 
 logger = get_logger(__name__)
 
+BYTES = ("string", "large_string", "binary", "large_binary")  # of files, or their paths
+
 
 def load_images(
     dataset_name: str | None,
@@ -32,8 +35,9 @@ def load_images(
     train_data_dir: str | None,
     cache_dir: str | None,
     columns: dict[str, str],
+    streaming: bool = False,
     **options: Any,
-) -> tuple[datasets.Dataset, str]:
+) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
     """The training split of a dataset on the Hub or of a folder of images, undecoded, with the named columns only.
 
     Args:
@@ -42,6 +46,7 @@ def load_images(
         train_data_dir: The folder, where there is no id.
         cache_dir: Where `datasets` keeps its files.
         columns: The value of each flag that names a column, "image_column" among them.
+        streaming: Whether rows are read as they are asked for; a folder may then hold webdataset shards, .tar files.
         options: Further arguments of `datasets.load_dataset` for image folders.
 
     Returns:
@@ -50,17 +55,20 @@ def load_images(
     try:
         if dataset_name is not None:
             source, hint = f"--dataset_name {dataset_name}", ""
-            dataset = datasets.load_dataset(dataset_name, dataset_config_name, split="train", cache_dir=cache_dir)
+            where = {"path": dataset_name, "name": dataset_config_name}
         else:
             source, hint = f"--train_data_dir {train_data_dir}", ", or give it in the folder's metadata.jsonl"
-            if "caption_column" in columns:
+            if "caption_column" in columns and not streaming:
                 hint += ", or in a .txt file beside each image"
-            files = {"train": find_files(Path(train_data_dir))}
-            dataset = datasets.load_dataset(
-                "imagefolder", data_files=files, split="train", cache_dir=cache_dir, **options
-            )
-    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
+            pattern = find_files(Path(train_data_dir))
+            where = {"path": "imagefolder", "data_files": {"train": pattern}, **options}
+            if streaming and any(Path(train_data_dir).rglob("*.tar")):
+                where, hint = {"path": "webdataset", "data_files": {"train": f"{pattern}/*.tar"}}, ""
+        dataset = datasets.load_dataset(**where, split="train", cache_dir=cache_dir, streaming=streaming)
+    except (OSError, ValueError, IndexError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
         fail(f"{source} does not load: {first_line(error)}; pass a folder of images or a Hub dataset")
+    if dataset.column_names is None:  # a stream whose columns are known only once it is read
+        fail(f"{source} does not say which columns it has; pass webdataset or Parquet files, or drop --streaming")
     for flag, name in columns.items():
         if name not in dataset.column_names:
             fail(f"--{flag} {name} is not in the data; choose one of {', '.join(dataset.column_names)}" + hint)
@@ -135,67 +143,17 @@ def drop_unreadable(
     return drop_rows(dataset, unreadable, column, "cannot be read", source, max_unreadable)
 
 
-def number_classes(
-    dataset: datasets.Dataset, column: str, num_classes: int
-) -> tuple[list[int] | None, dict[int, str]]:
-    """How the labels of a dataset number the classes of a model; labels that are none of these end the run.
-
-    Args:
-        dataset: With an undecoded image column.
-        column: The column of the labels: class numbers, or names as the sub-folders of images give them.
-        num_classes: Of the model. Its classes are 0, ..., num_classes - 1.
-
-    Returns:
-        The model's class of each label of the dataset, `None` where the two are the same; and the names of the
-        classes by number, as far as the dataset has names.
-    """
-    kind, numbers, names = dataset.features[column], None, {}
-    if isinstance(kind, datasets.ClassLabel):
-        # Sorted as text, "10" comes before "2".
-        numbers = [int(name) for name in kind.names] if all(name.isdecimal() for name in kind.names) else None
-        names = dict(zip(numbers or range(len(kind.names)), kind.names))
-    elif not (isinstance(kind, datasets.Value) and "int" in kind.dtype):
-        fail(f"--label_column {column} holds {kind}; pass a column of class numbers, or a sub-folder per class")
-    labels = list(dataset[column])
-    if numbers is not None:  # -1 is how `datasets` marks what has no label
-        labels = [label if label in (None, -1) else numbers[label] for label in labels]
-    wrong = [row for row, label in enumerate(labels) if label is None or not 0 <= label < num_classes]
-    if wrong:
-        found = f"{len(wrong)} of {len(labels)} labels are none of the model's 0 to {num_classes - 1}"
-        fail(f"--label_column {column}: {found}, the first {labels[wrong[0]]} in row {wrong[0]}; correct them")
-    if names and numbers is None and len(names) != num_classes:
-        logger.warning(f"the data have {len(names)} classes, the model {num_classes}: class i is the i-th name")
-    return numbers, names
-
-
-def read_classes(chosen: list[str] | None, num_classes: int, names: dict[int, str]) -> dict[int, str]:
-    """The classes that `--validation_classes` chooses, each by number or name; without it the first eight.
-
-    Args:
-        chosen: The flag's value.
-        num_classes: Of the model.
-        names: Of its classes by number, as far as they are known. A name may list several, with commas between.
-
-    Returns:
-        A label for each class, by number.
-    """
-    numbers = {part.strip(): number for number, name in names.items() for part in [name, *name.split(",")]}
-    classes = {}
-    for entry in chosen or [str(number) for number in sorted(names or range(num_classes))[:8]]:
-        number = int(entry) if entry.isdecimal() else numbers.get(entry, -1)
-        if not 0 <= number < num_classes:
-            remedy = f"pass a number below {num_classes}, or a name of its classes"
-            fail(f"--validation_classes {entry} is no class; {remedy}")
-        classes[number] = names.get(number, f"class {number}")
-    return classes
-
-
-def undecode(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+def undecode(
+    dataset: datasets.Dataset | datasets.IterableDataset, column: str
+) -> datasets.Dataset | datasets.IterableDataset:
     """The dataset with the files' bytes or paths in its image column, as [`open_image`] takes them."""
+    kind = dataset.features[column]
     try:
+        if isinstance(kind, datasets.ClassLabel) or (isinstance(kind, datasets.Value) and kind.dtype not in BYTES):
+            raise TypeError  # as a cast does at once, but that of a stream only when it is read
         return dataset.cast_column(column, datasets.Image(decode=False))
     except (ValueError, TypeError, NotImplementedError):
-        fail(f"--image_column {column} holds {dataset.features[column]}; pass the column of the images")
+        fail(f"--image_column {column} holds {kind}; pass the column of the images")
 
 
 def drop_rows(

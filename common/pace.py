@@ -81,6 +81,7 @@ def describe_start(
     Args:
         teacher: The one that runs in each step.
         data: Images, batches of an epoch of each process, and images of a batch. An epoch is a pass over the images.
+            The first two are 0 where the data are streamed.
         steps: Of the whole run.
         checkpoints: When they are due.
         limit: How many of them are kept; `None` is all.
@@ -102,10 +103,11 @@ def describe_start(
     images, batches, batch_size = data
     micro_batches = accelerator.gradient_accumulation_steps
     a_step = batch_size * micro_batches * accelerator.num_processes
-    logger.info(
-        f"{images:,} images, {batches:,.10g} batches an epoch; {a_step:,} images a step; "
-        f"step {train_state.step:,} of {steps:,}, {steps * micro_batches / batches:,.1f} epochs"
-    )
+    size, epochs = "a stream of images", ""
+    if batches:
+        size = f"{images:,} images, {batches:,.10g} batches an epoch"
+        epochs = f", {steps * micro_batches / batches:,.1f} epochs"
+    logger.info(f"{size}; {a_step:,} images a step; step {train_state.step:,} of {steps:,}{epochs}")
 
     moments = 2 if "8bit" in type(train_state.optimizer.optimizer).__name__ else 8
     size = sum(weight.nbytes for weight in student.state_dict().values())

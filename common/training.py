@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""What does a training loop stand on: accelerator, optimizer, schedule, seeds, batches, and the guard of a step?"""
+"""What does a training loop stand on: accelerator, models, optimizer, schedule, seeds, and the guard of a step?"""
 
 import hashlib
 import logging
@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from common.attention import use_xformers
-from common.buckets import make_batches
-from common.ending import TIMEOUT, StopSignals, outlive_signals
+from common.ending import TIMEOUT
 from common.errors import fail, first_line
 from common.sharding import shard
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import (
@@ -104,29 +103,6 @@ def make_accelerator(
 def working_dtype(accelerator: Accelerator) -> torch.dtype:
     """What frozen models are kept in: the precision of the run."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-
-
-def make_dataloader(
-    dataset: torch.utils.data.Dataset,
-    batch_size: int,
-    num_workers: int,
-    accelerator: Accelerator,
-    buckets: list[list[int]] | None = None,
-) -> torch.utils.data.DataLoader:
-    """Shuffled whole batches, of one bucket each; the images that do not fill one wait for another epoch's order."""
-    if len(dataset) < batch_size * accelerator.num_processes:
-        fail(f"--train_batch_size {batch_size} is more than the {len(dataset)} images; pass a smaller one")
-    order = {"batch_size": batch_size, "shuffle": True, "drop_last": True}
-    if buckets:
-        order = {"batch_sampler": make_batches(dataset, batch_size, buckets, accelerator.num_processes)}
-    return torch.utils.data.DataLoader(
-        dataset,
-        **order,
-        num_workers=num_workers,
-        worker_init_fn=outlive_signals,
-        persistent_workers=num_workers > 0,
-        pin_memory=accelerator.device.type == "cuda",
-    )
 
 
 def prepare_models(
@@ -217,25 +193,6 @@ def seed_step(seed: int, *position: int) -> None:
     """
     digest = hashlib.sha256(repr((seed, *position)).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def endless_batches(
-    dataloader: torch.utils.data.DataLoader, batches_done: int, stop: StopSignals
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of a prepared dataloader, epoch after epoch, from a position on; skipped batches are not decoded.
-
-    Raises:
-        Stopped: In place of a batch, after a signal. One process stops waiting for its workers, too.
-    """
-    epoch, skip = divmod(batches_done, len(dataloader))
-    fetch = stop.interruptible(next) if stop.alone else next
-    while True:
-        dataloader.set_epoch(epoch)
-        batches = iter(skip_first_batches(dataloader, skip) if skip else dataloader)
-        while (batch := fetch(batches, None)) is not None:
-            stop.check()
-            yield batch
-        epoch, skip = epoch + 1, 0
 
 
 # A run ends when this many steps in a row had no finite loss and gradient.

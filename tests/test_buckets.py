@@ -10,11 +10,11 @@ import socket
 from pathlib import Path
 
 import common.card
+from common.batches import make_dataloader
 from common.buckets import BucketBatchSampler, read_buckets
 from common.cache import collate_alike
 from common.data import choose_size, drop_unreadable, load_images, load_pixels
 from common.metrics import read_metrics
-from common.training import make_dataloader
 
 import numpy as np
 import pytest

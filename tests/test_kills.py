@@ -101,7 +101,7 @@ def test_a_process_ends_although_its_data_workers_live(end, code):
     program = (
         "import sys, torch\n"
         "from accelerate import Accelerator\n"
-        "from common.training import make_dataloader\n"
+        "from common.batches import make_dataloader\n"
         "numbers = torch.utils.data.TensorDataset(torch.arange(64))\n"
         "batches = iter(make_dataloader(numbers, 2, 2, Accelerator(cpu=True)))\n"
         "next(batches)\n"

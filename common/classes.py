@@ -1,0 +1,95 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Which class of the model is a label of the data, and what are the classes called?"""
+
+from typing import Any
+
+from common.errors import fail
+
+import datasets
+from accelerate.logging import get_logger
+
+
+logger = get_logger(__name__)
+
+
+def number_labels(
+    dataset: datasets.Dataset | datasets.IterableDataset, column: str, num_classes: int
+) -> tuple[list[int] | None, dict[int, str]]:
+    """How the labels of a dataset number the classes of a model, by the kind of their column alone.
+
+    Args:
+        dataset: Of which the features are asked.
+        column: The column of the labels: class numbers, or names as the sub-folders of images give them.
+        num_classes: Of the model. Its classes are 0, ..., num_classes - 1.
+
+    Returns:
+        The model's class of each label of the dataset, `None` where the two are the same; and the names of the
+        classes by number, as far as the dataset has names.
+    """
+    kind, numbers, names = dataset.features[column], None, {}
+    if isinstance(kind, datasets.ClassLabel):
+        # Sorted as text, "10" comes before "2".
+        numbers = [int(name) for name in kind.names] if all(name.isdecimal() for name in kind.names) else None
+        names = dict(zip(numbers or range(len(kind.names)), kind.names))
+    elif not (isinstance(kind, datasets.Value) and "int" in kind.dtype):
+        fail(f"--label_column {column} holds {kind}; pass a column of class numbers, or a sub-folder per class")
+    if names and numbers is None and len(names) != num_classes:
+        logger.warning(f"the data have {len(names)} classes, the model {num_classes}: class i is the i-th name")
+    return numbers, names
+
+
+def number_classes(
+    dataset: datasets.Dataset, column: str, num_classes: int
+) -> tuple[list[int] | None, dict[int, str]]:
+    """[`number_labels`] of a dataset, whose labels are all looked at: one that is no class ends the run."""
+    numbers, names = number_labels(dataset, column, num_classes)
+    labels = [number_label(label, numbers) for label in dataset[column]]
+    wrong = [row for row, label in enumerate(labels) if label is None or not 0 <= label < num_classes]
+    if wrong:
+        found = f"{len(wrong)} of {len(labels)} labels are none of the model's 0 to {num_classes - 1}"
+        fail(f"--label_column {column}: {found}, the first {labels[wrong[0]]} in row {wrong[0]}; correct them")
+    return numbers, names
+
+
+def number_label(label: int | None, numbers: list[int] | None) -> int | None:
+    """The model's class of a label; -1, by which `datasets` marks what has no label, and `None` stay as they are."""
+    return label if numbers is None or label in (None, -1) else numbers[label]
+
+
+def find_wrong_label(
+    row: dict[str, Any], label_column: str, numbers: list[int] | None, num_classes: int
+) -> str | None:
+    """What is wrong with a row's label; `None` where it is a class of the model. See [`number_labels`]."""
+    label = number_label(row[label_column], numbers)
+    if label is not None and 0 <= label < num_classes:
+        return None
+    return f"have a label, such as {label}, that is none of the model's 0 to {num_classes - 1}"
+
+
+def read_classes(chosen: list[str] | None, num_classes: int, names: dict[int, str]) -> dict[int, str]:
+    """The classes that `--validation_classes` chooses, each by number or name; without it the first eight.
+
+    Args:
+        chosen: The flag's value.
+        num_classes: Of the model.
+        names: Of its classes by number, as far as they are known. A name may list several, with commas between.
+
+    Returns:
+        A label for each class, by number.
+    """
+    numbers = {part.strip(): number for number, name in names.items() for part in [name, *name.split(",")]}
+    classes = {}
+    for entry in chosen or [str(number) for number in sorted(names or range(num_classes))[:8]]:
+        number = int(entry) if entry.isdecimal() else numbers.get(entry, -1)
+        if not 0 <= number < num_classes:
+            remedy = f"pass a number below {num_classes}, or a name of its classes"
+            fail(f"--validation_classes {entry} is no class; {remedy}")
+        classes[number] = names.get(number, f"class {number}")
+    return classes
