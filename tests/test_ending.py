@@ -283,9 +283,10 @@ def test_a_second_interrupt_leaves_at_once(start, tmp_path):
     assert process.returncode == -signal.SIGINT and seconds < 5
 
 
-def test_two_processes_leave_together(start, tmp_path):
+@pytest.mark.parametrize("spread", [(), ("--fsdp",)], ids=["ddp", "fsdp"])
+def test_two_processes_leave_together(start, tmp_path, spread):
     folder = tmp_path / "student"
-    flags = ("--train_batch_size", 8, "--max_train_steps", 1000, "--checkpointing_steps", 1000)
+    flags = ("--train_batch_size", 8, "--max_train_steps", 1000, "--checkpointing_steps", 1000, *spread)
     program = ("-m", *TWO_PROCESSES, ROOT / "train_lift_unet.py")
     process = start(folder, *flags, program=program)
     wait_until(lambda: read_metrics(folder / "metrics.jsonl"), process)
