@@ -63,13 +63,13 @@ from common.data import (
 )
 from common.ending import Stopped, StopSignals
 from common.errors import fail
-from common.estimates import print_cache_estimate, print_memory_estimate, print_time_estimate
+from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
 from common.reporting import gather_samples, grid_path, plot_influence, sample_grid, sample_models, save_grid, share_of
-from common.sharding import clip_gradients, gather_model, prepare
+from common.sharding import clip_gradients, count_whole, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
     check_groups,
@@ -918,6 +918,7 @@ def print_dry_run(
     args: argparse.Namespace,
 ) -> None:
     """Print parameters, MACs, a memory estimate and the student's config. All models are skeletons."""
+    processes = args.num_processes or 1
     count, total, features, inputs = student.num_parameters(), 0, 0, example_inputs(student)
 
     def make_student() -> DiTTransformer2DModel:
@@ -934,17 +935,20 @@ def print_dry_run(
         print(f"teacher: {total:,} parameters, {teacher_macs:,} MACs; the student is {count / total:.2%} of it")
         outputs = math.prod((student.config.out_channels, *inputs["hidden_states"].shape[2:]))
         cached = args.cache_teacher, outputs, args.cache_teacher_dtype, teacher_macs
-        print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision)
+        print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, processes)
     live = args.kd_loss != "none" and args.cache_teacher is None
     encoders = 0 if args.cache_latents or args.vae == "none" else vae.num_parameters()
     encoder_bytes = dtype_of(args.mixed_precision).itemsize * encoders
-    parameters = count, count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if live else 0
+    held = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if live else 0
     accumulates = args.gradient_accumulation_steps > 1
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
-    print_memory_estimate(activations, *parameters, *settings, encoder_bytes=encoder_bytes, features=features)
+    whole = count_whole(make_student(), teacher, held) if args.fsdp else None
+    spread = {"processes": processes, "whole": whole}
+    memory = estimate_memory(activations, count, held, *settings, None, encoder_bytes, features, **spread)
+    print_memory_estimate(*memory, processes)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if live else 0, *how)
+    print_time_estimate(macs, teacher_macs if live else 0, *how, processes)
     print(json.dumps(public_config(student.config), indent=2))
 
 

@@ -66,14 +66,14 @@ from common.data import (
 )
 from common.ending import Stopped, StopSignals
 from common.errors import fail
-from common.estimates import print_cache_estimate, print_memory_estimate, print_time_estimate
+from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.pruning import prune_width
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
 from common.reporting import gather_samples, grid_path, sample_grid, sample_models, save_grid, share_of
-from common.sharding import clip_gradients, gather_model, prepare
+from common.sharding import clip_gradients, count_whole, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
     check_groups,
@@ -739,6 +739,7 @@ def print_dry_run(
     args: argparse.Namespace,
 ) -> None:
     """Print parameters, MACs, a memory estimate and the student's config. All models are skeletons."""
+    processes = args.num_processes or 1
     count, total, inputs = student.num_parameters(), teacher.num_parameters(), example_inputs(student)
 
     def make_student() -> UNet2DConditionModel:
@@ -768,12 +769,15 @@ def print_dry_run(
     parameters = count + trained if args.lora_rank else count, held
     accumulates = args.gradient_accumulation_steps > 1
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
-    print_memory_estimate(activations, *parameters, *settings, trained, encoder_bytes, features)
+    whole = count_whole(make_student(), teacher, held) if args.fsdp else None
+    spread = {"processes": processes, "whole": whole}
+    memory = estimate_memory(activations, *parameters, *settings, trained, encoder_bytes, features, **spread)
+    print_memory_estimate(*memory, processes)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if live else 0, *how)
+    print_time_estimate(macs, teacher_macs if live else 0, *how, processes)
     cached = args.cache_teacher, inputs["sample"].numel(), args.cache_teacher_dtype, teacher_macs
-    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision)
+    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, processes)
     print(json.dumps(public_config(student.config), indent=2))
 
 

@@ -68,7 +68,7 @@ from common.data import (
 )
 from common.ending import Stopped, StopSignals
 from common.errors import fail
-from common.estimates import print_cache_estimate, print_memory_estimate, print_time_estimate
+from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
@@ -87,7 +87,7 @@ from common.sd3_text import (
     report_long_captions,
     tokenize,
 )
-from common.sharding import clip_gradients, gather_model, prepare
+from common.sharding import clip_gradients, count_whole, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
     check_groups,
@@ -874,6 +874,7 @@ def print_dry_run(
     args: argparse.Namespace,
 ) -> None:
     """Print parameters, MACs, a memory estimate and the student's config. All models are skeletons."""
+    processes = args.num_processes or 1
     count, total = student.num_parameters(), teacher.num_parameters()
     inputs = example_inputs(student, args.max_sequence_length)
 
@@ -908,12 +909,15 @@ def print_dry_run(
     features = count_features(teacher, recipe["features"], inputs, item=1)
     accumulates = args.gradient_accumulation_steps > 1
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
-    print_memory_estimate(activations, held, teacher_held, *settings, trained, encoder_bytes, features)
+    whole = count_whole(make_student(), teacher, teacher_held) if args.fsdp else None
+    spread = {"processes": processes, "whole": whole}
+    memory = estimate_memory(activations, held, teacher_held, *settings, trained, encoder_bytes, features, **spread)
+    print_memory_estimate(*memory, processes)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if live else 0, *how)
+    print_time_estimate(macs, teacher_macs if live else 0, *how, processes)
     cached = args.cache_teacher, inputs["hidden_states"].numel(), args.cache_teacher_dtype, teacher_macs
-    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision)
+    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, processes)
     print(json.dumps(public_config(student.config), indent=2))
 
 

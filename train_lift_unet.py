@@ -49,14 +49,14 @@ from common.costs import estimate_activations, profile_forward
 from common.data import choose_samples, drop_unreadable, flip_rows, load_images, load_pixels
 from common.ending import Stopped, StopSignals
 from common.errors import fail
-from common.estimates import print_cache_estimate, print_memory_estimate, print_time_estimate
+from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.pruning import prune_width
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
 from common.reporting import gather_samples, grid_path, labelled_grid, sample_models, save_grid, share_of
-from common.sharding import clip_gradients, gather_model, prepare
+from common.sharding import clip_gradients, count_whole, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
     check_groups,
@@ -571,6 +571,7 @@ def save_pipeline(
 
 def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dict, args: argparse.Namespace) -> None:
     """Print parameters, MACs, a memory estimate and the student's config."""
+    processes = args.num_processes or 1
     count, total, features, inputs = student.num_parameters(), 0, 0, example_inputs(student)
 
     def skeleton(model: UNet2DModel) -> UNet2DModel:
@@ -586,16 +587,19 @@ def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dic
         teacher_macs, *_ = profile_forward(skeleton(teacher).requires_grad_(False), **inputs)
         print(f"teacher: {total:,} parameters, {teacher_macs:,} MACs; the student is {count / total:.2%} of it")
         cached = args.cache_teacher, inputs["sample"].numel(), args.cache_teacher_dtype, teacher_macs
-        print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision)
+        print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, processes)
     live = args.kd_loss != "none" and args.cache_teacher is None
     accumulates = args.gradient_accumulation_steps > 1
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     on_device = live and not args.offload_teacher
     held = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if on_device else 0
-    print_memory_estimate(activations, count, held, *settings, features=features)
+    whole = count_whole(skeleton(student), teacher, held) if args.fsdp else None
+    spread = {"processes": processes, "whole": whole}
+    memory = estimate_memory(activations, count, held, *settings, features=features, **spread)
+    print_memory_estimate(*memory, processes)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if live else 0, *how)
+    print_time_estimate(macs, teacher_macs if live else 0, *how, processes)
     print(student.to_json_string())
 
 

@@ -169,6 +169,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
         "--license", help="of the student, as the Hub calls it, e.g. apache-2.0 (default: the teacher's)"
     )
     logs.add_argument("--dry_run", action="store_true", help="print sizes, MACs and a memory estimate, and stop")
+    logs.add_argument("--num_processes", type=int, help="with --dry_run: estimate for so many processes, not one")
     return {"models": models, "data": data, "distillation": kd, "training": training, "logging": logs}
 
 
@@ -197,6 +198,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.dry_run and args.num_train_epochs is not None:
         fail(f"--num_train_epochs {args.num_train_epochs} with --dry_run, which reads no data; pass --max_train_steps")
     if not args.dry_run:
+        if args.num_processes is not None:
+            fail(f"--num_processes {args.num_processes} is for --dry_run; drop it, and pass it to the launcher")
         if (args.dataset_name is None) == (args.train_data_dir is None):
             fail("--dataset_name or --train_data_dir must say where the images are: pass one of them")
         if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():

@@ -9,6 +9,7 @@
 """What will a run hold in memory and on the disk, and how long will it take?"""
 
 from common.costs import dtype_of
+from common.sharding import Whole
 
 
 # Peaks of cards for commodity PCs by NVIDIA's architecture white papers, dense, in TFLOP/s: of float32, and of tensor
@@ -17,7 +18,7 @@ PEAKS = {"RTX 3060, 12 GB": (12.7, 25.5), "RTX 4090, 24 GB": (82.6, 165.2)}
 SHARE_OF_PEAK = 0.3
 
 
-def print_memory_estimate(
+def estimate_memory(
     activations: tuple[int, int],
     student: int,
     teacher_bytes: int,
@@ -29,8 +30,10 @@ def print_memory_estimate(
     trained: int | None = None,
     encoder_bytes: int = 0,
     features: int = 0,
-) -> None:
-    """Print what a training step holds when it holds most, by part, in MiB.
+    processes: int = 1,
+    whole: Whole | None = None,
+) -> tuple[str, dict[str, int]]:
+    """What a training step holds on one process when it holds most: that moment's name, and the bytes by part.
 
     On a GPU, 1.02 to 1.11 of it was allocated, in the runs of docs/evidence.md.
 
@@ -47,26 +50,34 @@ def print_memory_estimate(
         trained: Parameters that learn, if not all of the student's; those that do not are held like the teacher's.
         encoder_bytes: Weights of what encodes images and captions in every step.
         features: Elements of the teacher's features of one image.
+        processes: That train together, each on a device of its own.
+        whole: What is whole for a while where `--fsdp` spreads student and teacher over them, see [`count_whole`];
+            `None` without. One process has nobody to spread to.
     """
     width = dtype_of(mixed_precision).itemsize
     trained = student if trained is None else trained
     kept, recomputed = activations
-    gradients = {"gradients (fp32)": 4 * trained}
-    always = {
+    whole = whole if processes > 1 else None
+    # DistributedDataParallel's buckets, of which the gradients are views, are there from the first step to the last.
+    keeps_gradients = keeps_gradients or (processes > 1 and whole is None)
+    held = {
         "trained weights (fp32)": 4 * trained,
         "frozen weights of the student": width * (student - trained),
-        **(gradients if keeps_gradients else {}),
+        "gradients (fp32)": 4 * trained,
         "optimizer moments": (2 if use_8bit_adam else 8) * trained,
         "averaged weights": 4 * trained if use_ema else 0,
         "teacher weights": teacher_bytes,
-        "encoders' weights": encoder_bytes,
     }
-    batch = f"student activations, batch {batch_size}"
+    always = {name: size // (processes if whole else 1) for name, size in held.items()}
+    always["encoders' weights"] = encoder_bytes
+    gradients = {} if keeps_gradients else {"gradients (fp32)": always.pop("gradients (fp32)")}
+    batch, copies = f"student activations, batch {batch_size}", "copies of the weights for autocast"
+    halves = width * trained if width < 4 else 0
     # The feature term has both models' features in float32. The backward pass begins with the gradients of them all.
     moments = {
         "after the forward pass": {
             batch: kept,
-            "copies of the weights for autocast": width * trained if width < 4 and not recomputed else 0,
+            copies: 0 if recomputed else halves,
             "features of both models and gradients": 12 * features * batch_size,
         },
         "while a block is recomputed": {
@@ -74,11 +85,25 @@ def print_memory_estimate(
             "the block being recomputed": recomputed,
             "gradients of the features": width * features * batch_size,
         },
-        "after the backward pass": {} if keeps_gradients else gradients,
+        "after the backward pass": gradients,
     }
+    if whole:
+        weights, unspread = "weights that are whole for a while", "gradients that are not spread yet"
+        begins, recomputes, ends = moments.values()
+        # Autocast keeps its copies of all weights until the forward pass ends, spread or not, recomputed or not.
+        moments["at the end of the forward pass"] = {batch: kept, copies: halves, weights: whole.weights}
+        begins[weights] = max(whole.weights, whole.teacher)
+        for moment in (recomputes, ends):
+            moment |= {weights: whole.weights, unspread: whole.gradients}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = always | moments[moment]
-    print(f"memory at its peak, {moment}, estimated, without the teacher's working set and the CUDA context:")
+    return moment, always | moments[moment]
+
+
+def print_memory_estimate(moment: str, parts: dict[str, int], processes: int = 1) -> None:
+    """Print what [`estimate_memory`] returned, in MiB."""
+    each = f" of each of {processes} processes" if processes > 1 else ""
+    without = "without the teacher's working set and the CUDA context"
+    print(f"memory{each} at its peak, {moment}, estimated, {without}:")
     for name, size in [*parts.items(), ("sum", sum(parts.values()))]:
         if size:
             print(f"  {name:<40}{size / 2**20:>12,.1f} MiB")
@@ -91,10 +116,11 @@ def print_time_estimate(
     steps: int,
     checkpointing: bool,
     mixed_precision: str | None,
+    processes: int = 1,
 ) -> None:
-    """Print what the run computes, and how long that takes where a card reaches a share of its peak.
+    """Print what each process computes, and how long that takes where a card reaches a share of its peak.
 
-    A backward pass counts as two forward passes. Encoders are not counted.
+    A backward pass counts as two forward passes. Encoders, and what processes send each other, are not counted.
 
     Args:
         student_macs: Multiply-accumulates of a forward pass on one image.
@@ -103,17 +129,25 @@ def print_time_estimate(
         steps: Of the whole run.
         checkpointing: Whether the student's forward pass runs twice.
         mixed_precision: "fp16", "bf16", "no" or `None`.
+        processes: That take a step together, each with as many images.
     """
     passes = 4 if checkpointing else 3
     flops = 2 * steps * images * (passes * student_macs + teacher_macs)
-    print(f"time, estimated: {steps:,} steps of {images} images are {flops:.2e} FLOPs of student and teacher")
+    each = f" of each of {processes} processes, without what they send" if processes > 1 else ""
+    print(f"time{each}, estimated: {steps:,} steps of {images} images are {flops:.2e} FLOPs of student and teacher")
     for card, seconds in _seconds_by_card(flops, mixed_precision).items():
         hours = seconds / 3600
         print(f"  {card:<40}{hours:>12,.{1 if hours >= 1 else 3}f} h")
 
 
 def print_cache_estimate(
-    passes: int | None, outputs: int, storage: str, teacher_macs: int, images: int | None, mixed_precision: str | None
+    passes: int | None,
+    outputs: int,
+    storage: str,
+    teacher_macs: int,
+    images: int | None,
+    mixed_precision: str | None,
+    processes: int = 1,
 ) -> None:
     """Print what the cache of the teacher's predictions takes on the disk, and how long it takes to fill it.
 
@@ -124,6 +158,7 @@ def print_cache_estimate(
         teacher_macs: Multiply-accumulates of a forward pass on one image.
         images: Of the data set. A dry run does not read it: `None` prints the size for each thousand.
         mixed_precision: "fp16", "bf16", "no" or `None`.
+        processes: That fill it together.
     """
     if passes is None:
         return
@@ -131,11 +166,11 @@ def print_cache_estimate(
     rows = passes * (images or 1000)
     of = f"{images:,} images" if images is not None else "each 1,000 images (--max_train_samples says how many)"
     print(f"the teacher's predictions, cached beforehand, for {of}: {rows * outputs * width / 2**20:,.1f} MiB")
-    for card, seconds in _seconds_by_card(2 * rows * teacher_macs, mixed_precision).items():
+    for card, seconds in _seconds_by_card(2 * rows * teacher_macs / processes, mixed_precision).items():
         print(f"  {card:<40}{seconds / 60:>12,.3g} min")
 
 
-def _seconds_by_card(flops: int, mixed_precision: str | None) -> dict[str, float]:
+def _seconds_by_card(flops: float, mixed_precision: str | None) -> dict[str, float]:
     """How long the FLOPs take on each card, by its name and the share of its peak."""
     seconds = {}
     for card, (single, half) in PEAKS.items():

@@ -44,6 +44,7 @@ RANGES = {
     **dict.fromkeys(("checkpointing_steps", "validation_steps", "logging_steps", "checkpoints_total_limit"), COUNT),
     **dict.fromkeys(("gradient_accumulation_steps", "num_validation_images", "encoding_batch_size"), COUNT),
     **dict.fromkeys(("student_depth", "num_images", "columns", "latency_images", "cache_teacher"), COUNT),
+    "num_processes": COUNT,
     "shuffle_buffer": COUNT,
     **dict.fromkeys(("resolution", "resize", "reference_resolution", "features_size"), SIDE),
     **dict.fromkeys(("num_inference_steps", "timesteps"), STEPS),

@@ -12,7 +12,7 @@ By PyTorch's `fully_shard` (FSDP2), on CPUs and GPUs alike: each process keeps i
 the optimizer and the average hold for it. A block's weights come together for its forward and its backward pass.
 """
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -33,6 +33,11 @@ Model = TypeVar("Model", bound=ModelMixin)
 BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock", "ResnetBlock2D", "CombinedTimestepLabelEmbeddings")
 
 
+def _find_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What comes together on its own, inner blocks before the ones around them."""
+    return [module for module in reversed([*model.modules()]) if type(module).__name__ in BLOCKS]
+
+
 def shard(model: FeatureModel, device: torch.device) -> None:
     """Spread a model over all processes, in place. What it trains starts as it is on the first of them.
 
@@ -45,8 +50,7 @@ def shard(model: FeatureModel, device: torch.device) -> None:
         whole = parameter.data.to(device)
         torch.distributed.broadcast(whole, 0)
         parameter.data.copy_(whole)
-    modules = [*model.model.modules()]
-    blocks = [module for module in reversed(modules) if type(module).__name__ in BLOCKS]  # inner ones come first
+    blocks = _find_blocks(model.model)
     projections = [module for module in model.projections if [*module.parameters()]]
     # Samples are drawn by the model alone, so it is the root, not what captures its features. And it lets go of its
     # weights after each forward pass: when averaged ones take their place, it must not keep the old ones.
@@ -118,3 +122,46 @@ def clip_gradients(model: torch.nn.Module, max_norm: float, accelerator: Acceler
     """Clip the gradient of all weights together to a norm; returns the norm before, a scalar equal on all ranks."""
     norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+class Whole(NamedTuple):
+    """Bytes on each process of what is whole for a while, of models that [`shard`] spreads: the most at once."""
+
+    weights: int  # of the student, in its passes
+    gradients: int  # of the student, in its backward pass
+    teacher: int  # weights, in its forward pass
+
+
+def count_whole(student: torch.nn.Module, teacher: torch.nn.Module | None, teacher_bytes: int) -> Whole:
+    """What is whole at once of two models on the meta device, which are not spread yet.
+
+    Weights arrive in a buffer and are copied out of it. The rest of a model does so first, and is then whole for all
+    of a pass, beside two blocks' weights: forward, a block's buffer stays until the next one's is there; backward, the
+    buffer of the block to come fills while this one computes. A block's gradients wait in a buffer until they are
+    spread, which is while those of the next one are computed: two blocks' again.
+
+    Args:
+        student: In the dtypes that it trains with.
+        teacher: In any dtype, or `None`.
+        teacher_bytes: Of its weights as they are held, 0 without one on the device.
+    """
+    (rest, rest_gradients), (block, block_gradients) = _count_units(student)
+    weights, gradients = rest + max(rest, 2 * block), rest_gradients + 2 * block_gradients
+    if not teacher_bytes:
+        return Whole(weights, gradients, 0)
+    (rest, _), (block, _) = _count_units(teacher)
+    share = (rest + max(rest, 2 * block)) / sum(parameter.nbytes for parameter in teacher.parameters())
+    return Whole(weights, gradients, round(share * teacher_bytes))
+
+
+def _count_units(model: torch.nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Bytes of weights and of gradients: of a model without its blocks, and of its largest block."""
+    counted: set[torch.nn.Parameter] = set()
+    units = []
+    for module in (*_find_blocks(model), model):
+        unit = [parameter for parameter in module.parameters() if parameter not in counted]
+        counted.update(unit)
+        trained = sum(parameter.nbytes for parameter in unit if parameter.requires_grad)
+        units.append((sum(parameter.nbytes for parameter in unit), trained))
+    *blocks, rest = units
+    return rest, max(blocks, default=(0, 0))

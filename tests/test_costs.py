@@ -4,7 +4,7 @@ import re
 from functools import partial
 
 from common.costs import dtype_of, estimate_activations, profile_forward
-from common.estimates import print_memory_estimate
+from common.estimates import estimate_memory, print_memory_estimate
 from common.students import count_features
 
 import pytest
@@ -167,7 +167,7 @@ def test_the_estimate_is_of_the_moment_that_holds_most(capsys):
     ) -> tuple[str, dict[str, float]]:
         sizes = {"student": 2**20, "teacher_bytes": 2**20, "batch_size": 2, "features": features}
         how = {"mixed_precision": "bf16", "use_8bit_adam": True, "use_ema": False, "keeps_gradients": keeps_gradients}
-        print_memory_estimate((kept * 2**20, recomputed * 2**20), **sizes, **how)
+        print_memory_estimate(*estimate_memory((kept * 2**20, recomputed * 2**20), **sizes, **how))
         head, *lines = capsys.readouterr().out.splitlines()
         return head.split(", ")[1], {name: float(size) for name, size in (line[2:-4].split("  ", 1) for line in lines)}
 
@@ -194,7 +194,7 @@ def test_the_estimate_is_of_the_moment_that_holds_most(capsys):
 
 def test_after_the_backward_pass_gradients_count(capsys):
     settings = {"mixed_precision": "no", "use_8bit_adam": False, "use_ema": True, "keeps_gradients": False}
-    print_memory_estimate((2**20, 0), student=2**20, teacher_bytes=0, batch_size=2, **settings)
+    print_memory_estimate(*estimate_memory((2**20, 0), student=2**20, teacher_bytes=0, batch_size=2, **settings))
     text = capsys.readouterr().out
     assert "memory at its peak, after the backward pass, estimated" in text
     assert re.findall(r"(\S+) MiB", text) == ["4.0", "8.0", "4.0", "4.0", "20.0"]

@@ -613,6 +613,8 @@ CASES = [
     (REPORT, "--names ''"),
     (ALL, "--license 'Apache 2.0'", "--license Apache 2.0 is no licence's id on the Hub; pass one such as"),
     (SD, "--license ''"),
+    (ALL, "--num_processes 4", "--num_processes 4 is for --dry_run", "drop it, and pass it to the launcher"),
+    (ALL, "--num_processes 0 --dry_run", "--num_processes 0 is out of range", "pass at least 1"),
     (ALL, "--num_train_epochs 2 --dry_run", "--num_train_epochs 2.0 with --dry_run", "pass --max_train_steps"),
     # which student
     ((UNET, SD3), "--student nan", "unknown"),
