@@ -186,8 +186,8 @@ CUDA context, and what NCCL holds for itself.
 - **FSDP2** adds what is whole for a while. That is the rest of a model beside its blocks, and two of its largest
   blocks: the one that computes, and the one that PyTorch fetches meanwhile. In the backward pass two blocks' gradients
   come on top: those being computed, and those being reduced.
-- **What does not shrink** under autocast is its copies of all trained weights in half precision. It holds them until
-  the forward pass ends, and without checkpointing until the backward pass needs them."""
+- **What does not shrink** without checkpointing is autocast's copies of all trained weights in half precision: the
+  backward pass needs them."""
 SMALLEST = f"""The fewest GPUs that take the student at the batch of its page, of 12 or 24 GB, or else of 48 or 80.
 They have room for {MARGIN} times the estimate, which is the most that was
 [measured](../../docs/evidence.md#on-a-gpu) on one GPU, and for 1 GiB of the CUDA context. One GPU has 8-bit Adam where

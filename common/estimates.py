@@ -71,13 +71,12 @@ def estimate_memory(
     always = {name: size // (processes if whole else 1) for name, size in held.items()}
     always["encoders' weights"] = encoder_bytes
     gradients = {} if keeps_gradients else {"gradients (fp32)": always.pop("gradients (fp32)")}
-    batch, copies = f"student activations, batch {batch_size}", "copies of the weights for autocast"
-    halves = width * trained if width < 4 else 0
+    batch = f"student activations, batch {batch_size}"
     # The feature term has both models' features in float32. The backward pass begins with the gradients of them all.
     moments = {
         "after the forward pass": {
             batch: kept,
-            copies: 0 if recomputed else halves,
+            "copies of the weights for autocast": width * trained if width < 4 and not recomputed else 0,
             "features of both models and gradients": 12 * features * batch_size,
         },
         "while a block is recomputed": {
@@ -89,11 +88,9 @@ def estimate_memory(
     }
     if whole:
         weights, unspread = "weights that are whole for a while", "gradients that are not spread yet"
-        begins, recomputes, ends = moments.values()
-        # Autocast keeps its copies of all weights until the forward pass ends, spread or not, recomputed or not.
-        moments["at the end of the forward pass"] = {batch: kept, copies: halves, weights: whole.weights}
+        begins, *later = moments.values()
         begins[weights] = max(whole.weights, whole.teacher)
-        for moment in (recomputes, ends):
+        for moment in later:
             moment |= {weights: whole.weights, unspread: whole.gradients}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return moment, always | moments[moment]

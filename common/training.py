@@ -25,6 +25,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     GradScalerKwargs,
@@ -83,6 +84,8 @@ def make_accelerator(
                 # No buffer of these models changes: SD3's table of positions alone is 226 MB and more.
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
                 GradScalerKwargs(init_scale=loss_scale),
+                # A weight is used once in a pass: to keep its half-precision copy until the end would save no work.
+                AutocastKwargs(cache_enabled=False),
             ],
         )
     except ValueError as error:
@@ -112,7 +115,7 @@ def prepare_models(
     gradient_checkpointing: bool,
     xformers: bool,
     compiled: bool,
-    fsdp: bool,
+    fsdp: bool = False,
 ) -> None:
     """Set both models up as asked for, in place."""
     models = [model for model in (student, teacher) if model is not None]
