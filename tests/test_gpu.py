@@ -22,6 +22,7 @@ from common.training import make_accelerator, prepare_models, working_dtype
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils.operations import convert_outputs_to_fp32
 from conftest import inputs_of
 from diffusers import (
@@ -92,6 +93,13 @@ def test_a_teacher_that_float16_cannot_hold_is_refused():
 # ----------------------------------------------------------------------------------------------------------- settings
 
 
+@pytest.fixture
+def no_accelerator() -> None:
+    """Forget the precision of a run before: there is one for a whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("no_accelerator")
 @pytest.mark.parametrize("allowed", [False, True])
 def test_tf32_is_what_the_flag_says(tmp_path, allowed):
     """cudnn's own default lets convolutions run in TF32 whatever matrix products do."""
@@ -103,10 +111,12 @@ def test_tf32_is_what_the_flag_says(tmp_path, allowed):
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
+@pytest.mark.usefixtures("no_accelerator")
 def test_waits_buffers_and_scale(tmp_path):
     accelerator = make_accelerator(str(tmp_path), "none", 0, 1, "no", allow_tf32=False, loss_scale=1.0)
     assert accelerator.init_handler.timeout.total_seconds() >= 3600
     assert accelerator.ddp_handler.broadcast_buffers is False and accelerator.ddp_handler.gradient_as_bucket_view
+    assert accelerator.autocast_handler.cache_enabled is False
     assert accelerator.scaler_handler.init_scale == 1.0 and accelerator.dataloader_config.non_blocking
 
 
