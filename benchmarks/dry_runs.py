@@ -64,6 +64,18 @@ def list_runs() -> list[tuple[str, str, str]]:
     return runs
 
 
+def save_teachers(folder: Path) -> dict[str, Path]:
+    """Write the teachers into a folder; returns their folders by name."""
+    return {
+        "celeba": save_ddpm(folder / "celeba", **CELEBA),
+        "sd21": save_sd21(folder / "sd21"),
+        "sdxl": save_sdxl(folder / "sdxl"),
+        "dit": save_dit(folder / "dit"),
+        "sd3-medium": save_sd3(folder / "sd3-medium", SD3_MEDIUM),
+        "sd3.5-large": save_sd3(folder / "sd3.5-large", SD35_LARGE),
+    }
+
+
 def estimate(script: str, teacher: Path, flags: str) -> dict:
     """One dry run's figures."""
     command = [f"train_lift_{script}.py", "--pretrained_teacher_model", str(teacher), *shlex.split(flags), "--dry_run"]
@@ -90,15 +102,7 @@ def main(args: argparse.Namespace) -> None:
     """Run all, print a table, write the JSON."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        where = Path(folder)
-        teachers = {
-            "celeba": save_ddpm(where / "celeba", **CELEBA),
-            "sd21": save_sd21(where / "sd21"),
-            "sdxl": save_sdxl(where / "sdxl"),
-            "dit": save_dit(where / "dit"),
-            "sd3-medium": save_sd3(where / "sd3-medium", SD3_MEDIUM),
-            "sd3.5-large": save_sd3(where / "sd3.5-large", SD35_LARGE),
-        }
+        teachers = save_teachers(Path(folder))
         for script, teacher, flags in tqdm(list_runs(), desc="dry runs"):
             rows.append({"script": script, "teacher": teacher, "flags": flags})
             rows[-1] |= estimate(script, teachers[teacher], flags)

@@ -30,8 +30,7 @@ from typing import Any
 from unittest import mock
 
 from accelerate.state import AcceleratorState, GradientState
-from dry_runs import BLOCKS, SD3, UNETS, WIDTHS, XL
-from full_models import CELEBA, SD3_MEDIUM, SD35_LARGE, save_ddpm, save_dit, save_sd3, save_sd21, save_sdxl
+from dry_runs import BLOCKS, SD3, UNETS, WIDTHS, XL, save_teachers
 from tqdm.auto import tqdm
 
 
@@ -213,15 +212,7 @@ def main(args: argparse.Namespace) -> None:
     """Estimate all, and write the JSON and the page."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        where = Path(folder)
-        teachers = {
-            "celeba": save_ddpm(where / "celeba", **CELEBA),
-            "sd21": save_sd21(where / "sd21"),
-            "sdxl": save_sdxl(where / "sdxl"),
-            "dit": save_dit(where / "dit"),
-            "sd3-medium": save_sd3(where / "sd3-medium", SD3_MEDIUM),
-            "sd3.5-large": save_sd3(where / "sd3.5-large", SD35_LARGE),
-        }
+        teachers = save_teachers(Path(folder))
         for script, teacher, student, more in tqdm(list_students(), desc="dry runs"):
             flags = f"--student {student} {more}"
             settings, micro_batches = read_settings(script, teachers[teacher], flags)

@@ -76,6 +76,15 @@ def sd_teacher(tmp_path_factory) -> Path:
     return tiny_models.save_sd_pipeline(tmp_path_factory.mktemp("sd"))
 
 
+@pytest.fixture(scope="session")
+def teachers(teacher, sd_teacher, tmp_path_factory) -> dict[str, Path]:
+    """A tiny pipeline of each script."""
+    dit = tiny_models.save_dit_pipeline(tmp_path_factory.mktemp("dit"), num_layers=4)
+    sd3 = tiny_models.save_sd3_pipeline(tmp_path_factory.mktemp("sd3"))
+    sdxl = tiny_models.save_sdxl_pipeline(tmp_path_factory.mktemp("sdxl"))
+    return {"unet": teacher, "sd21": sd_teacher, "dit": dit, "sd3": sd3, "sdxl": sdxl}
+
+
 @pytest.fixture
 def run(monkeypatch) -> Callable:
     """`run("train_lift_unet", "--flag", value, ...)` runs a script's `main` in this process, which is quick."""

@@ -23,8 +23,6 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from tiny_models import save_dit_pipeline, save_sd3_pipeline, save_sdxl_pipeline
-
 
 SCRIPTS = {
     "unet": ("--student", 0.5, "--num_validation_images", 3, "--reduction", "mean"),
@@ -49,15 +47,6 @@ LIVE = {  # the teacher is spread, too
     "sd21": LORA,
     "sd3": LORA,
 }
-
-
-@pytest.fixture(scope="module")
-def teachers(teacher, sd_teacher, tmp_path_factory) -> dict[str, Path]:
-    """A tiny pipeline of each script."""
-    dit = save_dit_pipeline(tmp_path_factory.mktemp("dit"), num_layers=4)
-    sd3 = save_sd3_pipeline(tmp_path_factory.mktemp("sd3"))
-    sdxl = save_sdxl_pipeline(tmp_path_factory.mktemp("sdxl"))
-    return {"unet": teacher, "sd21": sd_teacher, "dit": dit, "sd3": sd3, "sdxl": sdxl}
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lift_utils import FeatureModel
-from tiny_models import save_dit_pipeline, save_sd3_pipeline, save_sdxl_pipeline
 
 
 SHORT = (
@@ -46,15 +45,6 @@ PIPELINES = {
     "sd3": StableDiffusion3Pipeline,
     "sdxl": StableDiffusionXLPipeline,
 }
-
-
-@pytest.fixture(scope="module")
-def teachers(teacher, sd_teacher, tmp_path_factory) -> dict[str, Path]:
-    """A tiny pipeline of each script."""
-    dit = save_dit_pipeline(tmp_path_factory.mktemp("dit"), num_layers=4)
-    sd3 = save_sd3_pipeline(tmp_path_factory.mktemp("sd3"))
-    sdxl = save_sdxl_pipeline(tmp_path_factory.mktemp("sdxl"))
-    return {"unet": teacher, "sd21": sd_teacher, "dit": dit, "sd3": sd3, "sdxl": sdxl}
 
 
 @pytest.fixture
