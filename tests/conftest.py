@@ -1,9 +1,11 @@
 """Fixtures that the tests of the scripts share: real images, a small teacher, and two ways to run a script."""
 
+import contextlib
 import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from common.checkpoints import unlock_output
 
+import psutil
 import pytest
 import torch
 
@@ -117,17 +120,29 @@ def costs_here(monkeypatch) -> None:
     )
 
 
-def run_file(*arguments, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """Run `python *arguments` in a process of its own; returns it finished, with its output."""
-    return subprocess.run(
+def run_file(*arguments, cwd: Path = ROOT, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python *arguments` in a process of its own; returns it finished, with its output.
+
+    Where it does not end in time, the error shows where each of its processes stood.
+    """
+    process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
     )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        # The innermost first: a launcher whose process is gone would kill the others before they can say anything.
+        for each in [*reversed(psutil.Process(process.pid).children(recursive=True)), process]:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                each.send_signal(signal.SIGABRT)
+        output, _ = process.communicate()
+        pytest.fail(f"{arguments} did not end within {timeout} seconds:\n{output}")
+    return subprocess.CompletedProcess(process.args, process.returncode, output)
 
 
 # A port of its own for each pair: tests run side by side.

@@ -18,7 +18,7 @@ from common.ranges import RANGES, Range
 
 import pytest
 import torch
-from conftest import ROOT, TWO_PROCESSES
+from conftest import ROOT, TWO_PROCESSES, run_file
 
 import train_lift_unet
 
@@ -297,6 +297,15 @@ def test_two_processes_leave_together(start, tmp_path, spread):
     assert "SIGTERM: saved step" in output
     done = read_metrics(folder / "metrics.jsonl")[-1]["step"]
     assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{done}"]
+
+
+def test_a_hang_shows_where_each_process_stands(tmp_path):
+    """Tests that wait for a process say more than that it did not end."""
+    program = tmp_path / "program.py"
+    program.write_text("import time\ndef rest():\n    time.sleep(600)\nprint('begun', flush=True)\nrest()\n")
+    with pytest.raises(pytest.fail.Exception) as failed:
+        run_file("-m", *TWO_PROCESSES, program, timeout=15)
+    assert failed.value.msg.count("begun") == failed.value.msg.count("in rest") == 2
 
 
 # -------------------------------------------------------------------------------------- folders, disks, and exceptions
