@@ -11,7 +11,9 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import common.card
 from common.checkpoints import unlock_output
 
 import psutil
@@ -90,7 +92,11 @@ def teachers(teacher, sd_teacher, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def run(monkeypatch) -> Callable:
-    """`run("train_lift_unet", "--flag", value, ...)` runs a script's `main` in this process, which is quick."""
+    """`run("train_lift_unet", "--flag", value, ...)` runs a script's `main` in this process, which is quick.
+
+    Without curves, which take half of the time of a tiny run. Those of launched scripts have them.
+    """
+    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
 
     def run_in_process(script: str, *arguments) -> None:
         from accelerate.state import AcceleratorState, GradientState
@@ -106,6 +112,27 @@ def run(monkeypatch) -> Callable:
             unlock_output()  # as the end of its process would
 
     return run_in_process
+
+
+@pytest.fixture
+def in_process(run, monkeypatch) -> list:
+    """The demos run training scripts in this process instead of launching them; returns the flags of each."""
+    import demo
+
+    commands = []
+
+    class Finished:
+        def __init__(self, command, **options):
+            place = next(number for number, word in enumerate(command) if "train_lift_" in str(word))
+            commands.append(command[place + 1 :])
+            run(Path(command[place]).stem, *command[place + 1 :])
+            self.returncode = 0
+
+        def wait(self) -> int:
+            return self.returncode
+
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(Popen=Finished))  # not for other modules
+    return commands
 
 
 @pytest.fixture
@@ -150,13 +177,15 @@ TWO_PROCESSES = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2
 
 
 # Runs scripts one after the other in the process that it is, which saves the time of the imports. Several processes
-# stay together between runs: they cannot meet again where they have met.
+# stay together between runs: they cannot meet again where they have met. Curves would take half of the time.
 SEVERAL_RUNS = """
 import importlib, json, sys
 import torch.distributed
 destroy, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *group: None
 from accelerate.state import AcceleratorState, GradientState
+import common.card
 from common.checkpoints import unlock_output
+common.card.plot_curves = lambda *arguments: None
 for name, *command in json.loads(sys.argv[1]):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from diffusers import DDIMPipeline
 from PIL import Image
 
 import cache
+import demo
+import digits
 import gpu
 import random_teachers
 import step
@@ -24,30 +27,37 @@ import turns
 from result_tables import as_markdown, tables_from_files
 
 
-def test_demo_from_nothing(tmp_path):
-    """A few steps of everything, by the command."""
-    flags = ("--teacher_steps", 3, "--student_steps", 2, "--samples", 64, "--inference_steps", 2, "--threads", 1)
-    command = ("demos/digits.py", "--output_dir", tmp_path / "demo", *flags)
-    finished = run_file(*command)
-    assert finished.returncode == 0, finished.stdout
-    demo = tmp_path / "demo"
-    quality = json.loads((demo / "quality.json").read_text())
+def test_demo_from_nothing(in_process, costs_here, tmp_path, monkeypatch):
+    """A few steps of everything. Of the trainings one is launched, as all would be; the others run in this process."""
+    trainings, run_here = [], demo.subprocess.Popen
+
+    def launch_the_first(command, **options):
+        trainings.append(command)
+        return (run_here if trainings[1:] else subprocess.Popen)(command, **options)
+
+    monkeypatch.setattr(demo.subprocess, "Popen", launch_the_first)
+    flags = ["--teacher_steps", 3, "--student_steps", 2, "--samples", 64, "--inference_steps", 2, "--threads", 1]
+    flags = [str(flag) for flag in ("--output_dir", tmp_path / "demo", *flags)]
+    demo.main(digits.parse_args(flags), digits.run)
+    assert len(trainings) == 5 and len(in_process) == 4
+    folder = tmp_path / "demo"
+    quality = json.loads((folder / "quality.json").read_text())
     rows = {row["name"]: row for row in quality["rows"]}
     assert list(rows) == ["real", "teacher", *(f"{kd}-0" for kd in ("none", "mse", "lift", "place"))]
-    facts = json.loads((demo / "report.json").read_text())["facts"]
+    facts = json.loads((folder / "report.json").read_text())["facts"]
     assert facts["teacher"]["parameters"] == 2_469_729 and facts["place-0"]["parameters"] < 0.06 * 2_469_729
     assert all(np.isfinite(row["fid"]) for row in rows.values())
     assert rows["real"]["fid"] < min(row["fid"] for name, row in rows.items() if name != "real")
     assert rows["teacher"]["sampler"] == "ddim" and rows["teacher"]["num_inference_steps"] == 2
-    text = (demo / "results.md").read_text()
-    tables = tables_from_files(demo / "report.json", demo / "quality.json")
+    text = (folder / "results.md").read_text()
+    tables = tables_from_files(folder / "report.json", folder / "quality.json")
     assert "not Inception FID" in text and all(as_markdown(table) in text for table in tables)
     assert text.count("\n| ") == 7 + 7 + 6 and all(len(table[0]) <= 6 for table in tables)
     assert "- budget: teacher 3 steps, students 2 steps" in text
-    assert Image.open(demo / "samples.png").width > 16 * 96 and Image.open(demo / "curves.png").width > 700
-    assert DDIMPipeline.from_pretrained(demo / "place-0")(num_inference_steps=1).images
+    assert Image.open(folder / "samples.png").width > 16 * 96 and Image.open(folder / "curves.png").width > 700
+    assert DDIMPipeline.from_pretrained(folder / "place-0")(num_inference_steps=1).images
 
-    finished = run_file(*command, "--teacher_steps", 4)
+    finished = run_file("demos/digits.py", *flags, "--teacher_steps", 4)
     assert finished.returncode == 1 and "--teacher_steps 4 was 3" in finished.stdout
 
 

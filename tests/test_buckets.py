@@ -9,7 +9,6 @@ import shutil
 import socket
 from pathlib import Path
 
-import common.card
 from common.batches import make_dataloader
 from common.buckets import BucketBatchSampler, read_buckets
 from common.cache import collate_alike
@@ -67,9 +66,8 @@ def teachers(sd_teacher, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def distil(run, teachers, photos, tmp_path, monkeypatch):
+def distil(run, teachers, photos, tmp_path):
     """`distil(script, "name", *flags)` trains with buckets into a new folder and returns it."""
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
 
     def start(script: str, name: str = "student", *flags) -> Path:
         folder = tmp_path / name

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import common.cache
-import common.card
 from common.metrics import read_metrics
 from common.teachers import TeacherSource
 from common.training import seed_step
@@ -271,9 +270,8 @@ def test_bfloat16_is_kept(encode):
 
 
 @pytest.fixture
-def distil(run, sd_teacher, captioned, tmp_path, monkeypatch):
+def distil(run, sd_teacher, captioned, tmp_path):
     """`distil("name", *flags)` runs three steps into a new folder and returns its metrics."""
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
 
     def distil_into(name: str, *flags) -> list[dict]:
         source = ("--pretrained_teacher_model", sd_teacher, "--train_data_dir", captioned)

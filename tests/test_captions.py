@@ -5,8 +5,6 @@ import logging
 import shutil
 from pathlib import Path
 
-import common.card
-
 import pytest
 from accelerate import PartialState
 from conftest import run_file
@@ -69,10 +67,7 @@ def load(sd_teacher, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("script", ["train_lift_sd21", "train_lift_sd3"])
-def test_texts_and_a_file_of_prompts_train_as_metadata_and_prompts(
-    run, sd_teacher, texts, tmp_path, monkeypatch, script
-):
-    monkeypatch.setattr(common.card, "plot_curves", lambda *rest: None)
+def test_texts_and_a_file_of_prompts_train_as_metadata_and_prompts(run, sd_teacher, texts, tmp_path, script):
     teacher, part, student = sd_teacher, "unet", "bk_extreme"
     if script == "train_lift_sd3":
         teacher, part, student = save_sd3_pipeline(tmp_path / "sd3"), "transformer", "third"

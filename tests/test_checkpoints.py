@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import common.card
 import common.data
 from common.checkpoints import (
     find_checkpoint,
@@ -67,9 +66,8 @@ def command(teacher, images):
 
 
 @pytest.fixture
-def distil(run, command, tmp_path, monkeypatch):
-    """`distil("name", *flags)` runs it and returns the output folder. The curves take half of the time: left out."""
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
+def distil(run, command, tmp_path):
+    """`distil("name", *flags)` runs it and returns the output folder."""
 
     def distil_into(name: str, *flags) -> Path:
         run("train_lift_unet", *command(tmp_path / name, *flags))

@@ -6,7 +6,6 @@ import math
 import shutil
 from pathlib import Path
 
-import common.card
 import common.reporting
 from common.students import spaced_blocks
 from common.training import seed_step
@@ -40,12 +39,11 @@ def dit_teacher(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def distil(run, dit_teacher, articles, tmp_path, monkeypatch):
-    """`distil(*flags)` runs three steps into a new folder and returns it. No curves: they take half of the time.
+def distil(run, dit_teacher, articles, tmp_path):
+    """`distil(*flags)` runs three steps into a new folder and returns it.
 
     Without a flag that says otherwise the student is d4: every second of the eight blocks.
     """
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
 
     def distil_into(*flags, output_dir=tmp_path / "student") -> Path:
         source = [*("--pretrained_teacher_model", dit_teacher, "--train_data_dir", articles)]

@@ -233,7 +233,7 @@ def test_a_signal_before_the_steps_ends_at_once_and_leaves_nothing(start, tmp_pa
 
 def test_a_signal_stops_the_sampling_and_saves(start, run, command, tmp_path):
     folder = tmp_path / "student"
-    slow = ("--num_inference_steps", 400, "--num_validation_images", 64, "--validation_steps", 2)
+    slow = ("--num_inference_steps", 200, "--num_validation_images", 32, "--validation_steps", 2)
     process = start(folder, *slow, "--checkpointing_steps", 4, "--max_train_steps", 4)
     wait_until(lambda: len(read_metrics(folder / "metrics.jsonl")) == 2, process)
     time.sleep(1)

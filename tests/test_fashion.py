@@ -3,7 +3,6 @@
 import json
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,25 +35,6 @@ def words(data) -> tuple[list[str], object]:
     """The images' captions and a tokenizer of their words."""
     captions = [fashion.caption(label, image) for label, image in zip(data[1], data[0])]
     return captions, small_models.make_tokenizer(sorted({word for text in captions for word in text.split()}), 24)
-
-
-@pytest.fixture
-def in_process(run, monkeypatch) -> list:
-    """Training scripts run in this process instead of being launched; returns the flags of each."""
-    commands = []
-
-    class Finished:
-        def __init__(self, command, **options):
-            place = next(number for number, word in enumerate(command) if "train_lift_" in str(word))
-            commands.append(command[place + 1 :])
-            run(Path(command[place]).stem, *command[place + 1 :])
-            self.returncode = 0
-
-        def wait(self) -> int:
-            return self.returncode
-
-    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(Popen=Finished))  # not for other modules
-    return commands
 
 
 def stamp(folder: Path) -> dict[str, int]:

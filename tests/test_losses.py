@@ -3,7 +3,6 @@
 import json
 import re
 
-import common.card
 from common.teachers import min_snr_weights
 
 import pytest
@@ -77,9 +76,8 @@ def test_groups_take_no_weights():
 
 
 @pytest.fixture
-def distil(run, teacher, images, tmp_path, monkeypatch):
+def distil(run, teacher, images, tmp_path):
     """`distil(*flags)` trains the pixel script for two steps; returns its first row, and the student's weights."""
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
 
     def start(*flags, output_dir: str = "student"):
         folder = tmp_path / output_dir
@@ -121,10 +119,9 @@ def test_features_alone(distil):
 
 
 @pytest.mark.parametrize("script", ["sd21", "dit", "sd3"])
-def test_the_other_scripts_take_them(run, sd_teacher, captioned, articles, tmp_path, monkeypatch, script):
+def test_the_other_scripts_take_them(run, sd_teacher, captioned, articles, tmp_path, script):
     from tiny_models import save_dit_pipeline, save_sd3_pipeline
 
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
     place, data, *flags = {
         "sd21": (sd_teacher, captioned, "--student", "bk_small", "--validation_prompts", "a bag", "--snr_gamma", 5),
         "dit": (tmp_path / "dit", articles, "--keep_blocks", "1,3", "--snr_gamma", 5),

@@ -5,8 +5,6 @@ import json
 import re
 import shutil
 
-import common.card
-
 import pytest
 import torch
 import train_lift_pixart
@@ -57,8 +55,7 @@ def test_a_copy_distils_by_accelerate_launch(pixart, captioned, tmp_path):
         assert 0 < moved.max() < 0.01
 
 
-def test_cached_and_not_is_the_same(run, pixart, captioned, tmp_path, monkeypatch):
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
+def test_cached_and_not_is_the_same(run, pixart, captioned, tmp_path):
     flags = ("--pretrained_teacher_model", pixart, "--train_data_dir", captioned, *SHORT)
     flags += ("--cache_dir", tmp_path / "cache", "--caption_dropout", 0.5)
     results = []
@@ -124,9 +121,8 @@ def test_what_does_not_fit_is_said(run, pixart, captioned, tmp_path, flags, says
         run("train_lift_pixart", *source, *SHORT, *flags)
 
 
-def test_a_teacher_of_the_hub_says_an_older_class(run, pixart, captioned, tmp_path, monkeypatch):
+def test_a_teacher_of_the_hub_says_an_older_class(run, pixart, captioned, tmp_path):
     """Transformer2DModel, with fields that PixArt's has lost since. The student says today's."""
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
     teacher = shutil.copytree(pixart, tmp_path / "teacher")
     for path, changes in (
         (teacher / "model_index.json", {"transformer": ["diffusers", "Transformer2DModel"]}),
@@ -167,9 +163,8 @@ def test_the_loop_is_that_of_the_scripts():
     assert draws[0] == draws[1]
 
 
-def test_the_teacher_may_be_cached_and_compressed(run, pixart, captioned, tmp_path, monkeypatch):
+def test_the_teacher_may_be_cached_and_compressed(run, pixart, captioned, tmp_path):
     """A cached run learns from the live teacher's predictions; the mask and the variance are among them."""
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
     flags = ("--pretrained_teacher_model", pixart, "--train_data_dir", captioned, *SHORT, "--lambda_kd_feat", 0)
     flags += ("--cache_dir", tmp_path / "cache", "--cache_latents", "--cache_teacher", 2, "--teacher_dtype", "fp8")
     run("train_lift_pixart", *flags, "--output_dir", tmp_path / "student")

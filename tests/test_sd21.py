@@ -12,7 +12,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import common.card
 from common.pruning import prune_width
 from common.students import is_narrower, pair_features
 from common.teachers import TeacherSource
@@ -44,9 +43,8 @@ WIDTHS = [name for name in STUDENTS if name.startswith("width_")]
 
 
 @pytest.fixture
-def distil(run, sd_teacher, captioned, tmp_path, monkeypatch):
-    """`distil(*flags)` runs two steps into a new folder and returns it. No curves: they take half of the time."""
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
+def distil(run, sd_teacher, captioned, tmp_path):
+    """`distil(*flags)` runs two steps into a new folder and returns it."""
 
     def distil_into(*flags, output_dir=tmp_path / "student") -> Path:
         source = ("--pretrained_teacher_model", sd_teacher, "--train_data_dir", captioned, "--student", "bk_base")

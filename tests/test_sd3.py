@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import common.card
 import common.sd3_text
 from common.adapters import add_adapters
 from common.sd3_text import CLIPS, T5, TEXT_ENCODERS, TextEncoders, TextLayout, join_text, load_tokenizer, tokenize
@@ -52,10 +51,9 @@ def cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def distil(run, sd3_teacher, captioned, cache, tmp_path, monkeypatch):
+def distil(run, sd3_teacher, captioned, cache, tmp_path):
     """`distil(*flags)` runs three steps into a new folder and returns it."""
-    # What takes the time of tiny runs: curves, drawn in the test that launches the script, and garbage collection.
-    monkeypatch.setattr(common.card, "plot_curves", lambda *rest: None)
+    # Garbage collection takes much of the time of tiny runs.
     gc.freeze()
 
     def distil_into(*flags, output_dir=tmp_path / "student") -> Path:

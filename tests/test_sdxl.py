@@ -5,7 +5,6 @@ import re
 import shutil
 from pathlib import Path
 
-import common.card
 from common.students import is_narrower, match_blocks, pair_features
 from common.teachers import TeacherSource
 
@@ -37,9 +36,8 @@ def teacher(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def distil(run, teacher, captioned, tmp_path, monkeypatch):
-    """`distil(*flags)` runs two steps into a new folder and returns it. No curves: they take half of the time."""
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
+def distil(run, teacher, captioned, tmp_path):
+    """`distil(*flags)` runs two steps into a new folder and returns it."""
 
     def distil_into(*flags, output_dir=tmp_path / "student") -> Path:
         source = ("--pretrained_teacher_model", teacher, "--train_data_dir", captioned, "--student", "koala_700m")

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import common.bookmarks
-import common.card
 from common.captions import find_no_caption
 from common.classes import find_wrong_label
 from common.data import load_images, load_pixels, open_image
@@ -362,7 +361,6 @@ SHORT = (
 
 def test_a_streamed_run_that_was_stopped_ends_as_one_that_was_not(run, teacher, shards, tmp_path, monkeypatch):
     """12 steps of 4 images are more than a pass over 40."""
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
     seen, load = [], StreamedDataset.load_rows
 
     def load_noted(self, rows):
@@ -415,9 +413,8 @@ def teachers(tmp_path_factory, sd_teacher) -> dict[str, Path]:
         ("sd3", ("--student_depth", 2, "--caption_column", "txt", "--no-cache_latents", "--max_sequence_length", 8)),
     ],
 )
-def test_every_script_trains_on_a_stream(run, teachers, shards, tmp_path, monkeypatch, caplog, script, flags):
+def test_every_script_trains_on_a_stream(run, teachers, shards, tmp_path, caplog, script, flags):
     """DiT and SD3 choose blocks by their influence on images of the stream; captions of it are the prompts."""
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
     caplog.set_level("INFO")
     source = ("--pretrained_teacher_model", teachers[script], "--train_data_dir", shards)
     command = (*source, "--output_dir", tmp_path / "student", *SHORT, "--dataloader_num_workers", 0, *flags)
@@ -430,7 +427,6 @@ def test_every_script_trains_on_a_stream(run, teachers, shards, tmp_path, monkey
 
 def test_pruning_by_images_of_a_stream(run, teacher, shards, tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
     monkeypatch.setattr(
         train_lift_unet, "prune_width", lambda *arguments: shown.append(arguments[3].keywords["images"])
     )

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import common.cache
-import common.card
 from common.metrics import read_metrics
 from common.teacher_cache import DrawnDataset
 
@@ -48,9 +47,8 @@ PIPELINES = {
 
 
 @pytest.fixture
-def distil(run, teachers, images, captioned, articles, tmp_path, monkeypatch):
+def distil(run, teachers, images, captioned, articles, tmp_path):
     """`distil(script, *flags)` trains with a cached teacher; returns the output folder. The cache is the test's."""
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
     data = {"unet": images, "sd21": captioned, "dit": articles, "sd3": captioned, "sdxl": captioned}
 
     def start(script: str, *flags, output_dir: str = "student") -> Path:

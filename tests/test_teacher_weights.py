@@ -5,7 +5,6 @@ import json
 import re
 from pathlib import Path
 
-import common.card
 from common.teacher_weights import count_bytes, hold_teacher
 
 import pytest
@@ -106,9 +105,8 @@ def test_offloaded_layers_compute_the_same(name):
 
 
 @pytest.fixture
-def distil(run, tmp_path, monkeypatch):
+def distil(run, tmp_path):
     """`distil(script, teacher, data, *flags)` trains two steps; returns the output folder."""
-    monkeypatch.setattr(common.card, "plot_curves", lambda *arguments: None)
 
     def start(script: str, teacher: Path, data: Path, *flags, output_dir: str = "student") -> Path:
         where = ("--output_dir", tmp_path / output_dir, "--cache_dir", tmp_path / "cache")

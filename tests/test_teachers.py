@@ -7,7 +7,6 @@ import pickle
 import shutil
 from pathlib import Path
 
-import common.card
 from common.finite import first_non_finite
 from common.teachers import (
     DDPM_NOISE,
@@ -90,9 +89,8 @@ def edit(path: Path, **changes) -> Path:
 
 
 @pytest.fixture
-def distil(run, request, tmp_path, monkeypatch):
+def distil(run, request, tmp_path):
     """`distil(kind, teacher, *flags, name="student")` runs two steps of a script and returns the output folder."""
-    monkeypatch.setattr(common.card, "plot_curves", lambda *rest: None)  # they take half of the time
 
     def distil_from(kind: str, teacher: Path, *flags, name: str = "student") -> Path:
         _, data, usual, _ = SCRIPTS[kind]

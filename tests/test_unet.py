@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 from common.costs import profile_forward
@@ -11,7 +10,7 @@ from common.students import copy_blocks, is_narrower
 
 import pytest
 import torch
-from conftest import TWO_PROCESSES, copy_script, launch
+from conftest import TWO_PROCESSES, copy_script, launch, run_several
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -106,22 +105,20 @@ def test_from_scratch_to_student_by_accelerate_launch(images, tmp_path):
 
 
 def test_two_processes_share_the_batch(teacher, images, tmp_path):
-    command = (
-        *("train_lift_unet.py", "--pretrained_teacher_model", teacher, "--student", 0.5, "--train_data_dir", images),
-        *("--output_dir", tmp_path, *SHORT, "--train_batch_size", 4, "--checkpointing_steps", 2),
-    )
-    two = {"prefix": TWO_PROCESSES}
-    finished = launch(*command, **two)
-    assert finished.returncode == 0, finished.stdout
-    assert "96 images, 12 batches an epoch" in finished.stdout  # 12 of 2 x 4 images
-    whole = (weights(tmp_path), [row["loss"] for row in metrics(tmp_path)])
-    assert len(whole[1]) == 3
+    """A resumed run equals an uninterrupted one."""
 
-    shutil.rmtree(tmp_path / "checkpoint-3")
-    finished = launch(*command, "--resume_from_checkpoint", "latest", **two)
-    assert finished.returncode == 0, finished.stdout
-    assert "step 2 of 3," in finished.stdout
-    assert same(weights(tmp_path), whole[0]) and [row["loss"] for row in metrics(tmp_path)] == whole[1]
+    def command(name: str, *flags) -> tuple:
+        source = ("--pretrained_teacher_model", teacher, "--student", 0.5, "--train_data_dir", images)
+        size = ("--train_batch_size", 4, "--checkpointing_steps", 2)
+        return "train_lift_unet", *source, "--output_dir", tmp_path / name, *SHORT, *size, *flags
+
+    resumed = command("parts", "--resume_from_checkpoint", "latest")
+    commands = [command("whole"), command("parts", "--max_train_steps", 2), resumed]
+    printed = run_several(commands, tmp_path, prefix=("-m", *TWO_PROCESSES))
+    assert "96 images, 12 batches an epoch" in printed and "step 2 of 3," in printed  # 12 of 2 x 4 images
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    rows = metrics(tmp_path / "whole")
+    assert len(rows) == 3 and [row["loss"] for row in metrics(tmp_path / "parts")] == [row["loss"] for row in rows]
 
 
 # ----------------------------------------------------------------------------------------------------- what is trained
