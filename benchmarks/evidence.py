@@ -10,10 +10,11 @@
 
     python benchmarks/evidence.py                            # every experiment; with nothing left to run, its results
     python benchmarks/evidence.py --only tiny --jobs 2
+    python benchmarks/evidence.py --scale gpu --minutes 9    # on one GPU; the same command goes on
 
 Stopped, it goes on with the runs that it was in; a line of runs.jsonl is kept for each that is finished. Where an
 experiment searches the learning rate, each row has its own, on a seed that is not reported: it is halved and doubled
-until the best lies between two worse.
+until the best lies between two worse. The published table, with published teachers, is that of published.py.
 
 A table has means ± standard errors over the seeds, and mean differences of runs of the same seed, with the interval
 that holds them in 95 % of cases (Student's t). Only experiments with all their runs have a table and figures.
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -35,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import fail
 
-from study import ROOT, TIMESTEPS, Run, Study, cell, set_environment
+from study import ROOT, SCALES, TIMESTEPS, Run, Study, TimeUp, cell, set_environment
 
 
 Flags = dict[str, Any]
@@ -51,9 +53,10 @@ class Experiment(NamedTuple):
     seeds: tuple[int, ...]
     shared: Flags  # of all rows
     compared_with: tuple[tuple[str, ...], ...]  # of each group of rows, the others are compared with the best
-    search: bool = False  # for each row's learning rate
+    search: int = 0  # steps of the runs that search each row's learning rate; 0 is no search
     samples: int = 5000
     teachers: dict[str, str] | None = None  # by the name of the row; None is "teacher" for all
+    scale: str = "cpu"
 
 
 # Whether the teacher is cached makes no difference: there are as many draws as passes, and no pairs of timesteps.
@@ -83,7 +86,9 @@ def losses_experiment(size: str, student: float, init: str) -> Experiment:
     start = {"random": "from a random start", "magnitude": "pruned from the teacher"}[init]
     shared = {**PASSES, "student": student, "student_init": init, "checkpointing_steps": 250}
     question = f"Which loss helps a student of {size} of the teacher, {start}?"
-    return Experiment(question, LOSSES, (0, 1, 2, 3, 4), shared, (("mse",), tuple(NO_TEACHER)), True)
+    return Experiment(
+        question, LOSSES, (0, 1, 2, 3, 4), shared, (("mse",), tuple(NO_TEACHER)), PASSES["max_train_steps"]
+    )
 
 
 def draws_experiment() -> Experiment:
@@ -100,8 +105,8 @@ def teachers_experiment() -> Experiment:
     for teacher, width, size in (("quarter", 0.25, "280k"), ("teacher", 0.125, "1.1M"), ("fourfold", 0.0625, "4.4M")):
         for loss in ("FitNet", "mse", "place", "rms"):
             rows[f"{loss}, {size}"], teachers[f"{loss}, {size}"] = {**LOSSES[loss], "student": width}, teacher
-    question = "Does a larger teacher help the same student, or harm it?"
-    return Experiment(question, rows, (0, 1, 2), PASSES, (("mse, 1.1M",),), True, teachers=teachers)
+    question, search = "Does a larger teacher help the same student, or harm it?", PASSES["max_train_steps"]
+    return Experiment(question, rows, (0, 1, 2), PASSES, (("mse, 1.1M",),), search, teachers=teachers)
 
 
 def ablations_experiment() -> Experiment:
@@ -126,6 +131,22 @@ def batches_experiment() -> Experiment:
     )
 
 
+def large_experiment() -> Experiment:
+    """Twenty times the steps at 32 pixels: a student of 1.6 % of the largest of three teachers, which all run live."""
+    rows, teachers = {name: dict(flags) for name, flags in NO_TEACHER.items()}, {}
+    for teacher, width, size in (("teacher", 0.5, "1.1M"), ("fourfold", 0.25, "4.4M"), ("sixteenfold", 0.125, "18M")):
+        losses = ("FitNet", "mse", "rms", "place")
+        for loss in (*losses, "mse, min-SNR", "lift", "place + FitNet") if teacher == "sixteenfold" else losses:
+            rows[f"{loss}, {size}"], teachers[f"{loss}, {size}"] = {**LOSSES[loss], "student": width}, teacher
+    rows = {name: {key: flags[key] for key in flags if key not in CACHED} for name, flags in rows.items()}
+    teachers |= dict.fromkeys(NO_TEACHER, "sixteenfold")
+    shared = {"student": 0.125, "max_train_steps": 20_000, "train_batch_size": 96, "checkpointing_steps": 4000}
+    shared |= {"lr_warmup_steps": 500, "ema_decay": 0.999, "dataloader_num_workers": 1}
+    question = "Which loss helps a student of 1.6 %, and what does a larger teacher do?"
+    compared = ("mse, 18M",), tuple(NO_TEACHER)
+    return Experiment(question, rows, (0, 1, 2), shared, compared, 2000, 10_000, teachers, "gpu")
+
+
 EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
     "tiny": partial(losses_experiment, "1.6 %", 0.125, "random"),
     "draws": draws_experiment,
@@ -135,6 +156,7 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
     "tenth": partial(losses_experiment, "10 %", 0.3125, "random"),
     "tiny-pruned": partial(losses_experiment, "1.6 %", 0.125, "magnitude"),
     "tenth-pruned": partial(losses_experiment, "10 %", 0.3125, "magnitude"),
+    "large": large_experiment,
 }
 
 
@@ -153,6 +175,7 @@ def list_runs(name: str, experiment: Experiment) -> list[Run]:
 def search_rate(name: str, experiment: Experiment, row: str, lines: dict[str, dict]) -> tuple[float, list[Run]]:
     """A row's best learning rate so far, and the runs that the search needs next: none where it is finished."""
     flags, teacher = {**without_checkpoints(experiment.shared), **experiment.rows[row]}, teacher_of(experiment, row)
+    flags["max_train_steps"] = experiment.search
     best, runs = FIRST_RATE, {}
     while not {best, best / 2, best * 2} <= runs.keys():
         for rate in (best, best / 2, best * 2):
@@ -277,27 +300,47 @@ def report(name: str, lines: dict[str, dict], results: Path) -> str:
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, or `input_args`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=tuple(EXPERIMENTS), help="run these (default: all)")
+    parser.add_argument("--only", nargs="+", choices=tuple(EXPERIMENTS), help="run these (default: all of the scale)")
     parser.add_argument("--no_runs", action="store_true", help="only write the results of what is finished")
+    parser.add_argument(
+        "--scale",
+        choices=tuple(SCALES),
+        default="cpu",
+        help="cpu: 16 pixels; gpu: 32, and it needs one (default: cpu)",
+    )
+    parser.add_argument("--minutes", type=float, help="stop after these; the same command goes on (default: never)")
     parser.add_argument("--folder", type=Path, default=Path("evidence"), help="of teachers, students and caches")
     results = ROOT / "benchmarks" / "results" / "evidence"
     parser.add_argument("--results", type=Path, default=results, help="of the lines, the page and the figures")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a CPU thread each (default: 2)")
+    parser.add_argument("--jobs", type=int, help="runs side by side, a CPU thread each (default: 2; on a GPU 8)")
     args = parser.parse_args(input_args)
+    args.jobs = SCALES[args.scale].jobs if args.jobs is None else args.jobs
     if args.jobs < 1:
         fail(f"--jobs {args.jobs} is too few; pass at least 1")
+    if args.minutes is not None and args.minutes <= 0:
+        fail(f"--minutes {args.minutes} is no time; pass more, or leave it out")
+    others = [name for name in args.only or () if EXPERIMENTS[name]().scale != args.scale]
+    if others:
+        fail(f"--only {others[0]} is of another scale; pass --scale {EXPERIMENTS[others[0]]().scale}")
+    if args.scale == "gpu" and not args.no_runs and not torch.cuda.is_available():
+        fail("--scale gpu needs a GPU, and there is none; pass --scale cpu")
     return args
 
 
 def main(args: argparse.Namespace) -> None:
     """Run what is left, then write the results."""
     args.results.mkdir(parents=True, exist_ok=True)
-    study = Study(args.folder, args.results / "runs.jsonl", args.jobs)
-    for name in () if args.no_runs else args.only or EXPERIMENTS:
-        experiment = EXPERIMENTS[name]()
-        while runs := list_search(name, experiment, study.finished()):
-            study.run_all(runs)
-        study.run_all(list_runs(name, tune(name, experiment, study.finished())))
+    scale = SCALES[args.scale]
+    study = Study(args.folder / args.scale, args.results / "runs.jsonl", args.jobs, scale, args.minutes)
+    try:
+        for name in () if args.no_runs else args.only or EXPERIMENTS:
+            experiment = EXPERIMENTS[name]()
+            if experiment.scale == args.scale:
+                while runs := list_search(name, experiment, study.finished()):
+                    study.run_all(runs)
+                study.run_all(list_runs(name, tune(name, experiment, study.finished())))
+    except TimeUp:
+        print(f"{args.minutes:g} minutes are over; the same command goes on", file=sys.stderr)
     lines = study.finished()
     parts = [report(name, lines, args.results) for name in EXPERIMENTS]
     page = "# Experiments on small pixel U-Nets\n\nWritten by `python benchmarks/evidence.py` from runs.jsonl.\n\n"
@@ -307,5 +350,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    set_environment()
-    main(parse_args())
+    flags = parse_args()
+    set_environment(SCALES[flags.scale].device)
+    main(flags)

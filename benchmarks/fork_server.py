@@ -52,7 +52,7 @@ def make_fork_server(modules: tuple[str, ...] = MODULES) -> multiprocessing.cont
 
 
 def start_run(
-    context: multiprocessing.context.ForkServerContext,
+    context: multiprocessing.context.BaseContext,
     script: str,
     arguments: list[str],
     output: Path,
@@ -62,7 +62,7 @@ def start_run(
     """Start `python script.py *arguments`; the process leads a group of its own, as a job's does.
 
     Args:
-        context: Of [`make_fork_server`].
+        context: Of [`make_fork_server`], or another one that starts with a new process.
         script: The module's name.
         arguments: The command line after it.
         output: A file for all that it prints.

@@ -6,17 +6,20 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""A small set-up in which losses are compared: garments of 16 pixels, a teacher of 1.1M parameters, its 1.6 % student.
+"""A small set-up in which losses are compared: garments of 16 or 32 pixels, teachers of 0.3M to 18M parameters.
 
 All runs are those of train_lift_unet.py, by its own flags. A run's samples are compared with photographs that no model
 has seen, in the features of a classifier of the garments.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,10 +51,7 @@ from small_models import train_classifier
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDE = 16
-IMAGES = 20_000  # to train on
 TEACHER = {
-    "sample_size": SIDE,
     "in_channels": 1,
     "out_channels": 1,
     "layers_per_block": 1,
@@ -60,11 +60,27 @@ TEACHER = {
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
     "norm_num_groups": 8,
 }
-TEACHER_STEPS = 4000
-WIDTHS = {"teacher": 1, "quarter": 1 / 2, "fourfold": 2}  # of the teachers, whose sizes differ by four
+WIDTHS = {"quarter": 1 / 2, "teacher": 1, "fourfold": 2, "sixteenfold": 4}  # of the teachers: sizes differ by four
 SAMPLE_BATCH, SAMPLING_STEPS = 500, (5, 10, 50)
 # Where the error to the teacher is measured, and on how many images.
 TIMESTEPS, PROBES = (0, 20, 50, 100, 200, 400, 600, 800, 900, 950, 999), 256
+
+
+class Scale(NamedTuple):
+    """How large the set-up is, and where it runs."""
+
+    side: int  # pixels of the images
+    images: int  # to train on
+    teacher_steps: int
+    jobs: int  # runs side by side
+    device: str
+
+
+SCALES = {"cpu": Scale(16, 20_000, 4000, 2, "cpu"), "gpu": Scale(32, 60_000, 10_000, 8, "cuda")}
+
+
+class TimeUp(Exception):
+    """The slice of time is over; what was going on has saved what is done."""
 
 
 class Run(NamedTuple):
@@ -83,9 +99,11 @@ class Run(NamedTuple):
         return re.sub(r"[^\w.+-]+", "_", f"{self.experiment}/{self.name}-{self.seed}".replace("/", "--"))
 
 
-def set_environment() -> None:
-    """What all runs need in their environment, before the server for them is started."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+def set_environment(device: str) -> None:
+    """What all runs need in their environment, before the first one is started."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
 
 
@@ -106,9 +124,18 @@ def flags_of(run: Run) -> dict[str, Any]:
     return flags
 
 
-def shrink(images: np.ndarray) -> np.ndarray:
-    """Grey images, uint8 (N, 28, 28), at `SIDE` pixels."""
-    return np.stack([np.array(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX)) for image in images])
+def teacher_config(name: str, scale: Scale) -> dict[str, Any]:
+    """The config of a teacher of WIDTHS."""
+    widths = [int(WIDTHS[name] * width) for width in TEACHER["block_out_channels"]]
+    return {**TEACHER, "sample_size": scale.side, "block_out_channels": widths}
+
+
+def fit_images(images: np.ndarray, side: int) -> np.ndarray:
+    """Grey images, uint8 (N, 28, 28), at fewer pixels a side, or in a black frame at more."""
+    frame = side - images.shape[1]
+    if frame > 0:
+        return np.pad(images, ((0, 0), *[(frame // 2, frame - frame // 2)] * 2))
+    return np.stack([np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BOX)) for image in images])
 
 
 class Study:
@@ -118,10 +145,14 @@ class Study:
         folder: Of everything that is made.
         lines: A file of one JSON line for each finished run.
         jobs: Runs side by side, with a thread each.
+        scale: One of [`SCALES`].
+        minutes: After these everything is stopped, with [`TimeUp`]; `None` is never.
     """
 
-    def __init__(self, folder: Path, lines: Path, jobs: int):
-        self.folder, self.lines, self.jobs = folder.resolve(), lines, jobs
+    def __init__(self, folder: Path, lines: Path, jobs: int, scale: Scale, minutes: float | None = None):
+        self.folder, self.lines, self.jobs, self.scale = folder.resolve(), lines, jobs, scale
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.writing = threading.Lock()
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """The stored lines of finished runs by their keys."""
@@ -133,27 +164,25 @@ class Study:
         """Write the images, and train the classifier and the teachers, unless they are there."""
         source = find_fashion_mnist(ROOT / ".data")
         images, labels = read_fashion_mnist(source, "train")
-        images = shrink(images)
+        images = fit_images(images, self.scale.side)
         if not (self.folder / "images").exists():
             temporary = self.folder / ".images"
             temporary.mkdir(exist_ok=True)
-            for index, image in enumerate(tqdm(images[:IMAGES], desc="Writing images")):
+            for index, image in enumerate(tqdm(images[: self.scale.images], desc="Writing images")):
                 Image.fromarray(image).save(temporary / f"{index:05d}.png")
             temporary.rename(self.folder / "images")
         train_classifier(self.folder / "classifier.pt", images, labels)
-        np.save(self.folder / "unseen.npy", shrink(read_fashion_mnist(source, "t10k")[0]))
+        unseen, _ = read_fashion_mnist(source, "t10k")
+        np.save(self.folder / "unseen.npy", fit_images(unseen, self.scale.side))
         for name in sorted(teachers):
             self.train_teacher(name)
 
     def train_teacher(self, name: str) -> None:
         """Train a teacher of WIDTHS from scratch, unless it is there."""
-        config = {
-            **TEACHER,
-            "block_out_channels": [int(WIDTHS[name] * width) for width in TEACHER["block_out_channels"]],
-        }
         recipe = self.folder / f"{name}.json"
-        recipe.write_text(json.dumps({"config": config}))
-        flags = {"student": recipe, "kd_loss": "none", "max_train_steps": TEACHER_STEPS, "learning_rate": 2e-3}
+        recipe.write_text(json.dumps({"config": teacher_config(name, self.scale)}))
+        flags = {"student": recipe, "kd_loss": "none", "max_train_steps": self.scale.teacher_steps}
+        flags |= {"learning_rate": 1e-3 if WIDTHS[name] > 1 else 2e-3}
         flags |= {"train_batch_size": 64, "lr_scheduler": "cosine", "lr_warmup_steps": 200, "ema_decay": 0.999}
         self.train(self.folder / name, flags)
 
@@ -181,49 +210,71 @@ class Study:
         output_dir.mkdir(parents=True, exist_ok=True)
         log = output_dir / "log.txt"
         process = start_run(self.context, "train_lift_unet", words, log, self.folder)
-        process.join()
+        self.wait_for(process)
         if process.exitcode:
             fail(f"{output_dir} ended with exit code {process.exitcode}: {log.read_text()[-2000:]}")
         return words
 
+    def wait_for(self, process: multiprocessing.process.BaseProcess) -> None:
+        """Wait for its end; when the time is up, ask for it. A training then saves what is done."""
+        process.join(None if self.deadline is None else max(0.0, self.deadline - time.monotonic()))
+        if process.is_alive():
+            process.terminate()
+            process.join()
+            raise TimeUp
+
     def run_all(self, runs: list[Run]) -> None:
-        """Train and measure what is not finished, `jobs` side by side."""
+        """Train and measure what is not finished, `jobs` side by side. Raises [`TimeUp`]."""
         done = self.finished()
         left = [run for run in runs if run.key not in done]
         if not left:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.context = make_fork_server(("train_lift_unet", "datasets.packaged_modules.imagefolder.imagefolder"))
+        if self.scale.device == "cpu":
+            self.context = make_fork_server(("train_lift_unet", "datasets.packaged_modules.imagefolder.imagefolder"))
+        else:  # a process that has touched the GPU cannot be forked
+            self.context = multiprocessing.get_context("spawn")
         self.prepare({run.teacher for run in left})
         bar = tqdm(total=len(left), desc="Runs")
-        with ThreadPoolExecutor(self.jobs) as pool:
-            for line in pool.map(self.run, left):
+
+        def finish(run: Run) -> None:
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                raise TimeUp
+            line = self.run(run)
+            with self.writing:
                 with self.lines.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 bar.update()
                 bar.write(f"{line['key']}: {line['figures']['fd_50']:.1f}")
 
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                list(pool.map(finish, left))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
     def run(self, run: Run) -> dict[str, Any]:
-        """Train a student and measure it; returns its line."""
+        """Train a student and measure it; returns its line. Raises [`TimeUp`]."""
         folder = self.folder / "runs" / run.key
         flags = {"pretrained_teacher_model": self.folder / run.teacher, **flags_of(run)}
         words = self.train(folder, flags)
         figures = folder / "figures.json"
         if not figures.exists():
-            options = folder, self.folder / run.teacher, self.folder, run.samples, words, figures
+            options = folder, self.folder / run.teacher, self.folder, run.samples, words, figures, self.scale.device
             process = self.context.Process(target=measure, args=options)
             process.start()
-            process.join()
+            self.wait_for(process)
             if process.exitcode:
                 fail(f"{folder} could not be measured: exit code {process.exitcode}")
         rows = read_metrics(folder / "metrics.jsonl")
-        last = rows[-1]
+        last, device = rows[-1], describe_device(torch.device(self.scale.device))
         return {
             "key": run.key,
             **run._asdict(),
             "flags": {name: str(value) if isinstance(value, Path) else value for name, value in run.flags.items()},
             "commit": commit(),
-            "machine": f"{describe_device(torch.device('cpu'))}, a thread per run, torch {torch.__version__}",
+            "machine": f"{device}, a thread per run, torch {torch.__version__}",
             "last": {name: last[name] for name in ("step", "loss", "task", "kd", "kd_mse", "feat") if name in last},
             "images_per_second": float(np.median([row["images_per_second"] for row in rows[1:]])),
             "figures": json.loads(figures.read_text()),
@@ -240,7 +291,9 @@ def commit() -> str:
 
 
 @torch.no_grad()
-def measure(folder: Path, teacher: Path, study: Path, samples: int, words: list[str], figures: Path) -> None:
+def measure(
+    folder: Path, teacher: Path, study: Path, samples: int, words: list[str], figures: Path, device: str = "cpu"
+) -> None:
     """Distances of a run's samples to unseen images, and its errors to the teacher by timestep, as a JSON file.
 
     "fd_N" and "kid_N" are the Fréchet and the kernel distance of samples by N steps of DDIM, "curve" has fd_10 of each
@@ -251,6 +304,7 @@ def measure(folder: Path, teacher: Path, study: Path, samples: int, words: list[
         folder: Of the run.
         samples: How many are drawn; each point of the curve is of 1,000.
         words: The command line of the run.
+        device: That the models run on.
     """
     torch.set_num_threads(1)
     classifier = torch.jit.load(str(study / "classifier.pt")).eval()
@@ -265,38 +319,42 @@ def measure(folder: Path, teacher: Path, study: Path, samples: int, words: list[
     def features_of(model: UNet2DModel, steps: int, count: int) -> np.ndarray:
         return classifier(sample(model.eval(), pipeline.scheduler, steps, count))[0].numpy()
 
-    student = pipeline.unet.eval()
+    student = pipeline.unet.to(device).eval()
     result: dict[str, Any] = {"parameters": student.num_parameters(), "curve": {}}
     for steps in SAMPLING_STEPS:
         features = features_of(student, steps, samples)
         result[f"fd_{steps}"] = distance(features)
         result[f"kid_{steps}"] = kernel_inception_distance(features, reference, seed=0)
     for checkpoint in sorted(folder.glob("checkpoint-*/unet_ema"), key=lambda path: int(path.parent.name[11:])):
-        model = UNet2DModel.from_pretrained(checkpoint)
+        model = UNet2DModel.from_pretrained(checkpoint).to(device)
         result["curve"][checkpoint.parent.name[11:]] = distance(features_of(model, 10, 1000))
-    original = UNet2DModel.from_pretrained(teacher, subfolder="unet").eval()
-    result |= compare(student, original, unseen[:PROBES])
-    result["gradients"] = share_gradients(student, original, unseen[:PROBES], words)
+    original = UNet2DModel.from_pretrained(teacher, subfolder="unet").to(device).eval()
+    probes = unseen[:PROBES].to(device)
+    result |= compare(student, original, probes)
+    result["gradients"] = share_gradients(student, original, probes, words)
     figures.write_text(json.dumps(result))
 
 
 def sample(model: UNet2DModel, schedule: DDPMScheduler, steps: int, count: int) -> torch.Tensor:
-    """Samples by DDIM, float32 (count, 1, SIDE, SIDE), whole numbers in [0, 255], from the same noise for all."""
+    """Samples by DDIM, float32 (count, 1, side, side), whole numbers in [0, 255], from the same noise for all models.
+
+    They are on the CPU.
+    """
     scheduler, batches = DDIMScheduler.from_config(schedule.config), []
     for start in range(0, count, SAMPLE_BATCH):
         seeds = range(start, min(start + SAMPLE_BATCH, count))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape, device = (1, 1, SIDE, SIDE), torch.device("cpu")
-        batches.append(denoise(plain_unet(model), scheduler, shape, generators, steps, device))
+        shape = (1, 1, *[model.config.sample_size] * 2)
+        batches.append(denoise(plain_unet(model), scheduler, shape, generators, steps, model.device).cpu())
     return ((torch.cat(batches) / 2 + 0.5).clamp(0, 1) * 255).round()
 
 
 def compare(student: UNet2DModel, teacher: UNet2DModel, images: torch.Tensor) -> dict[str, list[float]]:
-    """The student's errors to the teacher on noisy images, float32 (N, 1, SIDE, SIDE) in [0, 255], by timestep."""
+    """The student's errors to the teacher on noisy images, float32 (N, 1, side, side) in [0, 255], by timestep."""
     schedule, errors = DDPMScheduler(), {"errors": [], "shifts": []}
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
     for timestep in TIMESTEPS:
-        timesteps = torch.full((len(images),), timestep)
+        timesteps = torch.full((len(images),), timestep, device=images.device)
         noisy = schedule.add_noise(images / 127.5 - 1, noise, timesteps)
         difference = student(noisy, timesteps).sample - teacher(noisy, timesteps).sample
         errors["errors"].append(difference.square().mean().item())
@@ -308,14 +366,14 @@ def share_gradients(student: UNet2DModel, teacher: UNet2DModel, images: torch.Te
     """How the gradient of a run's loss in the prediction is shared among [`TIMESTEPS`]: of its square, the sum is 1.
 
     Args:
-        images: Float32 (N, 1, SIDE, SIDE) in [0, 255]; one batch with each timestep as often as the others.
+        images: Float32 (N, 1, side, side) in [0, 255]; one batch with each timestep as often as the others.
         words: The command line of the run.
     """
     args = train_lift_unet.parse_args(words)
     schedule = DDPMScheduler()
-    timesteps = torch.tensor(TIMESTEPS).repeat(len(images) // len(TIMESTEPS))
+    timesteps = torch.tensor(TIMESTEPS, device=images.device).repeat(len(images) // len(TIMESTEPS))
     images = images[: len(timesteps)]
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
     inputs = {"sample": schedule.add_noise(images / 127.5 - 1, noise, timesteps), "timestep": timesteps}
     prediction = student(**inputs).sample.requires_grad_()
     with torch.enable_grad():
@@ -329,7 +387,7 @@ def share_gradients(student: UNet2DModel, teacher: UNet2DModel, images: torch.Te
             (args.lambda_task, args.lambda_kd_output, 0),
             args.reduction,
             args.task_loss,
-            min_snr_weights(schedule, args.snr_gamma, torch.device("cpu")),
+            min_snr_weights(schedule, args.snr_gamma, images.device),
         )
         gradient = torch.autograd.grad(loss, prediction)[0]
     squares = gradient.flatten(1).square().sum(1).view(-1, len(TIMESTEPS)).sum(0)

@@ -1,6 +1,9 @@
 """The experiments of benchmarks/evidence.py: what is chosen, compared and drawn, and how a run is measured."""
 
 import json
+import multiprocessing
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -51,7 +54,7 @@ def test_runs_are_compared_by_seed_with_the_best_of_a_group(page, tmp_path):
 
 
 def test_each_row_gets_a_learning_rate_between_two_worse_on_another_seed(page):
-    experiment = EXPERIMENT._replace(search=True)
+    experiment = EXPERIMENT._replace(search=5)
     best, found, rounds = {"none": 16e-3, "mse": 8e-3, "rms": 64e-3}, [], []
     while search := evidence.list_search("one", experiment, {line["key"]: line for line in found}):
         assert evidence.tune("one", experiment, {line["key"]: line for line in found}) is None
@@ -77,9 +80,94 @@ def test_experiments_are_command_lines_of_the_script(name, tmp_path):
         words = [word for key, value in flags.items() for word in study.flag_of(key, value)]
         args = study.train_lift_unet.parse_args(words)
         assert args.cache_teacher is None or (args.kd_loss != "none" and not args.lambda_kd_feat)
-        assert run.teacher in study.WIDTHS
+        assert run.teacher in study.WIDTHS and experiment.scale in study.SCALES
     rows = {row for group in experiment.compared_with for row in group}
     assert rows <= set(experiment.rows)
+
+
+@pytest.mark.parametrize(("name", "share"), [("teachers", 0.017), ("large", 0.016)])
+def test_teachers_of_other_sizes_have_the_same_student(name, share, tmp_path):
+    """The share is of the middle teacher, and at the large scale of the largest."""
+    experiment = evidence.EXPERIMENTS[name]()
+    (tmp_path / "0.png").touch()
+    pairs = {(run.teacher, run.flags["student"]) for run in evidence.list_runs(name, experiment)}
+    sizes, students = {}, []
+    for teacher, student in pairs:
+        config = study.teacher_config(teacher, study.SCALES[experiment.scale])
+        with torch.device("meta"):
+            skeleton = study.UNet2DModel.from_config(config)
+        sizes[teacher] = skeleton.num_parameters()
+        words = ["--pretrained_teacher_model", str(tmp_path), "--train_data_dir", str(tmp_path)]
+        args = study.train_lift_unet.parse_args([*words, "--student", str(student), "--student_init", "random"])
+        students.append(study.train_lift_unet.build_student(skeleton, args)[0])
+    assert len(pairs) == len(sizes) == 3 and len({str(student.config) for student in students}) == 1
+    whole = sorted(sizes.values())[{"cpu": 1, "gpu": 2}[experiment.scale]]
+    assert students[0].num_parameters() / whole == pytest.approx(share, abs=1e-3)
+    for row in experiment.rows:
+        size = row.rpartition(", ")[2]
+        if size[-1] in "kM":
+            count = sizes[evidence.teacher_of(experiment, row)]
+            assert f"{count / 1e3:.0f}k" == size or size in (f"{count / 1e6:.1f}M", f"{count / 1e6:.0f}M")
+
+
+def test_images_are_shrunk_or_framed():
+    images = np.full((2, 28, 28), 200, dtype=np.uint8)
+    assert study.fit_images(images, 16).shape == (2, 16, 16) and study.fit_images(images, 16).min() == 200
+    framed = study.fit_images(images, 32)
+    assert framed.shape == (2, 32, 32) and (framed[:, 2:-2, 2:-2] == 200).all() and framed.sum() == images.sum()
+
+
+# ------------------------------------------------------------------------------------------------------------- slices
+
+
+def test_a_slice_of_time_keeps_what_is_finished(page, tmp_path, monkeypatch, capsys):
+    """The time is up in the second of three runs: the first has its line, the third does not begin."""
+    begun = []
+
+    def run(self, run: study.Run) -> dict:
+        begun.append(run.name)
+        if len(begun) == 2:
+            self.deadline = time.monotonic()
+            raise study.TimeUp
+        return line_of(run, 1.0)
+
+    page([], EXPERIMENT._replace(seeds=(0,)))
+    monkeypatch.setattr(study, "make_fork_server", lambda modules: None)
+    monkeypatch.setattr(study.Study, "prepare", lambda self, teachers: None)
+    monkeypatch.setattr(study.Study, "run", run)
+    flags = ["--minutes", "9", "--jobs", "1", "--results", str(tmp_path), "--folder", str(tmp_path / "study")]
+    evidence.main(evidence.parse_args(flags))
+    assert begun == ["none", "mse"] and "9 minutes are over; the same command goes on" in capsys.readouterr().err
+    assert [json.loads(line)["key"] for line in (tmp_path / "runs.jsonl").read_text().splitlines()] == ["one--none-0"]
+    evidence.main(evidence.parse_args(flags))
+    assert begun == ["none", "mse", "mse", "rms"] and "Seeds: 1." in (tmp_path / "README.md").read_text()
+
+
+def test_what_runs_when_the_time_is_up_is_asked_to_end(tmp_path):
+    slow = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    slow.start()
+    with pytest.raises(study.TimeUp):
+        study.Study(tmp_path, tmp_path / "runs.jsonl", 1, study.SCALES["cpu"], minutes=0.01).wait_for(slow)
+    assert slow.exitcode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--jobs", "0"], "--jobs 0 is too few; pass at least 1"),
+        (["--minutes", "0"], "--minutes 0.0 is no time; pass more, or leave it out"),
+        (["--only", "large"], "--only large is of another scale; pass --scale gpu"),
+        (["--scale", "gpu", "--only", "tiny"], "--only tiny is of another scale; pass --scale cpu"),
+        (["--scale", "gpu"], "--scale gpu needs a GPU, and there is none; pass --scale cpu"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(flags, says, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=f"error: {says}"):
+        evidence.parse_args(flags)
+
+
+# ------------------------------------------------------------------------------------------------- what is measured
 
 
 def test_a_run_is_measured_with_its_checkpoints(run, teacher, images, tmp_path, monkeypatch):
