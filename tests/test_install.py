@@ -11,6 +11,10 @@ import pytest
 from conftest import ROOT, run_file
 from packaging.requirements import Requirement
 
+import evidence
+import study
+import train_lift_unet
+
 
 def requirements() -> list[Requirement]:
     lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
@@ -145,7 +149,22 @@ def test_measured_tables_and_samples_are_shown(results):
     assert results.with_name("samples.png").resolve() in pictures
 
 
-def test_readme_shows_one_result():
-    tables = [read_tables(results)[0] for results in RESULTS]
-    shown = [table for table in read_tables(ROOT / "README.md") if table in tables]
-    assert shown == [read_tables(ROOT / "demos" / "results" / "digits" / "results.md")[0]]
+def read_rows(table: list[str]) -> list[list[str]]:
+    """The cells of a table's rows, without its head."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+
+def test_readme_shows_every_loss_with_its_flags_and_its_figures(images, teacher):
+    """The figures are those that benchmarks/evidence.py has written, the flags those that it ran."""
+    page = ROOT / "benchmarks" / "results" / "evidence" / "README.md"
+    measured = {name: cells for name, *cells in read_rows(read_tables(page)[0])}
+    (table,) = [table for table in read_tables(ROOT / "README.md") if table[0].startswith("| loss | flags |")]
+    assert [name for name, *_ in read_rows(table)] == list(evidence.LOSSES) == list(measured)
+    source = ["--pretrained_teacher_model", str(teacher), "--train_data_dir", str(images)]
+    for name, flags, distance, *differences in read_rows(table):
+        assert [distance, *differences] == [measured[name][0], *measured[name][-2:]]
+        run = {"lambda_kd_feat": 0, **evidence.LOSSES[name]}
+        words = [word for key in run.keys() - evidence.CACHED.keys() for word in study.flag_of(key, run[key])]
+        shown, ran = (vars(train_lift_unet.parse_args(source + each)) for each in (flags.strip("`").split(), words))
+        assert {key for key in shown if shown[key] != ran[key]} <= {"lambda_kd_feat"}
+        assert shown["lambda_kd_feat"] == ran["lambda_kd_feat"] or shown["kd_loss"] == "none"
