@@ -57,6 +57,7 @@ class Experiment(NamedTuple):
     samples: int = 5000
     teachers: dict[str, str] | None = None  # by the name of the row; None is "teacher" for all
     scale: str = "cpu"
+    pairs: tuple[tuple[str, str], ...] = ()  # of rows whose differences are written, too
 
 
 # Whether the teacher is cached makes no difference: there are as many draws as passes, and no pairs of timesteps.
@@ -86,8 +87,10 @@ def losses_experiment(size: str, student: float, init: str) -> Experiment:
     start = {"random": "from a random start", "magnitude": "pruned from the teacher"}[init]
     shared = {**PASSES, "student": student, "student_init": init, "checkpointing_steps": 250}
     question = f"Which loss helps a student of {size} of the teacher, {start}?"
+    pairs = ("place", "lift"), ("place", "none"), ("none, rms", "none"), ("none, min-SNR", "none")
+    compared = ("mse",), tuple(NO_TEACHER)
     return Experiment(
-        question, LOSSES, (0, 1, 2, 3, 4), shared, (("mse",), tuple(NO_TEACHER)), PASSES["max_train_steps"]
+        question, LOSSES, (0, 1, 2, 3, 4), shared, compared, search=PASSES["max_train_steps"], pairs=pairs
     )
 
 
@@ -243,11 +246,27 @@ def make_table(experiment: Experiment, values: Values) -> str:
     for row, found in values.items():
         cells = [row, *(cell(figures_of(found, name)) for name in ("fd_50", "fd_10"))]
         cells.append(cell([1000 * value for value in figures_of(found, "kid_50")]))
-        for other in best:
-            pairs = np.subtract(figures_of(found, "fd_50"), figures_of(values[other], "fd_50"))
-            cells.append(interval(pairs) if other != row else "–")
+        cells += [difference(values, row, other) if other != row else "–" for other in best]
         text += f"| {' | '.join(cells)} |\n"
     return text
+
+
+def difference(values: Values, row: str, other: str) -> str:
+    """A row's distance less that of another one, over runs of the same seed, see [`interval`]."""
+    return interval(np.subtract(*(figures_of(values[name], "fd_50") for name in (row, other))))
+
+
+def explain(experiment: Experiment, values: Values) -> str:
+    """The differences of other pairs, and which errors to the teacher the distance follows, as Markdown."""
+    text = "".join(f"- `{row}` less `{other}`: {difference(values, row, other)}\n" for row, other in experiment.pairs)
+    distances = [distance for found in values.values() for distance in figures_of(found, "fd_50")]
+    errors = np.array([error for found in values.values() for error in figures_of(found, "errors")])
+    noisy = [at for at, timestep in enumerate(TIMESTEPS) if timestep >= 900]
+    ranks = [stats.spearmanr(distances, errors[:, at].mean(1)).statistic for at in (noisy, [0])]
+    return text + (
+        f"- Over the {len(distances)} runs, Spearman's correlation of the distance with the error to the teacher is "
+        f"{ranks[0]:+.2f} at t ≥ 900 and {ranks[1]:+.2f} at t = 0.\n"
+    )
 
 
 def interval(differences: np.ndarray) -> str:
@@ -288,6 +307,8 @@ def report(name: str, lines: dict[str, dict], results: Path) -> str:
     if values is None:
         return f"## {name}\n\n{EXPERIMENTS[name]().question} Not finished.\n"
     text = f"## {name}\n\n{make_table(experiment, values)}"
+    if experiment.pairs:
+        text += f"\n{explain(experiment, values)}"
     if experiment.search:
         chosen = ", ".join(f"{row} {flags['learning_rate']:g}" for row, flags in experiment.rows.items())
         text += f"\nLearning rates, each better than its half and its double on seed {SEARCH_SEED}: {chosen}.\n"

@@ -50,7 +50,13 @@ def test_runs_are_compared_by_seed_with_the_best_of_a_group(page, tmp_path):
     assert "| mse | 5.0 ± 0.6 | 10.0 ± 1.2 | 5.0 ± 0.6 | – |" in text and "difference to `mse`" in text
     assert "Seeds: 3." in text and "![Which one?](one.png)" in text
     assert np.array(Image.open(tmp_path / "one.png").convert("L")).std() > 5  # something is drawn
-    assert "Not finished" in page(lines[1:], EXPERIMENT)
+    assert "Not finished" in page(lines[1:], EXPERIMENT) and "Spearman" not in text
+
+    for line in lines:  # the error at the noisy end grows with the distance, that at the other end falls
+        line["figures"]["errors"] = [1 / line["figures"]["fd_50"], *[line["figures"]["fd_50"]] * 10]
+    text = page(lines, EXPERIMENT._replace(pairs=(("none", "rms"),)))
+    assert "- `none` less `rms`: +5.00 (+2.52 to +7.48)\n" in text
+    assert "Over the 9 runs" in text and "is +1.00 at t ≥ 900 and -1.00 at t = 0." in text
 
 
 def test_each_row_gets_a_learning_rate_between_two_worse_on_another_seed(page):
