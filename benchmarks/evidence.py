@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -37,7 +38,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import fail
 
-from study import ROOT, SCALES, TIMESTEPS, Run, Study, TimeUp, cell, set_environment
+from study import (
+    ROOT,
+    SCALES,
+    TIMESTEPS,
+    Run,
+    Study,
+    TimeUp,
+    cell,
+    mean_and_error,
+    set_environment,
+    teachers_of,
+)
 
 
 Flags = dict[str, Any]
@@ -53,7 +65,7 @@ class Experiment(NamedTuple):
     seeds: tuple[int, ...]
     shared: Flags  # of all rows
     compared_with: tuple[tuple[str, ...], ...]  # of each group of rows, the others are compared with the best
-    search: int = 0  # steps of the runs that search each row's learning rate; 0 is no search
+    search: int = 0  # steps of the runs that search each row's learning rate, unless it has its own; 0 is no search
     samples: int = 5000
     teachers: dict[str, str] | None = None  # by the name of the row; None is "teacher" for all
     scale: str = "cpu"
@@ -103,13 +115,15 @@ def draws_experiment() -> Experiment:
 
 
 def teachers_experiment() -> Experiment:
-    """The same student of 1.6 % of the middle teacher, from three teachers."""
+    """The same student, 1.6 % of the largest of three teachers."""
     rows, teachers = {}, {}
-    for teacher, width, size in (("quarter", 0.25, "280k"), ("teacher", 0.125, "1.1M"), ("fourfold", 0.0625, "4.4M")):
+    for teacher, width, size in (("sixteenth", 0.5, "71k"), ("quarter", 0.25, "280k"), ("teacher", 0.125, "1.1M")):
         for loss in ("FitNet", "mse", "place", "rms"):
             rows[f"{loss}, {size}"], teachers[f"{loss}, {size}"] = {**LOSSES[loss], "student": width}, teacher
-    question, search = "Does a larger teacher help the same student, or harm it?", PASSES["max_train_steps"]
-    return Experiment(question, rows, (0, 1, 2), PASSES, (("mse, 1.1M",),), search, teachers=teachers)
+    question, shared = "Does a larger teacher help the same student?", {**PASSES, "checkpointing_steps": 250}
+    pairs = tuple((f"{loss}, 1.1M", f"{loss}, 71k") for loss in ("FitNet", "mse", "place", "rms"))
+    search = PASSES["max_train_steps"]
+    return Experiment(question, rows, (0, 1, 2), shared, (("mse, 1.1M",),), search, teachers=teachers, pairs=pairs)
 
 
 def ablations_experiment() -> Experiment:
@@ -118,8 +132,9 @@ def ablations_experiment() -> Experiment:
     rows |= {"one group (lift)": {"kd_loss": "lift"}, "groups by position": {"group_by": "position"}}
     rows |= {name.replace("_", " "): {"kd_weighting": name} for name in ("constant", "linear", "cosine")}
     rows |= {"coarse only": {"kd_weighting": "coarse_only"}, "fine only": {"kd_weighting": "fine_only"}}
-    shared = {**PASSES, **CACHED, "kd_loss": "place"}
-    return Experiment("Which of PLACE's choices matter?", rows, (0, 1, 2), shared, (("place",),))
+    shared = {**PASSES, **CACHED, "kd_loss": "place", "checkpointing_steps": 250}
+    question, search = "Which of PLACE's choices matter?", PASSES["max_train_steps"]
+    return Experiment(question, rows, (0, 1, 2), shared, (("place",),), search)
 
 
 def batches_experiment() -> Experiment:
@@ -129,9 +144,10 @@ def batches_experiment() -> Experiment:
         for loss in ("mse", "place"):
             rows[f"{loss}, batch {batch}"] = {"kd_loss": loss, "train_batch_size": batch, "max_train_steps": steps}
     shared = {**PASSES, **CACHED, "lr_warmup_steps": 10}
-    return Experiment(
-        "Does PLACE's noise matter less in large batches?", rows, (0, 1, 2), shared, (("mse, batch 32",),)
-    )
+    question = "Does PLACE's noise matter less in large batches?"
+    pairs = tuple((f"place, batch {batch}", f"mse, batch {batch}") for batch in (32, 512))
+    search = PASSES["max_train_steps"]
+    return Experiment(question, rows, (0, 1, 2), shared, (("mse, batch 32",),), search, pairs=pairs)
 
 
 def large_experiment() -> Experiment:
@@ -177,8 +193,8 @@ def list_runs(name: str, experiment: Experiment) -> list[Run]:
 
 def search_rate(name: str, experiment: Experiment, row: str, lines: dict[str, dict]) -> tuple[float, list[Run]]:
     """A row's best learning rate so far, and the runs that the search needs next: none where it is finished."""
-    flags, teacher = {**without_checkpoints(experiment.shared), **experiment.rows[row]}, teacher_of(experiment, row)
-    flags["max_train_steps"] = experiment.search
+    flags = {**without_checkpoints(experiment.shared), "max_train_steps": experiment.search, **experiment.rows[row]}
+    teacher = teacher_of(experiment, row)
     best, runs = FIRST_RATE, {}
     while not {best, best / 2, best * 2} <= runs.keys():
         for rate in (best, best / 2, best * 2):
@@ -259,6 +275,8 @@ def difference(values: Values, row: str, other: str) -> str:
 def explain(experiment: Experiment, values: Values) -> str:
     """The differences of other pairs, and which errors to the teacher the distance follows, as Markdown."""
     text = "".join(f"- `{row}` less `{other}`: {difference(values, row, other)}\n" for row, other in experiment.pairs)
+    if experiment.teachers:
+        return text
     distances = [distance for found in values.values() for distance in figures_of(found, "fd_50")]
     errors = np.array([error for found in values.values() for error in figures_of(found, "errors")])
     noisy = [at for at, timestep in enumerate(TIMESTEPS) if timestep >= 900]
@@ -267,6 +285,15 @@ def explain(experiment: Experiment, values: Values) -> str:
         f"- Over the {len(distances)} runs, Spearman's correlation of the distance with the error to the teacher is "
         f"{ranks[0]:+.2f} at t ≥ 900 and {ranks[1]:+.2f} at t = 0.\n"
     )
+
+
+def describe_teachers(experiment: Experiment, lines: dict[str, dict]) -> str:
+    """The distances of the teachers' own samples, as Markdown."""
+    of_scale = teachers_of(SCALES[experiment.scale])
+    own = {line["name"]: line["figures"] for line in lines.values() if line["experiment"] == of_scale}
+    names = dict.fromkeys(experiment.teachers.values())
+    cells = (f"{own[name]['parameters']:,} parameters {own[name]['fd_50']:.1f}" for name in names)
+    return f"Distances of the teachers themselves, 50 steps: {', '.join(cells)}.\n"
 
 
 def interval(differences: np.ndarray) -> str:
@@ -280,8 +307,11 @@ def interval(differences: np.ndarray) -> str:
 
 def draw_figures(experiment: Experiment, values: Values, path: Path) -> None:
     """The distance during the training, the error to the teacher and the gradient by timestep, one panel each."""
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    panels = figure.subplots(1, 3)
+    count = 3 + bool(experiment.teachers)
+    figure = Figure(figsize=(5 * count, 4.5), layout="constrained")
+    panels = figure.subplots(1, count)
+    if experiment.teachers:
+        draw_sizes(experiment, values, panels[3])
     for at, (row, found) in enumerate(values.items()):
         style = {"label": row, "color": f"C{at % 10}", "linestyle": ("-", "--")[at // 10]}
         curves = figures_of(found, "curve")
@@ -300,6 +330,18 @@ def draw_figures(experiment: Experiment, values: Values, path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
+def draw_sizes(experiment: Experiment, values: Values, panel: Axes) -> None:
+    """The distance of each loss by the teacher's size, which are named by the rows: "loss, size"."""
+    for loss in dict.fromkeys(row.rpartition(", ")[0] for row in values):
+        sizes = [row for row in values if row.rpartition(", ")[0] == loss and row.rpartition(", ")[2][-1] in "kM"]
+        if sizes:
+            means = [mean_and_error(figures_of(values[row], "fd_50")) for row in sizes]
+            labels = [row.rpartition(", ")[2] for row in sizes]
+            panel.errorbar(labels, *np.transpose(means), label=loss, marker="o", capsize=3)
+    panel.set(title="Fréchet distance, 50 steps: mean ± its error", xlabel="parameters of the teacher", yscale="log")
+    panel.legend(fontsize="small")
+
+
 def report(name: str, lines: dict[str, dict], results: Path) -> str:
     """An experiment's part of the page; its figures are drawn beside it."""
     experiment = tune(name, EXPERIMENTS[name](), lines)
@@ -309,6 +351,8 @@ def report(name: str, lines: dict[str, dict], results: Path) -> str:
     text = f"## {name}\n\n{make_table(experiment, values)}"
     if experiment.pairs:
         text += f"\n{explain(experiment, values)}"
+    if experiment.teachers:
+        text += f"\n{describe_teachers(experiment, lines)}"
     if experiment.search:
         chosen = ", ".join(f"{row} {flags['learning_rate']:g}" for row, flags in experiment.rows.items())
         text += f"\nLearning rates, each better than its half and its double on seed {SEARCH_SEED}: {chosen}.\n"

@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""A small set-up in which losses are compared: garments of 16 or 32 pixels, teachers of 0.3M to 18M parameters.
+"""A small set-up in which losses are compared: garments of 16 or 32 pixels, teachers of 0.1M to 18M parameters.
 
 All runs are those of train_lift_unet.py, by its own flags. A run's samples are compared with photographs that no model
 has seen, in the features of a classifier of the garments.
@@ -60,7 +60,8 @@ TEACHER = {
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
     "norm_num_groups": 8,
 }
-WIDTHS = {"quarter": 1 / 2, "teacher": 1, "fourfold": 2, "sixteenfold": 4}  # of the teachers: sizes differ by four
+# Of the teachers, whose sizes differ by four.
+WIDTHS = {"sixteenth": 1 / 4, "quarter": 1 / 2, "teacher": 1, "fourfold": 2, "sixteenfold": 4}
 SAMPLE_BATCH, SAMPLING_STEPS = 500, (5, 10, 50)
 # Where the error to the teacher is measured, and on how many images.
 TIMESTEPS, PROBES = (0, 20, 50, 100, 200, 400, 600, 800, 900, 950, 999), 256
@@ -94,9 +95,14 @@ class Run(NamedTuple):
     teacher: str = "teacher"  # of WIDTHS
 
     @property
+    def folder(self) -> str:
+        """The name of its folder."""
+        return re.sub(r"[^\w.+-]+", "_", f"{self.experiment}--{self.name}-{self.seed}")
+
+    @property
     def key(self) -> str:
-        """Its place among finished runs, and its folder."""
-        return re.sub(r"[^\w.+-]+", "_", f"{self.experiment}/{self.name}-{self.seed}".replace("/", "--"))
+        """Its place among finished runs: all that shapes its figures. Runs of two experiments may have the same."""
+        return json.dumps([flags_of(self), self.samples, self.teacher], sort_keys=True, default=str)
 
 
 def set_environment(device: str) -> None:
@@ -122,6 +128,11 @@ def flags_of(run: Run) -> dict[str, Any]:
     if "checkpointing_steps" in flags:  # their models are measured
         flags["checkpoints_total_limit"] = 99
     return flags
+
+
+def teachers_of(scale: Scale) -> str:
+    """What the lines of a scale's teachers have in place of their experiment."""
+    return f"teachers of {scale.side} pixels"
 
 
 def teacher_config(name: str, scale: Scale) -> dict[str, Any]:
@@ -158,7 +169,8 @@ class Study:
         """The stored lines of finished runs by their keys."""
         if not self.lines.exists():
             return {}
-        return {line["key"]: line for line in map(json.loads, self.lines.read_text().splitlines())}
+        lines = [json.loads(line) for line in self.lines.read_text().splitlines()]
+        return {Run(**{name: line[name] for name in Run._fields}).key: line for line in lines}
 
     def prepare(self, teachers: set[str]) -> None:
         """Write the images, and train the classifier and the teachers, unless they are there."""
@@ -178,13 +190,14 @@ class Study:
             self.train_teacher(name)
 
     def train_teacher(self, name: str) -> None:
-        """Train a teacher of WIDTHS from scratch, unless it is there."""
+        """Train a teacher of WIDTHS from scratch and measure it, unless that is done."""
         recipe = self.folder / f"{name}.json"
         recipe.write_text(json.dumps({"config": teacher_config(name, self.scale)}))
-        flags = {"student": recipe, "kd_loss": "none", "max_train_steps": self.scale.teacher_steps}
-        flags |= {"learning_rate": 1e-3 if WIDTHS[name] > 1 else 2e-3}
-        flags |= {"train_batch_size": 64, "lr_scheduler": "cosine", "lr_warmup_steps": 200, "ema_decay": 0.999}
-        self.train(self.folder / name, flags)
+        flags = {"kd_loss": "none", "max_train_steps": self.scale.teacher_steps, "lr_warmup_steps": 200}
+        flags |= {"learning_rate": 1e-3 if WIDTHS[name] > 1 else 2e-3, "ema_decay": 0.999}
+        run = Run(teachers_of(self.scale), name, 0, flags, teacher=name)
+        if run.key not in self.finished():
+            self.run(run, self.folder / name, {**flags_of(run), "student": recipe})
 
     def train(self, output_dir: Path, flags: dict[str, Any]) -> list[str]:
         """Run train_lift_unet.py to its end, or go on with it; a run that fails ends this program with its log.
@@ -240,12 +253,11 @@ class Study:
         def finish(run: Run) -> None:
             if self.deadline is not None and time.monotonic() >= self.deadline:
                 raise TimeUp
-            line = self.run(run)
+            flags = {"pretrained_teacher_model": self.folder / run.teacher, **flags_of(run)}
+            figures = self.run(run, self.folder / "runs" / run.folder, flags)
             with self.writing:
-                with self.lines.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
                 bar.update()
-                bar.write(f"{line['key']}: {line['figures']['fd_50']:.1f}")
+                bar.write(f"{run.folder}: {figures['fd_50']:.1f}")
 
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
@@ -254,10 +266,8 @@ class Study:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def run(self, run: Run) -> dict[str, Any]:
-        """Train a student and measure it; returns its line. Raises [`TimeUp`]."""
-        folder = self.folder / "runs" / run.key
-        flags = {"pretrained_teacher_model": self.folder / run.teacher, **flags_of(run)}
+    def run(self, run: Run, folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
+        """Train a model in a folder, measure it, and add its line; returns its figures. Raises [`TimeUp`]."""
         words = self.train(folder, flags)
         figures = folder / "figures.json"
         if not figures.exists():
@@ -267,17 +277,22 @@ class Study:
             self.wait_for(process)
             if process.exitcode:
                 fail(f"{folder} could not be measured: exit code {process.exitcode}")
+        line = self.describe(run, folder, json.loads(figures.read_text()))
+        with self.writing, self.lines.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return line["figures"]
+
+    def describe(self, run: Run, folder: Path, figures: dict[str, Any]) -> dict[str, Any]:
+        """The line of a finished run."""
         rows = read_metrics(folder / "metrics.jsonl")
         last, device = rows[-1], describe_device(torch.device(self.scale.device))
         return {
-            "key": run.key,
             **run._asdict(),
-            "flags": {name: str(value) if isinstance(value, Path) else value for name, value in run.flags.items()},
             "commit": commit(),
             "machine": f"{device}, a thread per run, torch {torch.__version__}",
             "last": {name: last[name] for name in ("step", "loss", "task", "kd", "kd_mse", "feat") if name in last},
             "images_per_second": float(np.median([row["images_per_second"] for row in rows[1:]])),
-            "figures": json.loads(figures.read_text()),
+            "figures": figures,
         }
 
 

@@ -21,7 +21,8 @@ import torch
 from accelerate.logging import get_logger
 from diffusers.training_utils import find_nearest_bucket
 from PIL import Image, ImageOps
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
 
 
 logger = get_logger(__name__)
@@ -224,8 +225,8 @@ def fit_image(image: Image.Image, size: int | list[tuple[int, int]]) -> torch.Te
     """An image resized to cover its size, the centre cropped; the size is that of [`load_pixels`]."""
     chosen = choose_size(image.height, image.width, size)
     covering = covering_size(image.height, image.width, chosen)
-    steps = v2.Resize(covering, v2.InterpolationMode.LANCZOS), v2.CenterCrop(chosen), v2.PILToTensor()
-    return v2.Compose(steps)(image)
+    resized = functional.resize(image, covering, InterpolationMode.LANCZOS)
+    return functional.pil_to_tensor(functional.center_crop(resized, chosen))
 
 
 def covering_size(height: int, width: int, chosen: tuple[int, int]) -> tuple[int, int]:

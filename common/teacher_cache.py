@@ -19,7 +19,7 @@ from typing import Any
 from common.cache import JoinedDataset, identify, read_rows
 from common.errors import fail
 from common.teachers import PLAIN, TeacherSource
-from common.training import seed_step
+from common.training import place_seed
 
 import torch
 from accelerate.utils import send_to_device
@@ -66,7 +66,8 @@ class DrawnDataset(torch.utils.data.Dataset):
         rows, drawn = read_rows(self.dataset, [row for _, row in places]), []
         with torch.random.fork_rng(devices=[]):
             for (number, row), values in zip(places, rows):
-                seed_step(self.seed, number, row)
+                # torch.manual_seed would seed every kind of device, too: for a row that took a sixth of a small step.
+                torch.default_generator.manual_seed(place_seed(self.seed, number, row))
                 known = {"shape": self.shape_of(values)} if self.shape_of else {}
                 draws = self.draw(1, torch.device("cpu"), **known)
                 drawn.append({name: tensor[0] for name, tensor in draws.items()})

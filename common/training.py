@@ -194,8 +194,13 @@ def seed_step(seed: int, *position: int) -> None:
     Noise, timesteps, flips and dropout then depend on that place alone: a resumed run repeats them exactly, and there
     is no random state to save, on any rank.
     """
+    torch.manual_seed(place_seed(seed, *position))
+
+
+def place_seed(seed: int, *position: int) -> int:
+    """The seed of one place in the run, see [`seed_step`]."""
     digest = hashlib.sha256(repr((seed, *position)).encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 # A run ends when this many steps in a row had no finite loss and gradient.

@@ -24,7 +24,11 @@ DISTANCES = {"none": (9, 9, 9), "mse": (4, 5, 6), "rms": (3, 5, 4)}
 def line_of(run: study.Run, distance: float) -> dict:
     figures = {"fd_50": distance, "fd_10": 2 * distance, "kid_50": distance / 1000, "curve": {"5": 8.0, "10": 7.0}}
     figures |= {"errors": [0.1] * len(study.TIMESTEPS), "gradients": [1 / 11] * len(study.TIMESTEPS)}
-    return {"key": run.key, "figures": figures}
+    return {**run._asdict(), "figures": figures}
+
+
+def by_key(lines: list[dict]) -> dict[str, dict]:
+    return {study.Run(**{name: line[name] for name in study.Run._fields}).key: line for line in lines}
 
 
 @pytest.fixture
@@ -62,15 +66,15 @@ def test_runs_are_compared_by_seed_with_the_best_of_a_group(page, tmp_path):
 def test_each_row_gets_a_learning_rate_between_two_worse_on_another_seed(page):
     experiment = EXPERIMENT._replace(search=5)
     best, found, rounds = {"none": 16e-3, "mse": 8e-3, "rms": 64e-3}, [], []
-    while search := evidence.list_search("one", experiment, {line["key"]: line for line in found}):
-        assert evidence.tune("one", experiment, {line["key"]: line for line in found}) is None
+    while search := evidence.list_search("one", experiment, by_key(found)):
+        assert evidence.tune("one", experiment, by_key(found)) is None
         assert {run.seed for run in search}.isdisjoint(experiment.seeds)
         for run in search[:4]:  # stopped after four
             off = abs(np.log2(run.flags["learning_rate"] / best[run.name.split()[0]]))
             found.append(line_of(run, off))
         rounds.append(len(search))
     assert sum(min(count, 4) for count in rounds) == len(found) == 3 + 4 + 5
-    tuned = evidence.tune("one", experiment, {line["key"]: line for line in found})
+    tuned = evidence.tune("one", experiment, by_key(found))
     assert {row: flags["learning_rate"] for row, flags in tuned.rows.items()} == best
     assert tuned.rows["none"]["kd_loss"] == "none"
     lines = [line_of(run, DISTANCES[run.name][run.seed]) for run in evidence.list_runs("one", tuned)]
