@@ -35,21 +35,12 @@ from scipy import stats
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
 from common.errors import fail
 
-from study import (
-    ROOT,
-    SCALES,
-    TIMESTEPS,
-    Run,
-    Study,
-    TimeUp,
-    cell,
-    mean_and_error,
-    set_environment,
-    teachers_of,
-)
+from seeds import cell, interval, mean_and_error
+from study import ROOT, SCALES, TIMESTEPS, Run, Study, TimeUp, set_environment, teachers_of
 
 
 Flags = dict[str, Any]
@@ -268,8 +259,8 @@ def make_table(experiment: Experiment, values: Values) -> str:
 
 
 def difference(values: Values, row: str, other: str) -> str:
-    """A row's distance less that of another one, over runs of the same seed, see [`interval`]."""
-    return interval(np.subtract(*(figures_of(values[name], "fd_50") for name in (row, other))))
+    """A row's distance less that of another one, over runs of the same seed."""
+    return interval(figures_of(values[row], "fd_50"), figures_of(values[other], "fd_50"))
 
 
 def explain(experiment: Experiment, values: Values) -> str:
@@ -294,15 +285,6 @@ def describe_teachers(experiment: Experiment, lines: dict[str, dict]) -> str:
     names = dict.fromkeys(experiment.teachers.values())
     cells = (f"{own[name]['parameters']:,} parameters {own[name]['fd_50']:.1f}" for name in names)
     return f"Distances of the teachers themselves, 50 steps: {', '.join(cells)}.\n"
-
-
-def interval(differences: np.ndarray) -> str:
-    """The mean of paired differences, float (N,), and its 95 % interval."""
-    if len(differences) < 2:
-        return "–"
-    mean, error = np.mean(differences), stats.sem(differences)
-    reach = error * stats.t.ppf(0.975, len(differences) - 1)
-    return f"{mean:+.2f} ({mean - reach:+.2f} to {mean + reach:+.2f})"
 
 
 def draw_figures(experiment: Experiment, values: Values, path: Path) -> None:

@@ -407,15 +407,3 @@ def share_gradients(student: UNet2DModel, teacher: UNet2DModel, images: torch.Te
         gradient = torch.autograd.grad(loss, prediction)[0]
     squares = gradient.flatten(1).square().sum(1).view(-1, len(TIMESTEPS)).sum(0)
     return (squares / squares.sum()).tolist()
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The mean and its standard error, NaN of a single value."""
-    array = np.array(values)
-    return array.mean().item(), (array.std(ddof=1) / np.sqrt(len(array))).item() if len(array) > 1 else float("nan")
-
-
-def cell(values: list[float], digits: int = 1) -> str:
-    """A table's cell: the mean ± its standard error."""
-    mean, error = mean_and_error(values)
-    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if np.isfinite(error) else "")

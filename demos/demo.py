@@ -54,10 +54,20 @@ from common.metrics import read_metrics
 import evaluate
 import generate
 import report
+from seeds import cell, interval
 from small_models import FEATURES
 
 
 ROOT = Path(__file__).resolve().parents[1]
+# The losses that are compared, by name: none trains without a teacher, none_rms the same with another weight of the
+# timesteps.
+LOSSES = {
+    "none": ("--kd_loss", "none"),
+    "none_rms": ("--kd_loss", "none", "--task_loss", "rms"),
+    "mse": ("--kd_loss", "mse"),
+    "lift": ("--kd_loss", "lift"),
+    "place": ("--kd_loss", "place"),
+}
 TRAIN_BATCH_SIZE = 32
 SAMPLE_BATCH_SIZE = 100
 
@@ -87,6 +97,7 @@ def make_parser(description: str, output_dir: str, **defaults: int) -> argparse.
     parser.add_argument("--student_steps", type=int, help="training steps of each student")
     parser.add_argument("--samples", type=int, help="images to generate with each model")
     parser.add_argument("--inference_steps", type=int, help="denoising steps per image")
+    parser.add_argument("--seeds", type=int, default=1, help="students per loss; several show the spread")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.set_defaults(**defaults)
     return parser
@@ -166,6 +177,32 @@ def train(args: argparse.Namespace, script: str, run: str, steps: int, flags: li
     return folder
 
 
+def train_students(
+    args: argparse.Namespace,
+    train: Callable[..., Path],
+    prefix: str,
+    losses: tuple[str, ...],
+    teacher: Path,
+    flags: list,
+) -> dict[str, Path]:
+    """Distil a student by each loss and seed, all else being equal; returns their folders by name.
+
+    Args:
+        args: The demo's flags.
+        train: From a name, steps and flags to a run's folder, see [`train`].
+        prefix: Of the names, which go on with the loss and the seed.
+        losses: Names of [`LOSSES`].
+        teacher: Its folder.
+        flags: Of all students.
+    """
+    runs = {}
+    for seed in range(args.seeds):
+        for loss in losses:
+            words = ["--pretrained_teacher_model", teacher, "--seed", seed, *LOSSES[loss], *flags]
+            runs[f"{prefix}{loss}-{seed}"] = train(f"{prefix}{loss}-{seed}", args.student_steps, words)
+    return runs
+
+
 def terminate_training(folder: Path, script: str) -> None:
     """End the trainings that write to this folder, e.g. one of a killed demo. SIGTERM makes them save their state."""
     processes = []
@@ -202,12 +239,13 @@ def measure(
     evaluate_flags: tuple = (),
     report_flags: tuple = (),
 ) -> None:
-    """Generate samples with every model, measure them, and write the report.
+    """Generate samples with every model, measure them, and write the report: the students' of the first seed, and a
+    table of all seeds.
 
     Args:
         args: The demo's flags.
         title: Of the report.
-        runs: The teacher's folder and the students' folders, by their names in the report.
+        runs: The teacher's folder and the students' folders, by their names, which end with the seed.
         real: Folders of real images, measured beside the samples.
         reference: Folder of the images that all others are compared with.
         facts: Further lines of results.md about how it was made.
@@ -226,7 +264,7 @@ def measure(
     flags = ("--features", folder / "classifier.pt", "--statistics_dir", folder / "statistics", *evaluate_flags)
     call(evaluate, "--images", *real, *samples, "--reference", reference, "--output", folder / "quality", *flags)
     say("report")
-    teacher, *students = runs.values()
+    teacher, students = runs["teacher"], [run for name, run in runs.items() if name.endswith("-0")]
     flags = ("--results", folder / "quality.json", "--title", title, *sampling_flags, *report_flags)
     call(report, "--teacher", teacher, "--students", *students, "--output_dir", folder, *flags)
 
@@ -239,9 +277,36 @@ def measure(
         "versions": ", ".join(f"{library} {version(library)}" for library in ("torch", "diffusers")),
         **facts,
     }
+    text = (folder / "report.md").read_text()
+    if args.seeds > 1:
+        rows = {row["name"]: row for row in json.loads((folder / "quality.json").read_text())["rows"]}
+        text += f"\n{compare_seeds(rows, [name for name in runs if name.endswith('-0')], args.seeds)}"
     notes = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    write(folder / "results.md", f"{(folder / 'report.md').read_text()}\n## How it was made\n\n{notes}\n")
+    write(folder / "results.md", f"{text}\n## How it was made\n\n{notes}\n")
     say(f"done; read {folder / 'index.html'} or {folder / 'results.md'}")
+
+
+def compare_seeds(rows: dict[str, dict], names: list[str], seeds: int) -> str:
+    """Means of the students over the seeds, as Markdown.
+
+    Args:
+        rows: Of evaluate.py, by name.
+        names: Of the students of seed 0.
+    """
+    text = f"## All {seeds} seeds\n\nMeans ± standard errors, and the mean difference to `mse` of the same seed with "
+    text += "the interval that holds it in 95 % of cases (Student's t).\n\n"
+    text += "| student | Fréchet distance | kernel distance · 10³ | difference to `mse` |\n|---|--:|--:|--:|\n"
+
+    def values(name: str, figure: str) -> list[float]:
+        return [rows[f"{name}-{seed}"][figure] for seed in range(seeds)]
+
+    for name in (name.removesuffix("-0") for name in names):
+        student, hyphen, loss = name.rpartition("-")
+        frechet, rival = values(name, "fid"), f"{student}{hyphen}mse"
+        difference = interval(frechet, values(rival, "fid")) if loss != "mse" and f"{rival}-0" in rows else "–"
+        kernel = cell([1000 * value for value in values(name, "kid")])
+        text += f"| {name} | {cell(frechet, 2)} | {kernel} | {difference} |\n"
+    return text
 
 
 def processor_name() -> str:

@@ -32,6 +32,7 @@ With more time, in a new folder; --seeds may also be raised later in the same on
 import argparse
 import json
 import os
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -72,7 +73,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         choices=("magnitude", "diffusion", "random"),
         help="how the student's channels are chosen from the teacher's; random: new weights",
     )
-    parser.add_argument("--seeds", type=int, default=1, help="students per method; several show the spread")
     parser.add_argument("flags", nargs="*", help="after --: further flags for the training of the students")
     parser.set_defaults(threads=min(8, available_cores()))
     return demo.parse(parser, input_args, max_samples=50_000)
@@ -107,16 +107,14 @@ def run(args: argparse.Namespace) -> None:
 
     for name, config in (("teacher", TEACHER), ("student", STUDENT)):
         demo.write(folder / f"{name}.json", json.dumps({"config": config}, indent=2))
-    common = ["--learning_rate", 2e-3, "--no-random_flip", "--seed"]
+    common = ["--learning_rate", 2e-3, "--no-random_flip"]
     # With velocity prediction digits are readable after fewer training steps than with noise prediction.
     scratch = ["--kd_loss", "none", "--student", folder / "teacher.json", "--prediction_type", "v_prediction"]
-    runs = {"teacher": demo.train(args, SCRIPT, "teacher", args.teacher_steps, [*scratch, *common, 0])}
-    for seed in range(args.seeds):
-        for method in METHODS:
-            flags = ["--pretrained_teacher_model", runs["teacher"], "--kd_loss", method]
-            flags += ["--student", args.student or folder / "student.json", "--student_init", args.student_init]
-            name = f"{method}-{seed}"
-            runs[name] = demo.train(args, SCRIPT, name, args.student_steps, [*flags, *common, seed, *args.flags])
+    train = partial(demo.train, args, SCRIPT)
+    runs = {"teacher": train("teacher", args.teacher_steps, [*scratch, *common])}
+    flags = ["--student", args.student or folder / "student.json", "--student_init", args.student_init]
+    flags += [*common, *args.flags]
+    runs |= demo.train_students(args, train, "", METHODS, runs["teacher"], flags)
 
     facts = {
         "students": f"`--kd_loss none`, `mse`, `lift` and `place`, {args.seeds} seed(s); the names end with the seed"

@@ -16,8 +16,8 @@ not installed. The demo makes, one after the other:
 1. a small autoencoder (latents of 4 x 8 x 8) and a small CLIP, whose text encoder the pipeline uses;
 2. the teacher: a U-Net in Stable Diffusion's layout, trained from random weights by the script itself with --kd_loss
    none --student whole --student_init random, on cached latents;
-3. the students bk_tiny and bk_extreme, each distilled with --kd_loss none, mse, lift and place at equal budget: the
-   same steps, batches, noise and initial weights from the teacher;
+3. the students bk_tiny and bk_extreme, each distilled with --kd_loss none (also with --task_loss rms), mse, lift and
+   place at equal budget: the same steps, batches, noise and initial weights from the teacher;
 4. samples of every model by prompt, from the same noise, their distances to real images, and the report, all by the
    scripts of eval/.
 
@@ -27,13 +27,14 @@ are images of the test set. They are not Inception FIDs; do not compare them wit
 expected. The CLIP score is computed with the small CLIP.
 
 Open demo-sd21/index.html, or read demo-sd21/results.md. Each model is a folder that loads with
-`StableDiffusionPipeline.from_pretrained("demo-sd21/bk_tiny-place")`. You can stop the demo at any time: the same
+`StableDiffusionPipeline.from_pretrained("demo-sd21/bk_tiny-place-0")`. You can stop the demo at any time: the same
 command continues it. With more time, in a new folder:
 
     python demos/fashion_sd21.py --output_dir demo-sd21-long --teacher_steps 10000 --student_steps 5000
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ import small_models
 
 
 SCRIPT = "train_lift_sd21.py"
-METHODS = ("none", "mse", "lift", "place")
+METHODS = ("none", "none_rms", "mse", "lift", "place")
 STUDENTS = ("bk_tiny", "bk_extreme")
 METRICS = ("fid", "kid", "inception_score", "precision", "recall", "clip_score")
 IMAGES = 10_000  # of the 60,000 training images of Fashion-MNIST
@@ -111,7 +112,7 @@ def measure(
     """[`demo.measure`] for latent text-to-image models; `accuracy` is the classifier's on real images."""
     real = [args.output_dir / name for name in ("real", "decoded")]
     facts = {
-        "students": "`--kd_loss none`, `mse`, `lift` and `place`, one seed; the names end with the loss",
+        "students": f"{args.seeds} seed(s); the names end with the loss and the seed",
         "real": f"{REAL} test images of each prompt; the classifier recognises {accuracy:.1%} of them",
         "decoded": "the same images after the autoencoder",
     }
@@ -129,20 +130,21 @@ def measure(
     )
 
 
-def distil(args: argparse.Namespace, script: str, start: Path, students: tuple[str, ...]) -> dict[str, Path]:
-    """Train the teacher and each student by each loss; returns the models' folders by name.
+def distil(
+    args: argparse.Namespace, script: str, start: Path, students: tuple[str, ...], flags: tuple = ()
+) -> dict[str, Path]:
+    """Train the teacher and each student by each loss and seed; returns the models' folders by name.
 
     Args:
-        start: The pipeline whose U-Net is trained from scratch to be the teacher.
+        start: The pipeline whose denoiser is trained from scratch to be the teacher.
+        flags: Of all trainings.
     """
     scratch = ["--kd_loss", "none", "--student", "whole", "--student_init", "random"]
-    scratch += ["--pretrained_teacher_model", start]
+    scratch += ["--pretrained_teacher_model", start, *flags]
     runs = {"teacher": train(args, script, "teacher", args.teacher_steps, scratch)}
     for student in students:
-        for method in METHODS:
-            flags = ["--pretrained_teacher_model", runs["teacher"], "--student", student, "--kd_loss", method]
-            name = f"{student}-{method}"
-            runs[name] = train(args, script, name, args.student_steps, flags)
+        words = ["--student", student, *flags]
+        runs |= demo.train_students(args, partial(train, args, script), f"{student}-", METHODS, runs["teacher"], words)
     return runs
 
 

@@ -12,11 +12,11 @@
 
 The captioned images, the autoencoder and the way to measure are those of demos/fashion_sd21.py. The teacher is an
 MMDiT of six joint blocks, trained by flow matching. The students keep a third of the blocks (`--student third`) and
-are distilled with --kd_loss none, mse, lift and place at equal budget.
+are distilled with --kd_loss none (also with --task_loss rms), mse, lift and place at equal budget.
 
 Open demo-sd3/index.html, or read demo-sd3/results.md. Each model is a folder that loads with
-`StableDiffusion3Pipeline.from_pretrained("demo-sd3/third-place", text_encoder_3=None, tokenizer_3=None)`. You can stop
-the demo at any time: the same command continues it.
+`StableDiffusion3Pipeline.from_pretrained("demo-sd3/third-place-0", text_encoder_3=None, tokenizer_3=None)`. You can
+stop the demo at any time: the same command continues it.
 """
 
 import argparse
@@ -24,11 +24,10 @@ import argparse
 import demo
 import fashion_sd21
 import small_models
-from fashion_sd21 import METHODS
 
 
 SCRIPT = "train_lift_sd3.py"
-STUDENT = "third"
+STUDENTS = ("third",)
 # There is no T5; the pipeline passes this many zeros in its place. Few of them make a small model fast.
 LENGTH = ("--max_sequence_length", 8)
 
@@ -44,14 +43,7 @@ def run(args: argparse.Namespace) -> None:
     vae, clip, tokenizer, accuracy = fashion_sd21.make_parts(args)
     text_encoder = CLIPTextModelWithProjection.from_pretrained(clip)
     start = small_models.save_sd3_pipeline(args.output_dir / "start", vae, text_encoder, tokenizer)
-    common = [*LENGTH, "--weighting_scheme", "none"]
-    scratch = ["--kd_loss", "none", "--student", "whole", "--student_init", "random"]
-    scratch += ["--pretrained_teacher_model", start, *common]
-    runs = {"teacher": fashion_sd21.train(args, SCRIPT, "teacher", args.teacher_steps, scratch)}
-    for method in METHODS:
-        flags = ["--pretrained_teacher_model", runs["teacher"], "--student", STUDENT, "--kd_loss", method, *common]
-        name = f"{STUDENT}-{method}"
-        runs[name] = fashion_sd21.train(args, SCRIPT, name, args.student_steps, flags)
+    runs = fashion_sd21.distil(args, SCRIPT, start, STUDENTS, (*LENGTH, "--weighting_scheme", "none"))
     title = "A small Stable Diffusion 3 of garments, distilled"
     fashion_sd21.measure(args, title, runs, accuracy, ("--sampler", "euler", *LENGTH))
 

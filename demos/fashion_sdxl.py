@@ -12,11 +12,11 @@
 
 The captioned images, the autoencoder and the way to measure are those of demos/fashion_sd21.py. The teacher is a
 U-Net in Stable Diffusion XL's layout, with transformers of six blocks in its inner level. It takes the embeddings of
-the CLIP twice, as those of two text encoders. The students koala_700m and extreme are distilled with --kd_loss none,
-mse, lift and place at equal budget.
+the CLIP twice, as those of two text encoders. The students koala_700m and extreme are distilled with --kd_loss none
+(also with --task_loss rms), mse, lift and place at equal budget.
 
 Open demo-sdxl/index.html, or read demo-sdxl/results.md. Each model is a folder that loads with
-`StableDiffusionXLPipeline.from_pretrained("demo-sdxl/extreme-place")`. You can stop the demo at any time: the same
+`StableDiffusionXLPipeline.from_pretrained("demo-sdxl/extreme-place-0")`. You can stop the demo at any time: the same
 command continues it.
 """
 

@@ -198,6 +198,10 @@ def make_tables(facts: dict[str, dict], rows: dict[str, dict], inception: bool) 
 
 
 def tables_from_files(report: Path, results: Path) -> list[list[list[str]]]:
-    """[`make_tables`] from a report.json and a JSON of evaluate.py, whose rows must have the models' names."""
+    """[`make_tables`] from a report.json and a JSON of evaluate.py, whose rows must have the models' names.
+
+    Rows of other models are left out.
+    """
     facts, measured = json.loads(report.read_text())["facts"], json.loads(results.read_text())
-    return make_tables(facts, {row["name"]: row for row in measured["rows"]}, is_inception(measured))
+    rows = {row["name"]: row for row in measured["rows"] if row["contents"] is None or row["name"] in facts}
+    return make_tables(facts, rows, is_inception(measured))

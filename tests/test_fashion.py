@@ -191,10 +191,10 @@ def test_stable_diffusion_from_nothing_and_again(make_demo, in_process, monkeypa
     monkeypatch.setattr(fashion_sd21, "STUDENTS", ("bk_extreme",))
     small = ("--autoencoder_steps", 2, "--clip_steps", 2)
     folder = make_demo(fashion_sd21, *small)
-    assert [Path(flags[1]).name for flags in in_process] == ["teacher", "bk_extreme-place"]
-    table = check_demo(folder, ["real", "decoded", "teacher", "bk_extreme-place"])
+    assert [Path(flags[1]).name for flags in in_process] == ["teacher", "bk_extreme-place-0"]
+    table = check_demo(folder, ["real", "decoded", "teacher", "bk_extreme-place-0"])
     count = {name: int(row["parameters"].replace(",", "")) for name, row in list(table.items())[2:]}
-    assert count["bk_extreme-place"] < 0.3 * count["teacher"]
+    assert count["bk_extreme-place-0"] < 0.3 * count["teacher"]
     assert table["real"]["CLIP"] == "–" and -1 < float(table["teacher"]["CLIP"]) < 1
 
     weights = [
@@ -204,7 +204,7 @@ def test_stable_diffusion_from_nothing_and_again(make_demo, in_process, monkeypa
     assert all(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if name.endswith("weight"))
     parts = [load_file(folder / name / "vae" / "diffusion_pytorch_model.safetensors") for name in ("start", "teacher")]
     assert all(torch.equal(parts[0][name], parts[1][name]) for name in parts[0])
-    pipeline = StableDiffusionPipeline.from_pretrained(folder / "bk_extreme-place")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "bk_extreme-place-0")
     assert pipeline("a photo of a dark bag", num_inference_steps=1).images[0].size == (32, 32)
 
     before = stamp(folder)
@@ -216,13 +216,13 @@ def test_stable_diffusion_from_nothing_and_again(make_demo, in_process, monkeypa
 
 def test_stable_diffusion_3_from_nothing(make_demo, monkeypatch):
     monkeypatch.setattr(fashion_sd21, "IMAGES", 96)
-    monkeypatch.setattr(fashion_sd3, "METHODS", ("place",))
+    monkeypatch.setattr(fashion_sd21, "METHODS", ("place",))
     folder = make_demo(fashion_sd3, "--autoencoder_steps", 2, "--clip_steps", 2)
-    check_demo(folder, ["real", "decoded", "teacher", "third-place"])
+    check_demo(folder, ["real", "decoded", "teacher", "third-place-0"])
     manifest = json.loads((folder / "samples" / "teacher" / "manifest.json").read_text())
     assert manifest["max_sequence_length"] == 8 and manifest["prompts"] == fashion.PROMPTS
     absent = {"text_encoder_3": None, "tokenizer_3": None}
-    student = StableDiffusion3Pipeline.from_pretrained(folder / "third-place", **absent)
+    student = StableDiffusion3Pipeline.from_pretrained(folder / "third-place-0", **absent)
     assert student.transformer.config.num_layers == 2
 
 
@@ -231,16 +231,23 @@ def test_stable_diffusion_xl_from_nothing(make_demo, monkeypatch):
     monkeypatch.setattr(fashion_sd21, "METHODS", ("place",))
     monkeypatch.setattr(fashion_sdxl, "STUDENTS", ("extreme",))
     folder = make_demo(fashion_sdxl, "--autoencoder_steps", 2, "--clip_steps", 2)
-    check_demo(folder, ["real", "decoded", "teacher", "extreme-place"])
-    student = StableDiffusionXLPipeline.from_pretrained(folder / "extreme-place", add_watermarker=False)
+    check_demo(folder, ["real", "decoded", "teacher", "extreme-place-0"])
+    student = StableDiffusionXLPipeline.from_pretrained(folder / "extreme-place-0", add_watermarker=False)
     assert student.unet.config.transformer_layers_per_block == [1, 1]
     assert student("a photo of a dark bag", num_inference_steps=1).images[0].size == (32, 32)
 
 
 def test_dit_from_nothing(make_demo, monkeypatch):
     monkeypatch.setattr(fashion_dit, "IMAGES", 96)
-    monkeypatch.setattr(fashion_dit, "METHODS", ("place",))
-    folder = make_demo(fashion_dit)
-    check_demo(folder, ["real", "teacher", "place"])
-    manifest = json.loads((folder / "samples" / "place" / "manifest.json").read_text())
+    monkeypatch.setattr(fashion_dit, "METHODS", ("mse", "place"))
+    folder = make_demo(fashion_dit, "--seeds", 2)
+    check_demo(folder, ["real", "teacher", "mse-0", "place-0"])  # the report shows the first seed
+    rows = {row["name"]: row["fid"] for row in json.loads((folder / "quality.json").read_text())["rows"]}
+    assert list(rows) == ["real", "teacher", "mse-0", "place-0", "mse-1", "place-1"]
+    assert rows["place-0"] != rows["place-1"]
+    mean = {loss: (rows[f"{loss}-0"] + rows[f"{loss}-1"]) / 2 for loss in ("mse", "place")}
+    text = (folder / "results.md").read_text()
+    assert f"| mse | {mean['mse']:.2f} ± " in text and f"| place | {mean['place']:.2f} ± " in text
+    assert f" | {mean['place'] - mean['mse']:+.2f} (" in text
+    manifest = json.loads((folder / "samples" / "place-0" / "manifest.json").read_text())
     assert manifest["classes"] == list(range(10))
