@@ -11,7 +11,7 @@
     benchmarks/gpu.sh all                     # or one slice: benchmarks/gpu.sh 2
     GPU_SIZE=tiny benchmarks/gpu.sh all       # the same with tiny models, also without a GPU: does it run to the end?
 
-    1  each script, 20 steps in bf16 and in fp16: is all finite, does the loss fall?
+    1  each script, 20 steps in bf16, in fp16 and by --fsdp on one GPU: is all finite, does the loss fall?
     2  memory and speed of SD 2.1 -> bk_tiny at 512 pixels, and of DiT-XL/2 -> d14
     3  memory and speed of half SD3-medium at 512 pixels: whole, and as LoRA with --share_backbone
     4  xformers, compile, 8-bit AdamW and a cached teacher, by step.py
@@ -33,6 +33,7 @@ import math
 import os
 import shlex
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -319,10 +320,14 @@ def run_python(*command: str, **environment: str) -> subprocess.CompletedProcess
 
 
 def check_losses(results: Results, size: str, inputs: Path) -> None:
-    """Slice 1: twenty steps of each script in each half precision; without a GPU, float32 instead of fp16."""
+    """Slice 1: twenty steps of each script in each half precision, and spread by --fsdp over one process.
+
+    Without a GPU, float32 instead of fp16.
+    """
     runs = []
-    for precision, script in itertools.product(("bf16", "fp16" if ON_GPU else "no"), SCRIPTS):
-        flags = f"--mixed_precision {precision} {SAVING if script == 'sd3' else '--use_8bit_adam'}"
+    ways = (("bf16", "--use_8bit_adam"), ("fp16" if ON_GPU else "no", "--use_8bit_adam"), ("bf16", "--fsdp"))
+    for (precision, way), script in itertools.product(ways, SCRIPTS):
+        flags = f"--mixed_precision {precision} {way}" + " --gradient_checkpointing" * (script == "sd3")
         settings = {"script": script, "size": size, "precision": precision, "flags": flags, "batch": BATCH[script]}
         flags += f" --train_batch_size {BATCH[script]} --max_train_steps 20 --logging_steps 1"
         runs.append(Run(settings, script, flags.split()))
@@ -524,6 +529,11 @@ def main(args: argparse.Namespace) -> None:
     """Run a slice, or in a run's process that run alone."""
     if args.in_process:
         options = json.loads(args.in_process)
+        if "--fsdp" in options["flags"]:  # one process of a launcher
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                port = str(server.getsockname()[1])
+            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": port}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "false" if ON_GPU else "true"}
         output = Path(options.pop("output"))
         (output / "measured.json").write_text(json.dumps(train(**options)))
         return

@@ -129,7 +129,8 @@ def test_gpu_benchmark_runs_without_one_and_once(tmp_path, monkeypatch):
     flags = ["--slice", "1", "--size", "tiny", "--output", str(tmp_path), "--inputs", str(inputs)]
     gpu.main(gpu.parse_args(flags))
     found = json.loads((tmp_path / "losses.json").read_text())
-    assert [each["precision"] for each in found] == ["bf16", "no"]
+    ways = ("bf16 --use_8bit_adam", "no --use_8bit_adam", "bf16 --fsdp")
+    assert [each["flags"] for each in found] == [f"--mixed_precision {way}" for way in ways]
     for each in found:
         assert len(each["losses"]) == 20 and each["not finite"] == 0 and each["falls by"] > 0
 
