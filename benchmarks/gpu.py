@@ -17,10 +17,11 @@
     4  xformers, compile, 8-bit AdamW and a cached teacher, by step.py
     5  a run that is killed and resumed, beside one that is not
     6  tests that have a GPU's part, on it
+    7  memory and speed of SDXL -> koala_700m at 1024 pixels: whole, and as LoRA
 
 The models have random weights (random_teachers.py), nothing is downloaded. Each slice writes a JSON list and keeps
 each run as soon as it is done: the same command goes on where it was stopped. Runs start side by side, as many as the
-GPU holds, and are timed in turns. Slices 2 and 3 hold a run to the memory of a card of 12, 16 or 24 GiB, its CUDA
+GPU holds, and are timed in turns. Slices 2, 3 and 7 hold a run to the memory of a card of 12, 16 or 24 GiB, its CUDA
 context included, and double or halve the batch until it is the largest that fits.
 """
 
@@ -53,13 +54,13 @@ from common.errors import fail
 from common.metrics import read_metrics
 
 from dry_runs import estimate
-from full_models import CELEBA, SD3_MEDIUM, save_ddpm, save_dit, save_sd3, save_sd21
+from full_models import CELEBA, SD3_MEDIUM, save_ddpm, save_dit, save_sd3, save_sd21, save_sdxl
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from device import describe_device
-from random_teachers import SIZES, list_flags
-from small_runs import ROOT, SCRIPTS
+from random_teachers import SCRIPTS, SIZES, list_flags
+from small_runs import ROOT
 from step import (
     Done,
     is_measured,
@@ -77,10 +78,14 @@ from turns import run_in_turns, wait_for_turn
 Result = dict[str, Any]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 ON_GPU = torch.cuda.is_available()
-BATCH = {"unet": 32, "sd21": 4, "dit": 16, "sd3": 2}  # of slice 1
+BATCH = {"unet": 32, "sd21": 4, "dit": 16, "sd3": 2, "sdxl": 1}  # of slice 1
 LARGEST_BATCH = 64 if ON_GPU else 1
-PUBLISHED = {"sd21": (50_000, 128), "dit": (100_000, 256), "sd3": (50_000, 32)}  # steps, images per step
-WEIGHTS = {"unet": "unet", "sd21": "unet", "dit": "transformer", "sd3": "transformer"}  # the student's folder
+PUBLISHED = {
+    "sd21": (50_000, 128),
+    "dit": (100_000, 256),
+    "sd3": (50_000, 32),
+    "sdxl": (50_000, 128),
+}  # steps, images per step
 # Dense, half precision, in TFLOP/s, by NVIDIA's data sheets and white papers. The first name that is found counts.
 PEAKS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "A100": 312.0, "RTX 4090": 165.2, "RTX 3060": 25.5}
 SAVING = "--use_8bit_adam --gradient_checkpointing"
@@ -89,7 +94,7 @@ LIMIT = 300  # seconds for runs that start side by side
 
 
 class Case(NamedTuple):
-    """What slices 2 and 3 measure."""
+    """What slices 2, 3 and 7 measure."""
 
     script: str
     name: str
@@ -110,6 +115,15 @@ MEMORY = {
             {12: 16, 16: 32},
         ),
         Case("sd3", "half, whole", f"--mixed_precision bf16 {SAVING}", {24: 8}),
+    ),
+    7: (
+        Case("sdxl", "koala_700m", f"--mixed_precision fp16 --cache_latents --use_ema {SAVING}", {24: 8}),
+        Case(
+            "sdxl",
+            "koala_700m, LoRA",
+            "--mixed_precision fp16 --cache_latents --use_ema --gradient_checkpointing --lora_rank 16",
+            {12: 4},
+        ),
     ),
 }
 
@@ -137,7 +151,7 @@ GRIDS = (
 )
 CELL = 16  # GiB that a cell of theirs takes at most
 TESTS = "tests/test_gpu.py tests/test_teacher_weights.py tests/test_teacher_cache.py tests/test_losses.py"
-STEPS, LOGGED, SETTLED = 16, 4, 2  # of a run of slices 2 and 3: steps, steps per row, rows before it is timed
+STEPS, LOGGED, SETTLED = 16, 4, 2  # of a run of slices 2, 3 and 7: steps, steps per row, rows before it is timed
 
 
 # ------------------------------------------------------------------------------------------------- in a run's process
@@ -327,7 +341,7 @@ def check_losses(results: Results, size: str, inputs: Path) -> None:
     runs = []
     ways = (("bf16", "--use_8bit_adam"), ("fp16" if ON_GPU else "no", "--use_8bit_adam"), ("bf16", "--fsdp"))
     for (precision, way), script in itertools.product(ways, SCRIPTS):
-        flags = f"--mixed_precision {precision} {way}" + " --gradient_checkpointing" * (script == "sd3")
+        flags = f"--mixed_precision {precision} {way}" + " --gradient_checkpointing" * (script in ("sd3", "sdxl"))
         settings = {"script": script, "size": size, "precision": precision, "flags": flags, "batch": BATCH[script]}
         flags += f" --train_batch_size {BATCH[script]} --max_train_steps 20 --logging_steps 1"
         runs.append(Run(settings, script, flags.split()))
@@ -342,7 +356,7 @@ def check_losses(results: Results, size: str, inputs: Path) -> None:
 
 
 def measure_memory(number: int, results: Results, size: str, inputs: Path) -> None:
-    """Slices 2 and 3: for each card the largest batch that fits, its memory and its speed."""
+    """Slices 2, 3 and 7: for each card the largest batch that fits, its memory and its speed."""
     total = torch.cuda.get_device_properties(0).total_memory / 2**30 if ON_GPU else math.inf
     # Each with the batches that were tried, and whether they fit.
     ladders = [(case, limit, {}) for case in MEMORY[number] for limit in case.first_batches if limit <= total]
@@ -377,7 +391,7 @@ def next_batches(first: int, fits: dict[int, bool]) -> list[int]:
 
 
 def make_run(case: Case, limit: int, batch: int, size: str) -> Run:
-    """A run of slices 2 and 3."""
+    """A run of slices 2, 3 and 7."""
     settings = {"script": case.script, "size": size, "case": case.name, "flags": case.flags}
     settings |= {"limit GiB": limit, "batch": batch}
     flags = case.flags if ON_GPU else case.flags.replace("fp16", "bf16")
@@ -386,20 +400,21 @@ def make_run(case: Case, limit: int, batch: int, size: str) -> Run:
 
 
 def finish_case(run: Run, found: Result) -> Result:
-    """The speed of a run of slices 2 and 3."""
+    """The speed of a run of slices 2, 3 and 7."""
     speed = statistics.median(row["images_per_second"] for row in found.pop("rows")[SETTLED + 1 :])
     steps, images = PUBLISHED[run.script]
     return found | {"images per second": speed, "hours for the recipe": steps * images / speed / 3600}
 
 
 def add_estimates(results: Results) -> None:
-    """What --dry_run says of the runs of slices 1 to 3 that fit; it needs no GPU."""
+    """What --dry_run says of the runs of slices 1, 2, 3 and 7 that fit; it needs no GPU."""
     with tempfile.TemporaryDirectory() as folder:
         teachers = {
             "unet": save_ddpm(Path(folder) / "unet", **CELEBA),
             "sd21": save_sd21(Path(folder) / "sd21"),
             "dit": save_dit(Path(folder) / "dit"),
             "sd3": save_sd3(Path(folder) / "sd3", SD3_MEDIUM),
+            "sdxl": save_sdxl(Path(folder) / "sdxl"),
         }
         for found in tqdm([each for each in results.found if "error" not in each], desc="dry runs"):
             flags = [*list_flags(found["script"], "full", Path())[4:], *found["flags"].split(), "--train_batch_size"]
@@ -470,7 +485,7 @@ def kill_once(script: str, size: str, inputs: Path) -> Result:
             texts = [(run.parent / f"{run.name}.txt").read_text()[-2000:] for run in (whole, killed)]
             print(*texts, sep="\n", file=sys.stderr, flush=True)
             return {"error": f"killed at step {step} of 40; finished: {[end.exists() for end in ends]}"}
-        return {"killed after step": step} | compare(script, whole, killed)
+        return {"killed after step": step} | compare(whole, killed)
 
 
 def run_until(enough: Callable[[list[Result]], bool], command: list[str], output: Path) -> int:
@@ -486,9 +501,9 @@ def run_until(enough: Callable[[list[Result]], bool], command: list[str], output
     return rows[-1]["step"] if rows else 0
 
 
-def compare(script: str, *runs: Path) -> Result:
-    """How far two runs' students and last losses are apart."""
-    weights = [load_file(next((run / WEIGHTS[script]).glob("*.safetensors"))) for run in runs]
+def compare(*runs: Path) -> Result:
+    """How far two runs' U-Nets and last losses are apart."""
+    weights = [load_file(next((run / "unet").glob("*.safetensors"))) for run in runs]
     largest = max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
     losses = [read_metrics(run / "metrics.jsonl")[-1]["loss"] for run in runs]
     return {"largest difference of a weight": largest, "last losses": losses}
@@ -508,18 +523,20 @@ def run_tests(results: Results, size: str, inputs: Path) -> None:
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, or `input_args`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slice", type=int, choices=range(1, 7), help="which one")
+    parser.add_argument("--slice", type=int, choices=range(1, 8), help="which one")
     parser.add_argument("--size", default="full", choices=SIZES, help="of the models (default: full)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON lists")
     parser.add_argument("--inputs", type=Path, default=ROOT / "runs" / "gpu", help="folder of teachers and images")
     parser.add_argument("--in_process", help=argparse.SUPPRESS)  # a run: what `run_apart` gives its process
-    parser.add_argument("--estimates", action="store_true", help="add what --dry_run says to slice 1, 2 or 3; no GPU")
+    parser.add_argument(
+        "--estimates", action="store_true", help="add what --dry_run says to slice 1, 2, 3 or 7; no GPU"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after them (default: no end)")
     args = parser.parse_args(input_args)
     if args.slice is None and args.in_process is None:
-        fail("--slice is not given; pass 1 to 6, or run benchmarks/gpu.sh all")
+        fail("--slice is not given; pass 1 to 7, or run benchmarks/gpu.sh all")
     if args.estimates and args.slice not in (1, *MEMORY):
-        fail(f"--estimates is for the slices 1 to 3; --slice is {args.slice}")
+        fail(f"--estimates is for the slices 1, 2, 3 and 7; --slice is {args.slice}")
     if args.size == "full" and not ON_GPU and args.in_process is None and not args.estimates:
         fail("--size full needs a GPU, and there is none; pass --size tiny")
     return args
@@ -537,7 +554,7 @@ def main(args: argparse.Namespace) -> None:
         output = Path(options.pop("output"))
         (output / "measured.json").write_text(json.dumps(train(**options)))
         return
-    names = {1: "losses", 2: "memory", 3: "memory-sd3", 4: "steps", 5: "resume", 6: "tests"}
+    names = {1: "losses", 2: "memory", 3: "memory-sd3", 4: "steps", 5: "resume", 6: "tests", 7: "memory-sdxl"}
     inputs = args.inputs.resolve()
     inputs.mkdir(parents=True, exist_ok=True)
     results = Results(args.output / f"{names[args.slice]}.json", args.minutes)

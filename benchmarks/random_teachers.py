@@ -33,20 +33,25 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
-from full_models import CELEBA, DIT_XL, SD3_MEDIUM, SD21, make_vae
+from full_models import CELEBA, DIT_XL, SD3_MEDIUM, SD21, SDXL, make_vae
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from small_runs import SCRIPTS, TEACHERS, write_images
-from tiny_models import TOKENS, make_tokenizer
+import small_runs
+from small_runs import write_images
+from tiny_models import TOKENS, make_tokenizer, save_sdxl_pipeline
 
 
+SCRIPTS = (*small_runs.SCRIPTS, "sdxl")
+TEACHERS = {**small_runs.TEACHERS, "sdxl": save_sdxl_pipeline}  # tiny ones
 SIZES = ("tiny", "small", "full")
 SMALL = {
     "unet": {**CELEBA, "block_out_channels": [64, 128, 128, 128, 256]},
@@ -68,15 +73,27 @@ SMALL = {
         "pooled_projection_dim": 160,
         "pos_embed_max_size": 64,
     },
+    "sdxl": {
+        **SDXL,
+        "sample_size": 16,
+        "block_out_channels": [40, 80, 160],
+        "norm_num_groups": 4,
+        "cross_attention_dim": 160,
+        "projection_class_embeddings_input_dim": 6 * 256 + 96,
+    },
 }
-FULL = {"unet": CELEBA, "sd21": SD21, "dit": DIT_XL, "sd3": SD3_MEDIUM}
-SIDES = {"full": {"unet": 64, "sd21": 512, "dit": 256, "sd3": 512}, "small": {"unet": 64}}  # of images; others: 128
+FULL = {"unet": CELEBA, "sd21": SD21, "dit": DIT_XL, "sd3": SD3_MEDIUM, "sdxl": SDXL}
+SIDES = {
+    "full": {"unet": 64, "sd21": 512, "dit": 256, "sd3": 512, "sdxl": 1024},
+    "small": {"unet": 64},
+}  # of images; others: 128
 # Of the training script: the student, and of the samples, which are not what is measured, as few as can be.
 FLAGS = {
     "unet": ("--student", "extreme", "--num_validation_images", "1"),
     "sd21": ("--student", "bk_tiny", "--validation_prompts", "a bag"),
     "dit": ("--student", "d14", "--validation_classes", "0"),
     "sd3": ("--student", "half", "--validation_prompts", "a bag", "--no_t5"),
+    "sdxl": ("--student", "koala_700m", "--validation_prompts", "a bag"),
 }
 TINY_FLAGS = {
     "unet": ("--student", "0.5", "--num_validation_images", "1"),
@@ -134,9 +151,13 @@ def make_pipeline(script: str, size: str) -> DiffusionPipeline:
         scheduler = DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, steps_offset=1)
         parts = vae, text_encoder, tokenizer, unet, scheduler, None, None
         return StableDiffusionPipeline(*parts, requires_safety_checker=False)
-    transformer, vae, *clips = models
+    denoiser, vae, *clips = models
+    if script == "sdxl":
+        noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+        parts = vae, *clips, tokenizer, tokenizer, denoiser, EulerDiscreteScheduler(**noise, steps_offset=1)
+        return StableDiffusionXLPipeline(*parts, add_watermarker=False)
     texts = clips[0], tokenizer, clips[1], tokenizer, None, None
-    return StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *texts)
+    return StableDiffusion3Pipeline(denoiser, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *texts)
 
 
 def make_models(script: str, config: dict, narrower: int) -> tuple[torch.nn.Module, ...]:
@@ -150,7 +171,11 @@ def make_models(script: str, config: dict, narrower: int) -> tuple[torch.nn.Modu
     if script == "dit":
         return DiTTransformer2DModel(**config), make_vae(4, narrower)
     sizes = ((768, 12, 12), (1280, 32, 20)) if narrower == 1 else ((64, 12, 4), (96, 12, 4))
-    clips = [make_clip(CLIPTextModelWithProjection, *size, narrower=narrower) for size in sizes]
+    first = CLIPTextModel if script == "sdxl" else CLIPTextModelWithProjection
+    kinds = first, CLIPTextModelWithProjection
+    clips = [make_clip(kind, *size, narrower=narrower) for kind, size in zip(kinds, sizes)]
+    if script == "sdxl":
+        return UNet2DConditionModel(**config), make_vae(4, narrower), *clips
     return SD3Transformer2DModel(**config), make_vae(16, narrower), *clips
 
 

@@ -120,7 +120,7 @@ def write_images(script: str, folder: Path, count: int, side: int | None = None)
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels).convert("L" if script == "unet" else "RGB").save(path)
         lines.append({"file_name": path.name, "text": f"a photo of a {('dark', 'bright')[index % 2]} bag"})
-    if script in ("sd21", "sd3"):
+    if script in ("sd21", "sd3", "sdxl"):
         (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -184,7 +184,7 @@ def test_gpu_benchmark_adds_estimates(tmp_path):
     assert 1000 < measured["estimated MiB"] < 2000
     assert measured["share of the peak"] == pytest.approx(measured["TFLOP/s"] / 989.4)
     assert failed == {**settings, "error": step.FITS_NOT}
-    with pytest.raises(SystemExit, match="--estimates is for the slices 1 to 3; --slice is 5"):
+    with pytest.raises(SystemExit, match="--estimates is for the slices 1, 2, 3 and 7; --slice is 5"):
         gpu.parse_args(["--slice", "5", "--estimates"])
 
 
