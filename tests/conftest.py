@@ -136,6 +136,18 @@ def in_process(run, monkeypatch) -> list:
 
 
 @pytest.fixture
+def classifier(tmp_path) -> Path:
+    """A TorchScript file whose features and logits are the first pixels of an image."""
+
+    class FirstPixels(torch.nn.Module):
+        def forward(self, images: torch.Tensor):
+            return images.flatten(1)[:, :6], images.flatten(1)[:, :10]
+
+    torch.jit.script(FirstPixels()).save(str(tmp_path / "classifier.pt"))
+    return tmp_path / "classifier.pt"
+
+
+@pytest.fixture
 def costs_here(monkeypatch) -> None:
     """eval/report.py measures latency and memory in this process, which is quick."""
     import report

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, PartialState
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import RandomSampler
@@ -40,7 +40,6 @@ SCRIPTS = {
     "sd21": ("--student", "bk_extreme"),
     "sd3": ("--student", "half", "--max_sequence_length", 8, "--no-cache_latents"),
 }
-PIPELINES = {"sd21": StableDiffusionPipeline, "sd3": StableDiffusion3Pipeline}
 # Of the photographs, (height, width): how many, and to which of the buckets of "auto" at 32 pixels they belong.
 PHOTOS = {(40, 40): (9, (32, 32)), (40, 60): (6, (32, 48)), (75, 50): (5, (48, 32)), (20, 80): (2, (16, 48))}
 COUNTS = [[16, 48, 2], [32, 32, 9], [32, 48, 6], [48, 32, 5]]
@@ -238,7 +237,7 @@ def test_live_and_cached_runs_are_one(distil, monkeypatch, caplog, tmp_path, scr
     assert len(rows["live"]) == 6
     assert "images by bucket, height x width: 16 x 48: 2, 32 x 32: 9, 32 x 48: 6, 48 x 32: 5" in caplog.text
     assert "are not trained on: 16 x 48: 2" in caplog.text and "22 images, 4 batches an epoch" in caplog.text
-    pipeline = PIPELINES[script].from_pretrained(tmp_path / "live")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "live")
     assert (pipeline.unet if script == "sd21" else pipeline.transformer).config.sample_size == 8
 
 
@@ -246,7 +245,7 @@ def test_live_and_cached_runs_are_one(distil, monkeypatch, caplog, tmp_path, scr
 def test_a_cached_teacher_is_the_live_one(distil, teachers, monkeypatch, script, flags):
     """On the same draws, whose noise has the size of the row; with and without cached latents beside it."""
     module = importlib.import_module(f"train_lift_{script}")
-    losses, pipeline = module.compute_losses, PIPELINES[script].from_pretrained(teachers[script])
+    losses, pipeline = module.compute_losses, DiffusionPipeline.from_pretrained(teachers[script])
     live = FeatureModel((pipeline.unet if script == "sd21" else pipeline.transformer).eval(), [])
     shapes = set()
 

@@ -211,12 +211,7 @@ def test_what_cannot_be_run_is_refused(flags, says, monkeypatch):
 # ------------------------------------------------------------------------------------------------- what is measured
 
 
-def test_a_run_is_measured_with_its_checkpoints(run, teacher, images, tmp_path, monkeypatch):
-    class Classifier(torch.nn.Module):
-        def forward(self, images: torch.Tensor):
-            return images.flatten(1)[:, :6], images.flatten(1)[:, :10]
-
-    torch.jit.script(Classifier()).save(str(tmp_path / "classifier.pt"))
+def test_a_run_is_measured_with_its_checkpoints(run, teacher, images, classifier, tmp_path, monkeypatch):
     unseen = np.random.default_rng(0).integers(0, 256, (24, 16, 16), dtype=np.uint8)
     np.save(tmp_path / "unseen.npy", unseen)
     student = tmp_path / "student"
@@ -228,7 +223,7 @@ def test_a_run_is_measured_with_its_checkpoints(run, teacher, images, tmp_path, 
     monkeypatch.setattr(study, "SAMPLING_STEPS", (2,))
     monkeypatch.setattr(study, "SAMPLE_BATCH", 12)
     threads = torch.get_num_threads()
-    study.measure(student, teacher, tmp_path, 24, words, tmp_path / "figures.json")
+    study.measure(student, teacher, classifier.parent, 24, words, tmp_path / "figures.json")
     torch.set_num_threads(threads)
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["fd_2"] > 0 and list(found["curve"]) == ["2", "4"]

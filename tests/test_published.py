@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import ROOT
 
 import published
@@ -34,15 +33,10 @@ def commands(run, monkeypatch) -> list[list[str]]:
     return started
 
 
-def test_one_command_trains_draws_and_measures_and_goes_on(commands, teacher, images, tmp_path):
-    class Classifier(torch.nn.Module):
-        def forward(self, images: torch.Tensor):
-            return images.flatten(1)[:, :6], images.flatten(1)[:, :10]
-
-    torch.jit.script(Classifier()).save(str(tmp_path / "classifier.pt"))
+def test_one_command_trains_draws_and_measures_and_goes_on(commands, teacher, images, classifier, tmp_path):
     flags = ["--teacher", str(teacher), "--data", str(images), "--output_dir", str(tmp_path / "published")]
     flags += ["--student", "0.5", "--max_train_steps", "2", "--num_images", "12", "--batch_size", "12"]
-    flags += ["--features", str(tmp_path / "classifier.pt"), "--losses", "place", "fitnet"]
+    flags += ["--features", str(classifier), "--losses", "place", "fitnet"]
     more = ["--train_batch_size", "4", "--num_validation_images", "1", "--num_inference_steps", "1"]
     more += ["--dataloader_num_workers", "0"]
     published.main(published.parse_args([*flags, "--", *more]))
