@@ -76,25 +76,27 @@ LOSSES = {
     "mse": {"kd_loss": "mse", **CACHED},
     "mse, min-SNR": {"kd_loss": "mse", "snr_gamma": 5, **CACHED},
     "rms": {"kd_loss": "rms", **CACHED},
+    "rms, rms": {"kd_loss": "rms", "task_loss": "rms", **CACHED},
     "FitNet": {"kd_loss": "mse", "lambda_kd_output": 0, "lambda_kd_feat": 1},
     "mse + FitNet": {"kd_loss": "mse", "lambda_kd_feat": 1e-6},
     "lift": {"kd_loss": "lift", **CACHED},
     "place": {"kd_loss": "place", **CACHED},
     "place, l2": {"kd_loss": "place", "coarse_norm": "l2", **CACHED},
+    "place, rms": {"kd_loss": "place", "task_loss": "rms", **CACHED},
     "place + FitNet": {"kd_loss": "place", "lambda_kd_feat": 1e-6},
 }
 
 
-def losses_experiment(size: str, student: float, init: str) -> Experiment:
+def losses_experiment(size: str, student: float, init: str, steps: int, samples: int) -> Experiment:
     """All losses and their controls on one student."""
     start = {"random": "from a random start", "magnitude": "pruned from the teacher"}[init]
     shared = {**PASSES, "student": student, "student_init": init, "checkpointing_steps": 250}
+    shared |= {"max_train_steps": steps, "lr_warmup_steps": steps // 10}
     question = f"Which loss helps a student of {size} of the teacher, {start}?"
     pairs = ("place", "lift"), ("place", "none"), ("none, rms", "none"), ("none, min-SNR", "none")
+    pairs += ("rms, rms", "rms"), ("place, rms", "place"), ("rms, rms", "place, rms")
     compared = ("mse",), tuple(NO_TEACHER)
-    return Experiment(
-        question, LOSSES, (0, 1, 2, 3, 4), shared, compared, search=PASSES["max_train_steps"], pairs=pairs
-    )
+    return Experiment(question, LOSSES, (0, 1, 2, 3, 4), shared, compared, steps, samples, pairs=pairs)
 
 
 def draws_experiment() -> Experiment:
@@ -158,14 +160,14 @@ def large_experiment() -> Experiment:
 
 
 EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
-    "tiny": partial(losses_experiment, "1.6 %", 0.125, "random"),
+    "tiny": partial(losses_experiment, "1.6 %", 0.125, "random", 1000, 5000),
     "draws": draws_experiment,
     "teachers": teachers_experiment,
     "ablations": ablations_experiment,
     "batches": batches_experiment,
-    "tenth": partial(losses_experiment, "10 %", 0.3125, "random"),
-    "tiny-pruned": partial(losses_experiment, "1.6 %", 0.125, "magnitude"),
-    "tenth-pruned": partial(losses_experiment, "10 %", 0.3125, "magnitude"),
+    "tenth": partial(losses_experiment, "10 %", 0.3125, "random", 500, 2000),
+    "tiny-pruned": partial(losses_experiment, "1.6 %", 0.125, "magnitude", 500, 2000),
+    "tenth-pruned": partial(losses_experiment, "10 %", 0.3125, "magnitude", 500, 2000),
     "large": large_experiment,
 }
 
@@ -307,7 +309,7 @@ def draw_figures(experiment: Experiment, values: Values, path: Path) -> None:
     titles = "Fréchet distance, 10 steps: mean and range of the seeds", "Error to the teacher", "Share of the gradient"
     for panel, title, label in zip(panels, titles, ("training step", "timestep", "timestep")):
         panel.set(title=title, xlabel=label, yscale="log")
-    panels[1].legend(fontsize="small")
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.suptitle(experiment.question)
     figure.savefig(path, dpi=80)
 

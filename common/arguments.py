@@ -96,7 +96,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
 
     kd = parser.add_argument_group("distillation")
     kd.add_argument("--kd_loss", default="place", choices=("place", "lift", "mse", "rms", "none"), help="output term")
-    kd.add_argument("--task_loss", default="mse", choices=("mse", "rms"), help="on the data; rms: its root, by image")
+    term = "the term to the data; rms: its root for each image, best in our small runs, see README.md"
+    kd.add_argument("--task_loss", default="mse", choices=("mse", "rms"), help=term)
     draws = "run the teacher before the training alone, for this many draws of noise per image"
     kd.add_argument("--cache_teacher", type=int, metavar="DRAWS", help=draws)
     kd.add_argument("--cache_teacher_dtype", default="fp16", choices=("fp32", "fp16", "bf16"), help="of what it keeps")
