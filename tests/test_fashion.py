@@ -146,6 +146,9 @@ def make_demo(in_process, costs_here, tmp_path, monkeypatch):
     """`make_demo(module, *flags)` makes a demo of a few steps, without processes of their own; returns its folder."""
     monkeypatch.setattr(small_models, "train_classifier", partial(small_models.train_classifier, steps=40))
     monkeypatch.setattr(demo.signal, "signal", lambda *arguments: None)
+    for module in (fashion_sd21, fashion_dit):
+        monkeypatch.setattr(module, "REFERENCE", 20)
+        monkeypatch.setattr(module, "REAL", 10)
 
     def make(module, *flags) -> Path:
         command = ["--output_dir", tmp_path / "demo", "--teacher_steps", 2, "--student_steps", 2, "--samples", 64]
