@@ -80,12 +80,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 ON_GPU = torch.cuda.is_available()
 BATCH = {"unet": 32, "sd21": 4, "dit": 16, "sd3": 2, "sdxl": 1}  # of slice 1
 LARGEST_BATCH = 64 if ON_GPU else 1
-PUBLISHED = {
-    "sd21": (50_000, 128),
-    "dit": (100_000, 256),
-    "sd3": (50_000, 32),
-    "sdxl": (50_000, 128),
-}  # steps, images per step
+# Steps, images per step.
+PUBLISHED = {"sd21": (50_000, 128), "dit": (100_000, 256), "sd3": (50_000, 32), "sdxl": (50_000, 128)}
 # Dense, half precision, in TFLOP/s, by NVIDIA's data sheets and white papers. The first name that is found counts.
 PEAKS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "A100": 312.0, "RTX 4090": 165.2, "RTX 3060": 25.5}
 SAVING = "--use_8bit_adam --gradient_checkpointing"

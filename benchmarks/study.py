@@ -190,14 +190,16 @@ class Study:
             self.train_teacher(name)
 
     def train_teacher(self, name: str) -> None:
-        """Train a teacher of WIDTHS from scratch and measure it, unless that is done."""
+        """Train a teacher of WIDTHS from scratch, unless it is there, and measure it, unless it has a line."""
         recipe = self.folder / f"{name}.json"
         recipe.write_text(json.dumps({"config": teacher_config(name, self.scale)}))
         flags = {"kd_loss": "none", "max_train_steps": self.scale.teacher_steps, "lr_warmup_steps": 200}
         flags |= {"learning_rate": 1e-3 if WIDTHS[name] > 1 else 2e-3, "ema_decay": 0.999}
         run = Run(teachers_of(self.scale), name, 0, flags, teacher=name)
+        flags = {**flags_of(run), "student": recipe}
+        self.train(self.folder / name, flags)
         if run.key not in self.finished():
-            self.run(run, self.folder / name, {**flags_of(run), "student": recipe})
+            self.run(run, self.folder / name, flags)
 
     def train(self, output_dir: Path, flags: dict[str, Any]) -> list[str]:
         """Run train_lift_unet.py to its end, or go on with it; a run that fails ends this program with its log.

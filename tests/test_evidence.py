@@ -184,6 +184,22 @@ def test_a_slice_of_time_keeps_what_is_finished(page, tmp_path, monkeypatch, cap
     assert begun == ["none", "mse", "mse", "rms"] and "Seeds: 1." in (tmp_path / "README.md").read_text()
 
 
+def test_a_teacher_is_trained_where_it_is_missing_and_measured_once(tmp_path, monkeypatch):
+    """Whoever has the stored lines alone, in a new folder, needs the teacher again."""
+    calls = []
+
+    def measure(self, run: study.Run, folder, flags) -> dict:
+        calls.append("measured")
+        self.lines.write_text(json.dumps(line_of(run, 1.0)) + "\n")
+
+    monkeypatch.setattr(study.Study, "train", lambda self, folder, flags: calls.append(folder.name))
+    monkeypatch.setattr(study.Study, "run", measure)
+    small = study.Study(tmp_path, tmp_path / "runs.jsonl", 1, study.SCALES["cpu"])
+    small.train_teacher("quarter")
+    small.train_teacher("quarter")
+    assert calls == ["quarter", "measured", "quarter"]
+
+
 def test_what_runs_when_the_time_is_up_is_asked_to_end(tmp_path):
     slow = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
     slow.start()
