@@ -83,10 +83,8 @@ SMALL = {
     },
 }
 FULL = {"unet": CELEBA, "sd21": SD21, "dit": DIT_XL, "sd3": SD3_MEDIUM, "sdxl": SDXL}
-SIDES = {
-    "full": {"unet": 64, "sd21": 512, "dit": 256, "sd3": 512, "sdxl": 1024},
-    "small": {"unet": 64},
-}  # of images; others: 128
+# Of images; others: 128.
+SIDES = {"full": {"unet": 64, "sd21": 512, "dit": 256, "sd3": 512, "sdxl": 1024}, "small": {"unet": 64}}
 # Of the training script: the student, and of the samples, which are not what is measured, as few as can be.
 FLAGS = {
     "unet": ("--student", "extreme", "--num_validation_images", "1"),

@@ -68,6 +68,7 @@ LOSSES = {
     "lift": ("--kd_loss", "lift"),
     "place": ("--kd_loss", "place"),
 }
+NAMES = "the names end with the loss and the seed; `none_rms` is `--kd_loss none --task_loss rms`"
 TRAIN_BATCH_SIZE = 32
 SAMPLE_BATCH_SIZE = 100
 

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
 
     facts = {
         "students": f"{DEPTH} of the teacher's {TEACHER['num_layers']} blocks, by `--student_depth {DEPTH}`; "
-        f"{args.seeds} seed(s); the names end with the loss and the seed",
+        f"{args.seeds} seed(s); {demo.NAMES}",
         "parameters": "97 k in each block belong to its table of 1,000 labels, of which ten are used",
         "real": f"{REAL} test images of each class; the classifier recognises "
         f"{small_models.accuracy(classifier, images[real], labels[real]):.1%} of them",

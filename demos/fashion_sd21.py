@@ -112,7 +112,7 @@ def measure(
     """[`demo.measure`] for latent text-to-image models; `accuracy` is the classifier's on real images."""
     real = [args.output_dir / name for name in ("real", "decoded")]
     facts = {
-        "students": f"{args.seeds} seed(s); the names end with the loss and the seed",
+        "students": f"{args.seeds} seed(s); {demo.NAMES}",
         "real": f"{REAL} test images of each prompt; the classifier recognises {accuracy:.1%} of them",
         "decoded": "the same images after the autoencoder",
     }
