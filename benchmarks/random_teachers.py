@@ -45,13 +45,11 @@ from diffusers import (
 from full_models import CELEBA, DIT_XL, SD3_MEDIUM, SD21, SDXL, make_vae
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-import small_runs
-from small_runs import write_images
-from tiny_models import TOKENS, make_tokenizer, save_sdxl_pipeline
+from small_runs import TEACHERS, write_images
+from tiny_models import TOKENS, make_tokenizer
 
 
-SCRIPTS = (*small_runs.SCRIPTS, "sdxl")
-TEACHERS = {**small_runs.TEACHERS, "sdxl": save_sdxl_pipeline}  # tiny ones
+SCRIPTS = tuple(TEACHERS)
 SIZES = ("tiny", "small", "full")
 SMALL = {
     "unet": {**CELEBA, "block_out_channels": [64, 128, 128, 128, 256]},
@@ -169,12 +167,13 @@ def make_models(script: str, config: dict, narrower: int) -> tuple[torch.nn.Modu
     if script == "dit":
         return DiTTransformer2DModel(**config), make_vae(4, narrower)
     sizes = ((768, 12, 12), (1280, 32, 20)) if narrower == 1 else ((64, 12, 4), (96, 12, 4))
-    first = CLIPTextModel if script == "sdxl" else CLIPTextModelWithProjection
+    if script == "sdxl":
+        first, denoiser, channels = CLIPTextModel, UNet2DConditionModel, 4
+    else:
+        first, denoiser, channels = CLIPTextModelWithProjection, SD3Transformer2DModel, 16
     kinds = first, CLIPTextModelWithProjection
     clips = [make_clip(kind, *size, narrower=narrower) for kind, size in zip(kinds, sizes)]
-    if script == "sdxl":
-        return UNet2DConditionModel(**config), make_vae(4, narrower), *clips
-    return SD3Transformer2DModel(**config), make_vae(16, narrower), *clips
+    return denoiser(**config), make_vae(channels, narrower), *clips
 
 
 def make_clip(kind: type, width: int, layers: int, heads: int, narrower: int) -> torch.nn.Module:

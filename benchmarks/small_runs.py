@@ -32,7 +32,13 @@ from common.metrics import read_metrics
 from common.reporting import grid_path
 
 from fork_server import start_run
-from tiny_models import save_dit_pipeline, save_pixel_pipeline, save_sd3_pipeline, save_sd_pipeline
+from tiny_models import (
+    save_dit_pipeline,
+    save_pixel_pipeline,
+    save_sd3_pipeline,
+    save_sd_pipeline,
+    save_sdxl_pipeline,
+)
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +57,7 @@ TEACHERS: dict[str, Callable[[Path], Path]] = {
     "sd21": save_sd_pipeline,
     "dit": lambda folder: save_dit_pipeline(folder, **WIDE),
     "sd3": lambda folder: save_sd3_pipeline(folder, caption_projection_dim=32, **WIDE),
+    "sdxl": save_sdxl_pipeline,  # of random_teachers.py alone
 }
 STUDENTS = {
     "unet": ("--student", "0.5", "--num_validation_images", "2"),

@@ -240,8 +240,9 @@ def measure(
     evaluate_flags: tuple = (),
     report_flags: tuple = (),
 ) -> None:
-    """Generate samples with every model, measure them, and write the report: the students' of the first seed, and a
-    table of all seeds.
+    """Generate samples with every model, measure them, and write the report.
+
+    The report is of the students of the first seed; results.md has a table of all seeds beside it.
 
     Args:
         args: The demo's flags.
