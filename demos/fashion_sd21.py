@@ -13,7 +13,7 @@
 The data are 10,000 captioned images of Fashion-MNIST at 32 pixels, from Debian's package, which is downloaded if it is
 not installed. The demo makes, one after the other:
 
-1. a small autoencoder (latents of 4 x 8 x 8) and a small CLIP, whose text encoder the pipeline uses;
+1. a small autoencoder (latents of 16 x 8 x 8) and a small CLIP, whose text encoder the pipeline uses;
 2. the teacher: a U-Net in Stable Diffusion's layout, trained from random weights by the script itself with --kd_loss
    none --student whole --student_init random, on cached latents;
 3. the students bk_tiny and bk_extreme, each distilled with --kd_loss none (also with --task_loss rms), mse, lift and
@@ -59,7 +59,7 @@ def parse_args(
     """The flags of this demo, and of the other two with captions, by another description and default folder."""
     defaults = {"teacher_steps": 1500, "student_steps": 300, "samples": 400, "inference_steps": 20}
     parser = demo.make_parser(description, output_dir, **defaults)
-    parser.add_argument("--autoencoder_steps", type=int, default=800, help="training steps of the autoencoder")
+    parser.add_argument("--autoencoder_steps", type=int, default=5000, help="training steps of the autoencoder")
     parser.add_argument("--clip_steps", type=int, default=400, help="training steps of the CLIP")
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance; 1 is none")
     return demo.parse(parser, input_args, max_samples=50_000)

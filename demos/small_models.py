@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""The parts of a pipeline, so small that each trains on a CPU in about a minute, saved by `save_pretrained`.
+"""The parts of a pipeline, so small that each trains on a CPU in minutes, saved by `save_pretrained`.
 
 An autoencoder, a tokenizer and CLIP, which the training scripts of latent text-to-image models expect to find in the
 teacher, and the classifier whose features the demos measure. What exists already is loaded instead of trained. For
@@ -104,11 +104,11 @@ def save_parts(folder: Path, *parts: Any) -> None:
 def train_autoencoder(
     folder: Path,
     images: np.ndarray,
-    steps: int = 1000,
+    steps: int = 5000,
     seed: int = 0,
     channels: tuple[int, ...] = (16, 32, 32),
-    latent_channels: int = 4,
-    batch_size: int = 32,
+    latent_channels: int = 16,
+    batch_size: int = 4,
 ) -> AutoencoderKL:
     """Train an autoencoder, or load it if the folder exists.
 
@@ -123,7 +123,7 @@ def train_autoencoder(
         seed: Of the weights, the batches and the latents.
         channels: Of each level. Every level but the first halves height and width.
         latent_channels: Channels of the latents.
-        batch_size: Images per step.
+        batch_size: Images per step. Many steps of few images bring it nearer to the images than few steps of many.
     """
     if folder.exists():
         return AutoencoderKL.from_pretrained(folder).eval()
@@ -142,7 +142,7 @@ def train_autoencoder(
         batch = as_inputs(images[torch.randint(len(images), (batch_size,)).numpy()])
         latents = vae.encode(batch).latent_dist
         error = F.mse_loss(vae.decode(latents.sample()).sample, batch)
-        step(error + 1e-4 * latents.kl().mean() / latents.mean[0].numel())
+        step(error + 1e-5 * latents.kl().mean() / latents.mean[0].numel())
     centre_latents(vae.eval(), as_inputs(images[:1000]))
     save_parts(folder, vae)
     return vae

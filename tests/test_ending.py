@@ -302,10 +302,18 @@ def test_two_processes_leave_together(start, tmp_path, spread):
 def test_a_hang_shows_where_each_process_stands(tmp_path):
     """Tests that wait for a process say more than that it did not end."""
     program = tmp_path / "program.py"
-    program.write_text("import time\ndef rest():\n    time.sleep(600)\nprint('begun', flush=True)\nrest()\n")
+    program.write_text(
+        "import subprocess, sys, time\n"
+        "def rest():\n    time.sleep(600)\n"
+        "def launch():\n    for process in [subprocess.Popen([*sys.orig_argv, 'child']) for _ in range(2)]:\n"
+        "        process.wait()\n"
+        "print('begun', flush=True)\n"
+        "rest() if sys.argv[1:] else launch()\n"
+    )
     with pytest.raises(pytest.fail.Exception) as failed:
-        run_file("-m", *TWO_PROCESSES, program, timeout=15)
-    assert failed.value.msg.count("begun") == failed.value.msg.count("in rest") == 2
+        run_file(program, timeout=8)
+    assert failed.value.msg.count("begun") == 3
+    assert failed.value.msg.count("in rest") == 2 and failed.value.msg.count("in launch") == 1
 
 
 # -------------------------------------------------------------------------------------- folders, disks, and exceptions
