@@ -99,13 +99,13 @@ def save_train_state(output_dir: Path, train_state: TrainState, limit: int | Non
         limit: How many checkpoints to keep; `None` keeps all.
     """
     step, model = train_state.step, train_state.student.model
+    files = student_files(train_state.student, train_state.ema)
+    weights = {name: gather(tensors) for name, tensors in files.items()}
     moments, optimizer = flatten_optimizer(train_state.optimizer)
-    weights = {**student_files(train_state.student, train_state.ema), "optimizer": moments}
-    weights = {name: gather(tensors) for name, tensors in weights.items()}
+    moments = gather(moments)
     train_state.saved = step
     if not PartialState().is_main_process:
         return
-    moments = weights.pop("optimizer")
     state = {
         "step": step,
         "config": {key: value for key, value in model.config.items() if not key.startswith("_")},
