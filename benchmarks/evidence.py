@@ -308,7 +308,7 @@ def draw_figures(experiment: Experiment, values: Values, path: Path) -> None:
         panels[2].plot(TIMESTEPS, np.mean(figures_of(found, "gradients"), axis=0), **style)
     titles = "Fréchet distance, 10 steps: mean and range of the seeds", "Error to the teacher", "Share of the gradient"
     for panel, title, label in zip(panels, titles, ("training step", "timestep", "timestep")):
-        panel.set(title=title, xlabel=label, yscale="log")
+        panel.set(title=title, xlabel=label, yscale="linear" if panel is panels[0] else "log")
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.suptitle(experiment.question)
     figure.savefig(path, dpi=80)
@@ -322,7 +322,7 @@ def draw_sizes(experiment: Experiment, values: Values, panel: Axes) -> None:
             means = [mean_and_error(figures_of(values[row], "fd_50")) for row in sizes]
             labels = [row.rpartition(", ")[2] for row in sizes]
             panel.errorbar(labels, *np.transpose(means), label=loss, marker="o", capsize=3)
-    panel.set(title="Fréchet distance, 50 steps: mean ± its error", xlabel="parameters of the teacher", yscale="log")
+    panel.set(title="Fréchet distance, 50 steps: mean ± its error", xlabel="parameters of the teacher")
     panel.legend(fontsize="small")
 
 

@@ -168,3 +168,21 @@ def test_readme_shows_every_loss_with_its_flags_and_its_figures(images, teacher)
         shown, ran = (vars(train_lift_unet.parse_args(source + each)) for each in (flags.strip("`").split(), words))
         assert {key for key in shown if shown[key] != ran[key]} <= {"lambda_kd_feat"}
         assert shown["lambda_kd_feat"] == ran["lambda_kd_feat"] or shown["kd_loss"] == "none"
+
+
+def test_the_verdicts_tell_what_was_measured():
+    """Each difference, with its interval, is one that benchmarks/evidence.py has written, rounded."""
+
+    def read_differences(text: str) -> list[list[str]]:
+        pattern = r"([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\)"
+        return [list(figures) for figures in re.findall(pattern, text.replace("−", "-"))]
+
+    def rounds_to(written: list[str], told: list[str]) -> bool:
+        places = len(told[0].partition(".")[2])
+        return all(abs(float(one) - float(other)) < 0.51 * 10**-places for one, other in zip(written, told))
+
+    page = ROOT / "benchmarks" / "results" / "evidence" / "README.md"
+    section = (ROOT / "docs" / "evidence.md").read_text().partition("\n## Which loss helps\n")[2].partition("\n## ")[0]
+    written, told = read_differences(page.read_text()), read_differences(section)
+    assert len(told) > 10
+    assert [figures for figures in told if not any(rounds_to(one, figures) for one in written)] == []
