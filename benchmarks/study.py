@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,6 +165,8 @@ class Study:
         self.folder, self.lines, self.jobs, self.scale = folder.resolve(), lines, jobs, scale
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.writing = threading.Lock()
+        # Starting a process looks for others that have ended: two threads must not read one's exit code at a time.
+        self.processes = threading.Lock()
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """The stored lines of finished runs by their keys."""
@@ -224,7 +227,8 @@ class Study:
             return words
         output_dir.mkdir(parents=True, exist_ok=True)
         log = output_dir / "log.txt"
-        process = start_run(self.context, "train_lift_unet", words, log, self.folder)
+        with self.processes:
+            process = start_run(self.context, "train_lift_unet", words, log, self.folder)
         self.wait_for(process)
         if process.exitcode:
             fail(f"{output_dir} ended with exit code {process.exitcode}: {log.read_text()[-2000:]}")
@@ -232,10 +236,14 @@ class Study:
 
     def wait_for(self, process: multiprocessing.process.BaseProcess) -> None:
         """Wait for its end; when the time is up, ask for it. A training then saves what is done."""
-        process.join(None if self.deadline is None else max(0.0, self.deadline - time.monotonic()))
-        if process.is_alive():
+        seconds = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        ended = wait([process.sentinel], seconds)
+        if not ended:
             process.terminate()
+            wait([process.sentinel])
+        with self.processes:
             process.join()
+        if not ended:
             raise TimeUp
 
     def run_all(self, runs: list[Run]) -> None:
@@ -275,7 +283,8 @@ class Study:
         if not figures.exists():
             options = folder, self.folder / run.teacher, self.folder, run.samples, words, figures, self.scale.device
             process = self.context.Process(target=measure, args=options)
-            process.start()
+            with self.processes:
+                process.start()
             self.wait_for(process)
             if process.exitcode:
                 fail(f"{folder} could not be measured: exit code {process.exitcode}")
