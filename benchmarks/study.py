@@ -20,8 +20,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,15 +230,18 @@ class Study:
             return words
         output_dir.mkdir(parents=True, exist_ok=True)
         log = output_dir / "log.txt"
-        with self.processes:
-            process = start_run(self.context, "train_lift_unet", words, log, self.folder)
-        self.wait_for(process)
-        if process.exitcode:
-            fail(f"{output_dir} ended with exit code {process.exitcode}: {log.read_text()[-2000:]}")
+        code = self.complete(partial(start_run, self.context, "train_lift_unet", words, log, self.folder))
+        if code:
+            fail(f"{output_dir} ended with exit code {code}: {log.read_text()[-2000:]}")
         return words
 
-    def wait_for(self, process: multiprocessing.process.BaseProcess) -> None:
-        """Wait for its end; when the time is up, ask for it. A training then saves what is done."""
+    def complete(self, start: Callable[[], BaseProcess]) -> int:
+        """Start a process, and wait for its end; returns its exit code.
+
+        When the time is up, it is asked to end, and [`TimeUp`] is raised. A training then saves what is done.
+        """
+        with self.processes:
+            process = start()
         seconds = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
         ended = wait([process.sentinel], seconds)
         if not ended:
@@ -245,6 +251,7 @@ class Study:
             process.join()
         if not ended:
             raise TimeUp
+        return process.exitcode
 
     def run_all(self, runs: list[Run]) -> None:
         """Train and measure what is not finished, `jobs` side by side. Raises [`TimeUp`]."""
@@ -282,12 +289,15 @@ class Study:
         figures = folder / "figures.json"
         if not figures.exists():
             options = folder, self.folder / run.teacher, self.folder, run.samples, words, figures, self.scale.device
-            process = self.context.Process(target=measure, args=options)
-            with self.processes:
+
+            def start_measuring() -> BaseProcess:
+                process = self.context.Process(target=measure, args=options)
                 process.start()
-            self.wait_for(process)
-            if process.exitcode:
-                fail(f"{folder} could not be measured: exit code {process.exitcode}")
+                return process
+
+            code = self.complete(start_measuring)
+            if code:
+                fail(f"{folder} could not be measured: exit code {code}")
         line = self.describe(run, folder, json.loads(figures.read_text()))
         with self.writing, self.lines.open("a") as file:
             file.write(json.dumps(line) + "\n")
