@@ -66,7 +66,7 @@ TEACHER = {
 }
 # Of the teachers, whose sizes differ by four.
 WIDTHS = {"sixteenth": 1 / 4, "quarter": 1 / 2, "teacher": 1, "fourfold": 2, "sixteenfold": 4}
-SAMPLE_BATCH, SAMPLING_STEPS = 500, (5, 10, 50)
+SAMPLE_BATCH, SAMPLING_STEPS, CURVE_SAMPLES = 500, (5, 10, 50), 1000
 # Where the error to the teacher is measured, and on how many images.
 TIMESTEPS, PROBES = (0, 20, 50, 100, 200, 400, 600, 800, 900, 950, 999), 256
 
@@ -338,7 +338,7 @@ def measure(
 
     Args:
         folder: Of the run.
-        samples: How many are drawn; each point of the curve is of 1,000.
+        samples: How many are drawn; each point of the curve is of [`CURVE_SAMPLES`].
         words: The command line of the run.
         device: That the models run on.
     """
@@ -363,7 +363,7 @@ def measure(
         result[f"kid_{steps}"] = kernel_inception_distance(features, reference, seed=0)
     for checkpoint in sorted(folder.glob("checkpoint-*/unet_ema"), key=lambda path: int(path.parent.name[11:])):
         model = UNet2DModel.from_pretrained(checkpoint).to(device)
-        result["curve"][checkpoint.parent.name[11:]] = distance(features_of(model, 10, 1000))
+        result["curve"][checkpoint.parent.name[11:]] = distance(features_of(model, 10, CURVE_SAMPLES))
     original = UNet2DModel.from_pretrained(teacher, subfolder="unet").to(device).eval()
     probes = unseen[:PROBES].to(device)
     result |= compare(student, original, probes)

@@ -252,6 +252,7 @@ def test_a_run_is_measured_with_its_checkpoints(run, teacher, images, classifier
     run("train_lift_unet", *words)
     monkeypatch.setattr(study, "SAMPLING_STEPS", (2,))
     monkeypatch.setattr(study, "SAMPLE_BATCH", 12)
+    monkeypatch.setattr(study, "CURVE_SAMPLES", 24)
     threads = torch.get_num_threads()
     study.measure(student, teacher, classifier.parent, 24, words, tmp_path / "figures.json")
     torch.set_num_threads(threads)
