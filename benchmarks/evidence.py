@@ -21,6 +21,7 @@ that holds them in 95 % of cases (Student's t). Only experiments with all their 
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -393,6 +394,9 @@ def main(args: argparse.Namespace) -> None:
     lines = study.finished()
     parts = [report(name, lines, args.results) for name in EXPERIMENTS]
     page = "# Experiments on small pixel U-Nets\n\nWritten by `python benchmarks/evidence.py` from runs.jsonl.\n\n"
+    if study.bounds.exists():
+        bounds = ", ".join(f"{name} {distance:.2f}" for name, distance in json.loads(study.bounds.read_text()).items())
+        page += f"Fréchet distances at {scale.side} pixels: {bounds}. Students beyond the latter draw noise.\n\n"
     page += "\n".join(parts)
     (args.results / "README.md").write_text(page, encoding="utf-8")
     print(page)

@@ -191,9 +191,31 @@ class Study:
             temporary.rename(self.folder / "images")
         train_classifier(self.folder / "classifier.pt", images, labels)
         unseen, _ = read_fashion_mnist(source, "t10k")
-        np.save(self.folder / "unseen.npy", fit_images(unseen, self.scale.side))
+        unseen = fit_images(unseen, self.scale.side)
+        np.save(self.folder / "unseen.npy", unseen)
+        self.write_bounds(images, unseen)
         for name in sorted(teachers):
             self.train_teacher(name)
+
+    @property
+    def bounds(self) -> Path:
+        """A JSON file of the distances between which those of students mean something."""
+        return self.lines.with_name(f"bounds-{self.scale.side}.json")
+
+    def write_bounds(self, images: np.ndarray, unseen: np.ndarray) -> None:
+        """Measure 5,000 real images, uint8 (N, side, side), and as many of white noise, unless they are measured."""
+        if self.bounds.exists():
+            return
+        classifier = torch.jit.load(str(self.folder / "classifier.pt")).eval()
+        noise = np.random.default_rng(0).normal(127.5, 127.5, (5000, *unseen.shape[1:]))
+        sets = {"unseen": unseen, "real images": images[:5000], "white noise": noise.clip(0, 255).round()}
+        with torch.no_grad():
+            inputs = {name: torch.from_numpy(pixels).float().unsqueeze(1) for name, pixels in sets.items()}
+            features = {name: classifier(pixels)[0].numpy() for name, pixels in inputs.items()}
+        moments = {name: (found.mean(0), np.cov(found, rowvar=False)) for name, found in features.items()}
+        reference = moments.pop("unseen")
+        distances = {name: frechet_distance(*found, *reference) for name, found in moments.items()}
+        self.bounds.write_text(json.dumps(distances) + "\n")
 
     def train_teacher(self, name: str) -> None:
         """Train a teacher of WIDTHS from scratch, unless it is there, and measure it, unless it has a line."""

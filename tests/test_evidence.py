@@ -150,6 +150,19 @@ def test_teachers_of_other_sizes_have_the_same_student(name, share, tmp_path):
             assert f"{count / 1e3:.0f}k" == size or size in (f"{count / 1e6:.1f}M", f"{count / 1e6:.0f}M")
 
 
+def test_students_are_told_from_noise(page, classifier, tmp_path):
+    """The page says how far real images and white noise are, which are measured once."""
+    images = np.random.default_rng(0).integers(0, 60, (48, 16, 16), dtype=np.uint8)
+    small = study.Study(classifier.parent, tmp_path / "runs.jsonl", 1, study.SCALES["cpu"])
+    small.write_bounds(images[:24], images[24:])
+    found = json.loads((tmp_path / "bounds-16.json").read_text())
+    assert 0 < 10 * found["real images"] < found["white noise"]
+    small.write_bounds(images[:4], images[24:])
+    assert json.loads((tmp_path / "bounds-16.json").read_text()) == found
+    bounds = f"real images {found['real images']:.2f}, white noise {found['white noise']:.2f}"
+    assert bounds in page([], EXPERIMENT)
+
+
 def test_images_are_shrunk_or_framed():
     images = np.full((2, 28, 28), 200, dtype=np.uint8)
     assert study.fit_images(images, 16).shape == (2, 16, 16) and study.fit_images(images, 16).min() == 200

@@ -1,6 +1,7 @@
 """The installed versions work together; README.md and docs/ show what exists and was measured."""
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -186,3 +187,6 @@ def test_the_verdicts_tell_what_was_measured():
     written, told = read_differences(page.read_text()), read_differences(section)
     assert len(told) > 10
     assert [figures for figures in told if not any(rounds_to(one, figures) for one in written)] == []
+    bounds = json.loads(page.with_name("bounds-16.json").read_text())
+    for text in (section, (ROOT / "README.md").read_text()):
+        assert f"{bounds['real images']:.2f}" in text and f"{bounds['white noise']:.1f}" in text
