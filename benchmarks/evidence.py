@@ -290,6 +290,16 @@ def describe_teachers(experiment: Experiment, lines: dict[str, dict]) -> str:
     return f"Distances of the teachers themselves, 50 steps: {', '.join(cells)}.\n"
 
 
+def describe_bounds(results: Path) -> str:
+    """The distances of real images and of white noise, at each size of images that was run, as Markdown."""
+    text = ""
+    for path in sorted(results.glob("bounds-*.json")):
+        side = path.stem.removeprefix("bounds-")
+        bounds = ", ".join(f"{name} {distance:.2f}" for name, distance in json.loads(path.read_text()).items())
+        text += f"Fréchet distances at {side} pixels: {bounds}. Students beyond the latter draw noise.\n\n"
+    return text
+
+
 def draw_figures(experiment: Experiment, values: Values, path: Path) -> None:
     """The distance during the training, the error to the teacher and the gradient by timestep, one panel each."""
     count = 3 + bool(experiment.teachers)
@@ -394,9 +404,7 @@ def main(args: argparse.Namespace) -> None:
     lines = study.finished()
     parts = [report(name, lines, args.results) for name in EXPERIMENTS]
     page = "# Experiments on small pixel U-Nets\n\nWritten by `python benchmarks/evidence.py` from runs.jsonl.\n\n"
-    if study.bounds.exists():
-        bounds = ", ".join(f"{name} {distance:.2f}" for name, distance in json.loads(study.bounds.read_text()).items())
-        page += f"Fréchet distances at {scale.side} pixels: {bounds}. Students beyond the latter draw noise.\n\n"
+    page += describe_bounds(args.results)
     page += "\n".join(parts)
     (args.results / "README.md").write_text(page, encoding="utf-8")
     print(page)

@@ -212,7 +212,7 @@ class Study:
         with torch.no_grad():
             inputs = {name: torch.from_numpy(pixels).float().unsqueeze(1) for name, pixels in sets.items()}
             features = {name: classifier(pixels)[0].numpy() for name, pixels in inputs.items()}
-        moments = {name: (found.mean(0), np.cov(found, rowvar=False)) for name, found in features.items()}
+        moments = {name: moments_of(found) for name, found in features.items()}
         reference = moments.pop("unseen")
         distances = {name: frechet_distance(*found, *reference) for name, found in moments.items()}
         self.bounds.write_text(json.dumps(distances) + "\n")
@@ -348,6 +348,11 @@ def commit() -> str:
 # ------------------------------------------------------------------------------------------------------ the figures
 
 
+def moments_of(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of features (N, D), as `frechet_distance` takes them."""
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
 @torch.no_grad()
 def measure(
     folder: Path, teacher: Path, study: Path, samples: int, words: list[str], figures: Path, device: str = "cpu"
@@ -368,11 +373,11 @@ def measure(
     classifier = torch.jit.load(str(study / "classifier.pt")).eval()
     unseen = torch.from_numpy(np.load(study / "unseen.npy")).float().unsqueeze(1)
     reference = classifier(unseen)[0].numpy()
-    moments = reference.mean(0), np.cov(reference, rowvar=False)
+    moments = moments_of(reference)
     pipeline = DDPMPipeline.from_pretrained(folder)
 
     def distance(features: np.ndarray) -> float:
-        return frechet_distance(features.mean(0), np.cov(features, rowvar=False), *moments)
+        return frechet_distance(*moments_of(features), *moments)
 
     def features_of(model: UNet2DModel, steps: int, count: int) -> np.ndarray:
         return classifier(sample(model.eval(), pipeline.scheduler, steps, count))[0].numpy()
