@@ -66,6 +66,8 @@ class Experiment(NamedTuple):
 
 # Whether the teacher is cached makes no difference: there are as many draws as passes, and no pairs of timesteps.
 PASSES = {"max_train_samples": 8000, "max_train_steps": 1000, "antithetic_timesteps": False}
+# Before 3,000 steps students of 1.6 % draw noise. Their teacher's draws come three times: see the experiment on draws.
+LONG = {**PASSES, "max_train_steps": 6000, "train_batch_size": 32, "lr_warmup_steps": 200, "checkpointing_steps": 1000}
 CACHED = {"cache_teacher": 8}
 NO_TEACHER = {
     "none": {"kd_loss": "none"},
@@ -98,6 +100,12 @@ def losses_experiment(size: str, student: float, init: str, steps: int, samples:
     pairs += ("rms, rms", "rms"), ("place, rms", "place"), ("rms, rms", "place, rms")
     compared = ("mse",), tuple(NO_TEACHER)
     return Experiment(question, LOSSES, (0, 1, 2, 3, 4), shared, compared, steps, samples, pairs=pairs)
+
+
+def long_experiment() -> Experiment:
+    """All losses and their controls on the smallest student, trained until it works."""
+    experiment = losses_experiment("1.6 %", 0.125, "random", 6000, 2000)
+    return experiment._replace(shared={**experiment.shared, **LONG}, search=3000)
 
 
 def draws_experiment() -> Experiment:
@@ -162,6 +170,7 @@ def large_experiment() -> Experiment:
 
 EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
     "tiny": partial(losses_experiment, "1.6 %", 0.125, "random", 1000, 5000),
+    "tiny-long": long_experiment,
     "draws": draws_experiment,
     "teachers": teachers_experiment,
     "ablations": ablations_experiment,
