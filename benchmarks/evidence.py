@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers import DDPMPipeline
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
@@ -41,12 +42,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 from common.errors import fail
 
 from seeds import cell, interval, mean_and_error
-from study import ROOT, SCALES, TIMESTEPS, Run, Study, TimeUp, set_environment, teachers_of
+from study import ROOT, SCALES, TIMESTEPS, Run, Study, TimeUp, run_of, sample, set_environment, teachers_of
 
 
 Flags = dict[str, Any]
 Values = dict[str, dict[int, dict[str, Any]]]  # lines by row and seed
 SEARCH_SEED, SEARCH_SAMPLES, FIRST_RATE = 100, 1000, 16e-3
+SHOWN = 24  # samples of each row in the picture
 
 
 class Experiment(NamedTuple):
@@ -334,6 +336,26 @@ def draw_figures(experiment: Experiment, values: Values, path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
+def draw_samples(name: str, experiment: Experiment, study: Study, path: Path) -> None:
+    """Samples of each row's first seed by 50 steps, from the same noise, above unseen images.
+
+    Rows that were run in another folder are left out.
+    """
+    lines, strips = study.finished(), {}
+    for run in list_runs(name, experiment)[: len(experiment.rows)]:
+        folder = study.folder_of(run_of(lines[run.key]))
+        if folder.exists():
+            pipeline = DDPMPipeline.from_pretrained(folder)
+            strips[run.name] = sample(pipeline.unet.eval(), pipeline.scheduler, 50, SHOWN)[:, 0]
+    strips["unseen images"] = torch.from_numpy(np.load(study.folder / "unseen.npy")[:SHOWN])
+    figure = Figure(figsize=(12, 0.6 * len(strips)), layout="constrained")
+    for panel, (row, images) in zip(figure.subplots(len(strips), squeeze=False)[:, 0], strips.items()):
+        panel.imshow(torch.cat(list(images), dim=1), cmap="gray", vmin=0, vmax=255)
+        panel.set_ylabel(row, rotation=0, ha="right", va="center")
+        panel.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=80)
+
+
 def draw_sizes(experiment: Experiment, values: Values, panel: Axes) -> None:
     """The distance of each loss by the teacher's size, which are named by the rows: "loss, size"."""
     for loss in dict.fromkeys(row.rpartition(", ")[0] for row in values):
@@ -363,6 +385,8 @@ def report(name: str, lines: dict[str, dict], results: Path) -> str:
     if all("gradients" in line["figures"] for found in values.values() for line in found.values()):
         draw_figures(experiment, values, results / f"{name}.png")
         text += f"\n![{experiment.question}]({name}.png)\n"
+    if (results / f"{name}-samples.png").exists():
+        text += f"\n![Samples of the first seed from the same noise, above unseen images]({name}-samples.png)\n"
     return text
 
 
@@ -407,7 +431,9 @@ def main(args: argparse.Namespace) -> None:
             if experiment.scale == args.scale:
                 while runs := list_search(name, experiment, study.finished()):
                     study.run_all(runs)
-                study.run_all(list_runs(name, tune(name, experiment, study.finished())))
+                tuned, picture = tune(name, experiment, study.finished()), args.results / f"{name}-samples.png"
+                if study.run_all(list_runs(name, tuned)):
+                    draw_samples(name, tuned, study, picture)
     except TimeUp:
         print(f"{args.minutes:g} minutes are over; the same command goes on", file=sys.stderr)
     lines = study.finished()

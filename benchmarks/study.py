@@ -109,6 +109,11 @@ class Run(NamedTuple):
         return json.dumps([flags_of(self), self.samples, self.teacher], sort_keys=True, default=str)
 
 
+def run_of(line: dict[str, Any]) -> Run:
+    """The run that a stored line is of."""
+    return Run(**{name: line[name] for name in Run._fields})
+
+
 def set_environment(device: str) -> None:
     """What all runs need in their environment, before the first one is started."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -176,7 +181,11 @@ class Study:
         if not self.lines.exists():
             return {}
         lines = [json.loads(line) for line in self.lines.read_text().splitlines()]
-        return {Run(**{name: line[name] for name in Run._fields}).key: line for line in lines}
+        return {run_of(line).key: line for line in lines}
+
+    def folder_of(self, run: Run) -> Path:
+        """The folder of a run of its own name: what another experiment has run lies in that one's."""
+        return self.folder / "runs" / run.folder
 
     def prepare(self, teachers: set[str]) -> None:
         """Write the images, and train the classifier and the teachers, unless they are there."""
@@ -275,12 +284,15 @@ class Study:
             raise TimeUp
         return process.exitcode
 
-    def run_all(self, runs: list[Run]) -> None:
-        """Train and measure what is not finished, `jobs` side by side. Raises [`TimeUp`]."""
+    def run_all(self, runs: list[Run]) -> bool:
+        """Train and measure what is not finished, `jobs` side by side; returns whether anything was left.
+
+        Raises [`TimeUp`].
+        """
         done = self.finished()
         left = [run for run in runs if run.key not in done]
         if not left:
-            return
+            return False
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.scale.device == "cpu":
             self.context = make_fork_server(("train_lift_unet", "datasets.packaged_modules.imagefolder.imagefolder"))
@@ -293,7 +305,7 @@ class Study:
             if self.deadline is not None and time.monotonic() >= self.deadline:
                 raise TimeUp
             flags = {"pretrained_teacher_model": self.folder / run.teacher, **flags_of(run)}
-            figures = self.run(run, self.folder / "runs" / run.folder, flags)
+            figures = self.run(run, self.folder_of(run), flags)
             with self.writing:
                 bar.update()
                 bar.write(f"{run.folder}: {figures['fd_50']:.1f}")
@@ -304,6 +316,7 @@ class Study:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        return True
 
     def run(self, run: Run, folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
         """Train a model in a folder, measure it, and add its line; returns its figures. Raises [`TimeUp`]."""
@@ -398,6 +411,7 @@ def measure(
     figures.write_text(json.dumps(result))
 
 
+@torch.no_grad()
 def sample(model: UNet2DModel, schedule: DDPMScheduler, steps: int, count: int) -> torch.Tensor:
     """Samples by DDIM, float32 (count, 1, side, side), whole numbers in [0, 255], from the same noise for all models.
 

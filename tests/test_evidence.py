@@ -28,7 +28,7 @@ def line_of(run: study.Run, distance: float) -> dict:
 
 
 def by_key(lines: list[dict]) -> dict[str, dict]:
-    return {study.Run(**{name: line[name] for name in study.Run._fields}).key: line for line in lines}
+    return {study.run_of(line).key: line for line in lines}
 
 
 @pytest.fixture
@@ -163,6 +163,22 @@ def test_students_are_told_from_noise(page, classifier, tmp_path):
     assert bounds in page([], EXPERIMENT)
 
 
+def test_a_row_of_samples_is_drawn_of_each_run_that_is_in_the_folder(page, tmp_path):
+    small = study.Study(tmp_path, tmp_path / "runs.jsonl", 1, study.SCALES["cpu"])
+    runs = evidence.list_runs("one", EXPERIMENT)
+    lines = [line_of(run, 1.0) for run in runs]
+    assert "one-samples.png" not in page(lines, EXPERIMENT)
+    for run in runs[:2]:
+        save_pixel_pipeline(small.folder_of(run))
+    np.save(tmp_path / "unseen.npy", np.full((24, 16, 16), 200, dtype=np.uint8))
+    picture = tmp_path / "one-samples.png"
+    evidence.draw_samples("one", EXPERIMENT, small, picture)
+    with Image.open(picture) as image:
+        assert image.height == round(80 * 0.6 * 3)  # two rows of samples, one of photographs
+        assert np.array(image.convert("L"))[-20:].mean() > 100
+    assert "](one-samples.png)" in page(lines, EXPERIMENT)
+
+
 def test_images_are_shrunk_or_framed():
     images = np.full((2, 28, 28), 200, dtype=np.uint8)
     assert study.fit_images(images, 16).shape == (2, 16, 16) and study.fit_images(images, 16).min() == 200
@@ -187,6 +203,8 @@ def test_a_slice_of_time_keeps_what_is_finished(page, tmp_path, monkeypatch, cap
         return {"fd_50": 1.0}
 
     page([], EXPERIMENT._replace(seeds=(0,)))
+    (tmp_path / "study" / "cpu").mkdir(parents=True)
+    np.save(tmp_path / "study" / "cpu" / "unseen.npy", np.zeros((24, 16, 16), dtype=np.uint8))
     monkeypatch.setattr(study, "make_fork_server", lambda modules: None)
     monkeypatch.setattr(study.Study, "prepare", lambda self, teachers: None)
     monkeypatch.setattr(study.Study, "run", measure)
