@@ -47,7 +47,7 @@ from study import ROOT, SCALES, TIMESTEPS, Run, Study, TimeUp, run_of, sample, s
 
 Flags = dict[str, Any]
 Values = dict[str, dict[int, dict[str, Any]]]  # lines by row and seed
-SEARCH_SEED, SEARCH_SAMPLES, FIRST_RATE = 100, 1000, 16e-3
+SEARCH_SEED, SEARCH_SAMPLES, SEARCH_STEPS, FIRST_RATE = 100, 1000, 3000, 16e-3
 SHOWN = 24  # samples of each row in the picture
 
 
@@ -60,15 +60,17 @@ class Experiment(NamedTuple):
     shared: Flags  # of all rows
     compared_with: tuple[tuple[str, ...], ...]  # of each group of rows, the others are compared with the best
     search: int = 0  # steps of the runs that search each row's learning rate, unless it has its own; 0 is no search
-    samples: int = 5000
+    samples: int = 2000
     teachers: dict[str, str] | None = None  # by the name of the row; None is "teacher" for all
     scale: str = "cpu"
     pairs: tuple[tuple[str, str], ...] = ()  # of rows whose differences are written, too
 
 
+PASSES = {"max_train_samples": 8000, "antithetic_timesteps": False}
 # Whether the teacher is cached makes no difference: there are as many draws as passes, and no pairs of timesteps.
-PASSES = {"max_train_samples": 8000, "max_train_steps": 1000, "antithetic_timesteps": False}
-# Before 3,000 steps students of 1.6 % draw noise. Their teacher's draws come three times: see the experiment on draws.
+SHORT = {**PASSES, "max_train_steps": 1000, "checkpointing_steps": 250}
+# Students of 1.6 % draw noise until about 3,000 steps. The teacher's draws come three times, which costs nothing: see
+# the experiment on draws.
 LONG = {**PASSES, "max_train_steps": 6000, "train_batch_size": 32, "lr_warmup_steps": 200, "checkpointing_steps": 1000}
 CACHED = {"cache_teacher": 8}
 NO_TEACHER = {
@@ -92,22 +94,23 @@ LOSSES = {
 }
 
 
-def losses_experiment(size: str, student: float, init: str, steps: int, samples: int) -> Experiment:
-    """All losses and their controls on one student."""
-    start = {"random": "from a random start", "magnitude": "pruned from the teacher"}[init]
-    shared = {**PASSES, "student": student, "student_init": init, "checkpointing_steps": 250}
-    shared |= {"max_train_steps": steps, "lr_warmup_steps": steps // 10}
-    question = f"Which loss helps a student of {size} of the teacher, {start}?"
+def tiny_experiment(shared: Flags, search: int, samples: int) -> Experiment:
+    """All losses and their controls on the student of 1.6 %."""
     pairs = ("place", "lift"), ("place", "none"), ("none, rms", "none"), ("none, min-SNR", "none")
     pairs += ("rms, rms", "rms"), ("place, rms", "place"), ("rms, rms", "place, rms")
-    compared = ("mse",), tuple(NO_TEACHER)
-    return Experiment(question, LOSSES, (0, 1, 2, 3, 4), shared, compared, steps, samples, pairs=pairs)
+    question, compared = "Which loss helps a student of 1.6 % of the teacher?", (("mse",), tuple(NO_TEACHER))
+    return Experiment(question, LOSSES, (0, 1, 2, 3, 4), shared, compared, search, samples, pairs=pairs)
 
 
-def long_experiment() -> Experiment:
-    """All losses and their controls on the smallest student, trained until it works."""
-    experiment = losses_experiment("1.6 %", 0.125, "random", 6000, 2000)
-    return experiment._replace(shared={**experiment.shared, **LONG}, search=3000)
+def other_experiment(size: str, student: float, init: str, steps: int) -> Experiment:
+    """The losses that decide, on another student or from another start."""
+    start = {"random": "from a random start", "magnitude": "pruned from the teacher"}[init]
+    shared = {**LONG, "student": student, "student_init": init, "max_train_steps": steps}
+    shared["checkpointing_steps"] = steps // 4
+    names = ("none", "none, rms", "mse", "rms", "FitNet", "lift", "place", "place, rms")
+    rows, compared = {name: LOSSES[name] for name in names}, (("mse",), ("none", "none, rms"))
+    question, pairs = f"Which loss helps a student of {size} of the teacher, {start}?", (("place", "lift"),)
+    return Experiment(question, rows, (0, 1, 2), shared, compared, steps // 2, pairs=pairs)
 
 
 def draws_experiment() -> Experiment:
@@ -115,7 +118,7 @@ def draws_experiment() -> Experiment:
     shared = {"max_train_samples": 3000, "max_train_steps": 1000, "kd_loss": "mse", "student": 0.25}
     rows = {"live": {}, **{f"{count} draw{'s' * (count > 1)}": {"cache_teacher": count} for count in (16, 4, 1)}}
     question = "How many draws of a cached teacher are enough?"
-    return Experiment(question, rows, (0, 1, 2), shared, (("live",),), samples=2000)
+    return Experiment(question, rows, (0, 1, 2), shared, (("live",),))
 
 
 def teachers_experiment() -> Experiment:
@@ -124,10 +127,9 @@ def teachers_experiment() -> Experiment:
     for teacher, width, size in (("sixteenth", 0.5, "71k"), ("quarter", 0.25, "280k"), ("teacher", 0.125, "1.1M")):
         for loss in ("FitNet", "mse", "place", "rms"):
             rows[f"{loss}, {size}"], teachers[f"{loss}, {size}"] = {**LOSSES[loss], "student": width}, teacher
-    question, shared = "Does a larger teacher help the same student?", {**PASSES, "checkpointing_steps": 250}
+    question, compared = "Does a larger teacher help the same student?", (("mse, 1.1M",),)
     pairs = tuple((f"{loss}, 1.1M", f"{loss}, 71k") for loss in ("FitNet", "mse", "place", "rms"))
-    search = PASSES["max_train_steps"]
-    return Experiment(question, rows, (0, 1, 2), shared, (("mse, 1.1M",),), search, teachers=teachers, pairs=pairs)
+    return Experiment(question, rows, (0, 1, 2), LONG, compared, SEARCH_STEPS, teachers=teachers, pairs=pairs)
 
 
 def ablations_experiment() -> Experiment:
@@ -136,22 +138,19 @@ def ablations_experiment() -> Experiment:
     rows |= {"one group (lift)": {"kd_loss": "lift"}, "groups by position": {"group_by": "position"}}
     rows |= {name.replace("_", " "): {"kd_weighting": name} for name in ("constant", "linear", "cosine")}
     rows |= {"coarse only": {"kd_weighting": "coarse_only"}, "fine only": {"kd_weighting": "fine_only"}}
-    shared = {**PASSES, **CACHED, "kd_loss": "place", "checkpointing_steps": 250}
-    question, search = "Which of PLACE's choices matter?", PASSES["max_train_steps"]
-    return Experiment(question, rows, (0, 1, 2), shared, (("place",),), search)
+    shared = {**LONG, **CACHED, "kd_loss": "place"}
+    return Experiment("Which of PLACE's choices matter?", rows, (0, 1, 2), shared, (("place",),), SEARCH_STEPS)
 
 
 def batches_experiment() -> Experiment:
-    """PLACE and mse by small and large batches of the same images in all."""
+    """PLACE and mse by small and large batches, for the same steps."""
     rows = {}
-    for batch, steps in ((32, 2000), (512, 125)):
+    for batch in (32, 128):
         for loss in ("mse", "place"):
-            rows[f"{loss}, batch {batch}"] = {"kd_loss": loss, "train_batch_size": batch, "max_train_steps": steps}
-    shared = {**PASSES, **CACHED, "lr_warmup_steps": 10}
-    question = "Does PLACE's noise matter less in large batches?"
-    pairs = tuple((f"place, batch {batch}", f"mse, batch {batch}") for batch in (32, 512))
-    search = PASSES["max_train_steps"]
-    return Experiment(question, rows, (0, 1, 2), shared, (("mse, batch 32",),), search, pairs=pairs)
+            rows[f"{loss}, batch {batch}"] = {"kd_loss": loss, "train_batch_size": batch}
+    question, shared = "Does PLACE's noise matter less in large batches?", {**LONG, **CACHED}
+    pairs = tuple((f"place, batch {batch}", f"mse, batch {batch}") for batch in (32, 128))
+    return Experiment(question, rows, (0, 1, 2), shared, (("mse, batch 32",),), SEARCH_STEPS, pairs=pairs)
 
 
 def large_experiment() -> Experiment:
@@ -171,15 +170,15 @@ def large_experiment() -> Experiment:
 
 
 EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
-    "tiny": partial(losses_experiment, "1.6 %", 0.125, "random", 1000, 5000),
-    "tiny-long": long_experiment,
+    "tiny": partial(tiny_experiment, SHORT, 1000, 5000),
+    "tiny-long": partial(tiny_experiment, LONG, SEARCH_STEPS, 2000),
     "draws": draws_experiment,
     "teachers": teachers_experiment,
     "ablations": ablations_experiment,
     "batches": batches_experiment,
-    "tenth": partial(losses_experiment, "10 %", 0.3125, "random", 500, 2000),
-    "tiny-pruned": partial(losses_experiment, "1.6 %", 0.125, "magnitude", 500, 2000),
-    "tenth-pruned": partial(losses_experiment, "10 %", 0.3125, "magnitude", 500, 2000),
+    "tenth": partial(other_experiment, "10 %", 0.3125, "random", 2000),
+    "tiny-pruned": partial(other_experiment, "1.6 %", 0.125, "magnitude", 6000),
+    "tenth-pruned": partial(other_experiment, "10 %", 0.3125, "magnitude", 2000),
     "large": large_experiment,
 }
 
