@@ -23,7 +23,7 @@ from conftest import ROOT, TWO_PROCESSES, run_file
 import train_lift_unet
 
 
-SCRIPTS = ("train_lift_unet", "train_lift_sd21", "train_lift_dit", "train_lift_sd3")
+SCRIPTS = ("train_lift_unet", "train_lift_sd21", "train_lift_dit", "train_lift_sd3", "train_lift_sdxl")
 SHORT = [
     *("--train_batch_size", 40, "--logging_steps", 1, "--checkpointing_steps", 2, "--dataloader_num_workers", 0),
     *("--num_validation_images", 1, "--num_inference_steps", 1, "--report_to", "none", "--max_train_steps", 6),
