@@ -265,7 +265,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, or `input_args`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50, help="finished runs of each script (default: 50)")
-    parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS, help="(default: all four)")
+    parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS, help="(default: all)")
     parser.add_argument("--only", choices=["runs", "signals"], help="one of the two measurements")
     output = ROOT / "benchmarks" / "results" / "endings-cpu.json"
     parser.add_argument("--output", type=Path, default=output, help="JSON file of the results")

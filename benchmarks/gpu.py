@@ -59,8 +59,8 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from device import describe_device
-from random_teachers import SCRIPTS, SIZES, list_flags
-from small_runs import ROOT
+from random_teachers import SIZES, list_flags
+from small_runs import ROOT, SCRIPTS
 from step import (
     Done,
     is_measured,

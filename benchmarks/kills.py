@@ -151,7 +151,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="of each script, over its cases (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the phases and the delays (default: 0)")
-    parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS, help="(default: all four)")
+    parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS, help="(default: all)")
     output = ROOT / "benchmarks" / "results" / "kills-cpu.json"
     parser.add_argument("--output", type=Path, default=output, help="JSON file of the results")
     return parser.parse_args(input_args)

@@ -45,11 +45,10 @@ from diffusers import (
 from full_models import CELEBA, DIT_XL, SD3_MEDIUM, SD21, SDXL, make_vae
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from small_runs import TEACHERS, write_images
+from small_runs import SCRIPTS, TEACHERS, write_images
 from tiny_models import TOKENS, make_tokenizer
 
 
-SCRIPTS = tuple(TEACHERS)
 SIZES = ("tiny", "small", "full")
 SMALL = {
     "unet": {**CELEBA, "block_out_channels": [64, 128, 128, 128, 256]},

@@ -42,7 +42,6 @@ from tiny_models import (
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("unet", "sd21", "dit", "sd3")
 # Of every run, and of its restarts: the same command goes on.
 FLAGS = (
     *("--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--max_train_steps", "6"),
@@ -57,13 +56,15 @@ TEACHERS: dict[str, Callable[[Path], Path]] = {
     "sd21": save_sd_pipeline,
     "dit": lambda folder: save_dit_pipeline(folder, **WIDE),
     "sd3": lambda folder: save_sd3_pipeline(folder, caption_projection_dim=32, **WIDE),
-    "sdxl": save_sdxl_pipeline,  # of random_teachers.py alone
+    "sdxl": save_sdxl_pipeline,
 }
+SCRIPTS = tuple(TEACHERS)
 STUDENTS = {
     "unet": ("--student", "0.5", "--num_validation_images", "2"),
     "sd21": ("--student", "bk_small"),
     "dit": ("--student_depth", "2"),
     "sd3": ("--student", "half", "--max_sequence_length", "8"),
+    "sdxl": ("--student", "extreme"),
 }
 LIMIT = 300.0  # seconds that a run may take, on a machine that has other work too
 PLAIN = ("--dataloader_num_workers", "1")

@@ -107,7 +107,7 @@ def test_step_benchmark_measures_a_grid_once(tmp_path, monkeypatch, capsys):
         step.parse_args(["--batch", "65"])
 
 
-@pytest.mark.parametrize("script", ["unet", "sd21", "dit", "sd3"])
+@pytest.mark.parametrize("script", step.SCRIPTS)
 def test_step_benchmark_caches_what_a_cell_says(script, tmp_path):
     images = tmp_path / f"{script}-small-images"
     images.mkdir()
