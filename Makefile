@@ -7,7 +7,7 @@ PY := .venv/bin/python
 demo: .venv/installed  ## train a small teacher of digits, distil it four ways, write a report (10 minutes on 2 cores)
 	$(PY) demos/digits.py --output_dir demo
 
-demo-sd21: .venv/installed  ## the same for a small Stable Diffusion of garments (an hour or so)
+demo-sd21: .venv/installed  ## the same for a small Stable Diffusion of garments (half an hour)
 	$(PY) demos/fashion_sd21.py --output_dir demo-sd21
 
 demo-dit: .venv/installed  ## the same for a small DiT of garments, distilled in depth

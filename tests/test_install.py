@@ -141,8 +141,8 @@ def test_readme_is_short():
 
 @pytest.mark.parametrize("results", RESULTS, ids=lambda path: path.parent.name)
 def test_measured_tables_and_samples_are_shown(results):
-    """The first table of each results.md is in README.md or docs/, with the picture of the samples."""
-    table = read_tables(results)[0]
+    """The table of all seeds of each results.md, or its first, is in README.md or docs/, with the samples."""
+    table = next((table for table in read_tables(results) if "difference to" in table[0]), read_tables(results)[0])
     assert len(table) >= 5
     shown = [page for page in PAGES if table in read_tables(page)]
     assert shown, "no page has the table"
@@ -185,7 +185,7 @@ def test_the_verdicts_tell_what_was_measured():
     page = ROOT / "benchmarks" / "results" / "evidence" / "README.md"
     section = (ROOT / "docs" / "evidence.md").read_text().partition("\n## Which loss helps\n")[2].partition("\n## ")[0]
     written, told = read_differences(page.read_text()), read_differences(section)
-    assert len(told) > 10
+    assert len(told) >= 8
     assert [figures for figures in told if not any(rounds_to(one, figures) for one in written)] == []
     bounds = json.loads(page.with_name("bounds-16.json").read_text())
     for text in (section, (ROOT / "README.md").read_text()):
