@@ -69,6 +69,7 @@ LOSSES = {
     "place": ("--kd_loss", "place"),
 }
 NAMES = "the names end with the loss and the seed; `none_rms` is `--kd_loss none --task_loss rms`"
+RIVALS = ("none", "mse", "place")  # that all students of several seeds are compared with
 TRAIN_BATCH_SIZE = 32
 SAMPLE_BATCH_SIZE = 100
 
@@ -295,19 +296,22 @@ def compare_seeds(rows: dict[str, dict], names: list[str], seeds: int) -> str:
         rows: Of evaluate.py, by name.
         names: Of the students of seed 0.
     """
-    text = f"## All {seeds} seeds\n\nMeans ± standard errors, and the mean difference to `mse` of the same seed with "
-    text += "the interval that holds it in 95 % of cases (Student's t).\n\n"
-    text += "| student | Fréchet distance | kernel distance · 10³ | difference to `mse` |\n|---|--:|--:|--:|\n"
+    text = f"## All {seeds} seeds\n\nMeans ± standard errors, and mean differences of the same seed with the interval "
+    text += "that holds them in 95 % of cases (Student's t).\n\n"
+    heads = ["student", "Fréchet distance", "kernel distance · 10³", *(f"difference to `{rival}`" for rival in RIVALS)]
+    text += f"| {' | '.join(heads)} |\n|---|{'--:|' * (len(heads) - 1)}\n"
 
     def values(name: str, figure: str) -> list[float]:
         return [rows[f"{name}-{seed}"][figure] for seed in range(seeds)]
 
     for name in (name.removesuffix("-0") for name in names):
         student, hyphen, loss = name.rpartition("-")
-        frechet, rival = values(name, "fid"), f"{student}{hyphen}mse"
-        difference = interval(frechet, values(rival, "fid")) if loss != "mse" and f"{rival}-0" in rows else "–"
-        kernel = cell([1000 * value for value in values(name, "kid")])
-        text += f"| {name} | {cell(frechet, 2)} | {kernel} | {difference} |\n"
+        cells = [name, cell(values(name, "fid"), 2), cell([1000 * value for value in values(name, "kid")])]
+        for rival in RIVALS:
+            other = f"{student}{hyphen}{rival}"
+            compared = loss != rival and f"{other}-0" in rows
+            cells.append(interval(values(name, "fid"), values(other, "fid")) if compared else "–")
+        text += f"| {' | '.join(cells)} |\n"
     return text
 
 

@@ -171,8 +171,11 @@ def test_readme_shows_every_loss_with_its_flags_and_its_figures(images, teacher)
         assert shown["lambda_kd_feat"] == ran["lambda_kd_feat"] or shown["kd_loss"] == "none"
 
 
+HEADS = "Which loss helps", "The verdict so far"
+
+
 def test_the_verdicts_tell_what_was_measured():
-    """Each difference, with its interval, is one that benchmarks/evidence.py has written, rounded."""
+    """Each difference, with its interval, is one that benchmarks/evidence.py or a demo has written, rounded."""
 
     def read_differences(text: str) -> list[list[str]]:
         pattern = r"([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\)"
@@ -183,10 +186,13 @@ def test_the_verdicts_tell_what_was_measured():
         return all(abs(float(one) - float(other)) < 0.51 * 10**-places for one, other in zip(written, told))
 
     page = ROOT / "benchmarks" / "results" / "evidence" / "README.md"
-    section = (ROOT / "docs" / "evidence.md").read_text().partition("\n## Which loss helps\n")[2].partition("\n## ")[0]
-    written, told = read_differences(page.read_text()), read_differences(section)
-    assert len(told) >= 8
-    assert [figures for figures in told if not any(rounds_to(one, figures) for one in written)] == []
+    text = (ROOT / "docs" / "evidence.md").read_text().replace("\n  ", " ")
+    section, demos = (text.partition(f"\n## {head}\n")[2].partition("\n## ")[0] for head in HEADS)
+    for told, pages, least in ((section, [page], 8), (demos, RESULTS, 11)):
+        written = [figures for each in pages for figures in read_differences(each.read_text())]
+        told = read_differences(told)
+        assert len(told) >= least
+        assert [figures for figures in told if not any(rounds_to(one, figures) for one in written)] == []
     bounds = json.loads(page.with_name("bounds-16.json").read_text())
     for text in (section, (ROOT / "README.md").read_text()):
         assert f"{bounds['real images']:.2f}" in text and f"{bounds['white noise']:.1f}" in text
