@@ -38,8 +38,9 @@ except ModuleNotFoundError:
 # What a whole checkpoint has at least.
 FILES = {"state.json", "optimizer.safetensors"}
 
-# The lock that this process holds, open for as long as it does, and the output folder if it was not there before.
-LOCKS: list[tuple[TextIO, Path | None]] = []
+# Output folders that this process locks, with whether it makes them; and the locks, open for as long as it holds them.
+FOLDERS: list[tuple[Path, bool]] = []
+LOCKS: list[TextIO] = []
 
 
 def prepare_output(path: str, resume_from: str | None, is_main_process: bool) -> Path:
@@ -65,7 +66,8 @@ def lock_output(output_dir: Path) -> None:
 
     A record lock ends with the process, whatever ends it, and processes forked from it do not hold it.
     """
-    path, new = output_dir / ".lock", not output_dir.exists()
+    path = output_dir / ".lock"
+    FOLDERS.append((output_dir, not output_dir.exists()))  # before a signal can end this half done
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = path.open("a+")
@@ -82,19 +84,22 @@ def lock_output(output_dir: Path) -> None:
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
-    LOCKS.append((lock, output_dir if new else None))
+    LOCKS.append(lock)
 
 
 @atexit.register
 def unlock_output() -> None:
     """Remove this process's lock, and a folder that its run has made and put nothing into."""
     while LOCKS:
-        lock, new_folder = LOCKS.pop()
-        Path(lock.name).unlink(missing_ok=True)
-        lock.close()
+        LOCKS.pop().close()
+    while FOLDERS:
+        output_dir, new = FOLDERS.pop()
+        with suppress(OSError), (output_dir / ".lock").open("r+") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it may be another run's
+            (output_dir / ".lock").unlink()
         with suppress(OSError):
-            if new_folder is not None:
-                new_folder.rmdir()
+            if new:
+                output_dir.rmdir()
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -175,10 +175,12 @@ def run_file(*arguments, cwd: Path = ROOT, timeout: float = 600, **environment: 
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        # The innermost first: a launcher whose process is gone would kill the others before they can say anything.
-        for each in [*reversed(psutil.Process(process.pid).children(recursive=True)), process]:
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                each.send_signal(signal.SIGABRT)
+        # All are held first: a launcher whose process is gone would kill the others, or end, and say nothing.
+        launcher = psutil.Process(process.pid)
+        for number in (signal.SIGSTOP, signal.SIGABRT, signal.SIGCONT):
+            for each in reversed([launcher, *launcher.children(recursive=True)]):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.send_signal(number)
         output, _ = process.communicate()
         pytest.fail(f"{arguments} did not end within {timeout} seconds:\n{output}")
     return subprocess.CompletedProcess(process.args, process.returncode, output)

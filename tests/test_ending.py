@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+from common import checkpoints
 from common.arguments import end_in_one_line
 from common.checkpoints import list_checkpoints, load_checkpoint
+from common.ending import Stopped
 from common.metrics import read_metrics
 from common.ranges import RANGES, Range
 
@@ -229,6 +231,23 @@ def test_a_signal_before_the_steps_ends_at_once_and_leaves_nothing(start, tmp_pa
     assert process.returncode == 128 + signal.SIGTERM
     assert "SIGTERM: no step was done; the same command starts again" in output
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("place", ["open", "lockf", "gethostname"])
+def test_a_signal_while_the_folder_is_locked_leaves_nothing(tmp_path, monkeypatch, place):
+    owner = {"open": Path, "lockf": checkpoints.fcntl, "gethostname": checkpoints.socket}[place]
+    function = getattr(owner, place)
+
+    def interrupted(*arguments, **options):
+        function(*arguments, **options)
+        raise Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(owner, place, interrupted)
+        checkpoints.lock_output(tmp_path / "student")
+    assert (tmp_path / "student" / ".lock").exists()
+    checkpoints.unlock_output()
+    assert not (tmp_path / "student").exists()
 
 
 def test_a_signal_stops_the_sampling_and_saves(start, run, command, tmp_path):

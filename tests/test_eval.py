@@ -37,6 +37,7 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, T5EncoderModel
 
+import demo
 import evaluate
 import figures
 import generate
@@ -953,12 +954,19 @@ def test_stored_tables_are_made_from_the_stored_numbers(folder):
     tables = result_tables.tables_from_files(folder / "report.json", folder / "quality.json")
     assert all(len(row) <= 6 for table in tables for row in table)
     text = (folder / "results.md").read_text()
-    assert read_tables(text) == tables
-    assert all(result_tables.as_markdown(table) in text for table in tables)
     results = json.loads((folder / "quality.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
     facts = json.loads((folder / "report.json").read_text())["facts"]
-    for remark in [*result_tables.judge(facts, rows)[1], *report.quality_notes(rows, results)]:
+    *_, last = facts
+    seeds = len([name for name in rows if name.rpartition("-")[0] == last.removesuffix("-0")])
+    first, heading, rest = text.partition(f"## All {seeds} seeds")
+    assert read_tables(first) == tables
+    assert all(result_tables.as_markdown(table) in first for table in tables)
+    assert bool(heading) == (seeds > 1)
+    if heading:
+        assert (heading + rest).startswith(demo.compare_seeds(rows, [*facts][1:], seeds))
+    shown = {name: row for name, row in rows.items() if row["contents"] is None or name in facts}
+    for remark in [*result_tables.judge(facts, shown)[1], *report.quality_notes(shown, results)]:
         assert f"- {remark}\n" in text
 
 
