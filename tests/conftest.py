@@ -219,7 +219,10 @@ def run_several(commands: list[tuple], folder: Path, prefix: tuple = ()) -> str:
     program.write_text(SEVERAL_RUNS)
     words = json.dumps([[str(word) for word in command] for command in commands])
     finished = run_file(*prefix, program, words, PYTHONPATH=str(ROOT))
-    assert finished.returncode == 0, finished.stdout[-5000:]
+    # What a process that crashed has said comes before what the others say of that.
+    crash = finished.stdout.find("Fatal Python error")
+    shown = finished.stdout[-5000:] if crash < 0 else finished.stdout[max(crash - 1500, 0) : crash + 3500]
+    assert finished.returncode == 0, shown
     return finished.stdout
 
 
