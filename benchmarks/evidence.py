@@ -92,15 +92,20 @@ LOSSES = {
     "place, rms": {"kd_loss": "place", "task_loss": "rms", **CACHED},
     "place + FitNet": {"kd_loss": "place", "lambda_kd_feat": 1e-6},
 }
+# Plain distillation, the method, and the controls of each: no teacher, other timesteps, a robust loss.
+DECISIVE = ("none", "none, rms", "mse", "mse, min-SNR", "rms", "lift", "place")
 
 
-def tiny_experiment(shared: Flags, search: int, samples: int) -> Experiment:
-    """All losses and their controls on the student of 1.6 %."""
-    pairs = ("place", "lift"), ("place", "none"), ("none, rms", "none"), ("none, min-SNR", "none")
+def tiny_experiment(shared: Flags, search: int, samples: int, names: tuple[str, ...] = tuple(LOSSES)) -> Experiment:
+    """Losses and their controls on the student of 1.6 %."""
+    pairs = ("place", "lift"), ("place", "none"), ("place", "rms"), ("mse", "none"), ("rms", "none, rms")
+    pairs += ("none, rms", "none"), ("none, min-SNR", "none"), ("mse, min-SNR", "mse")
     pairs += ("rms, rms", "rms"), ("place, rms", "place"), ("rms, rms", "place, rms")
     question = f"Which loss helps a student of 1.6 % of the teacher, in {shared['max_train_steps']:,} steps?"
-    compared = ("mse",), tuple(NO_TEACHER)
-    return Experiment(question, LOSSES, (0, 1, 2, 3, 4), shared, compared, search, samples, pairs=pairs)
+    rows = {name: LOSSES[name] for name in names}
+    compared = ("mse",), tuple(name for name in NO_TEACHER if name in rows)
+    pairs = tuple(pair for pair in pairs if rows.keys() >= {*pair})
+    return Experiment(question, rows, (0, 1, 2, 3, 4), shared, compared, search, samples, pairs=pairs)
 
 
 def other_experiment(size: str, student: float, init: str, steps: int) -> Experiment:
@@ -171,8 +176,9 @@ def large_experiment() -> Experiment:
 
 
 EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
-    "tiny": partial(tiny_experiment, SHORT, 1000, 5000),
-    "tiny-long": partial(tiny_experiment, LONG, SEARCH_STEPS, 2000),
+    "tiny": partial(tiny_experiment, LONG, SEARCH_STEPS, 2000, DECISIVE),
+    "tiny-all": partial(tiny_experiment, LONG, SEARCH_STEPS, 2000),
+    "tiny-short": partial(tiny_experiment, SHORT, 1000, 5000),
     "draws": draws_experiment,
     "teachers": teachers_experiment,
     "ablations": ablations_experiment,
