@@ -20,7 +20,7 @@ demo-sdxl: .venv/installed  ## the same for a small Stable Diffusion XL of garme
 	$(PY) demos/fashion_sdxl.py --output_dir demo-sdxl
 
 test: .venv/installed
-	$(PY) -m pytest --numprocesses 2 --dist worksteal
+	$(PY) -m pytest --numprocesses 2 --dist worksteal --durations 30
 
 quality: .venv/installed
 	.venv/bin/ruff check .

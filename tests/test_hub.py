@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, launch
 
-from tiny_models import save_dit_pipeline, save_sd3_pipeline
+from tiny_models import save_dit_pipeline, save_sd3_pipeline, save_sdxl_pipeline
 
 
 TOKEN = "hf_notARealTokenButItMustNotLeak"
@@ -213,7 +213,7 @@ def test_the_token_goes_to_the_hub_alone(pushed, tmp_path):
         assert str(tmp_path / name) in leaks(server, finished, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["sd21", "dit", "sd3"])
+@pytest.mark.parametrize("kind", ["sd21", "dit", "sd3", "sdxl"])
 def test_the_other_scripts_push_too(kind, start_hub, sd_teacher, captioned, articles, tmp_path):
     """A merged LoRA student of each text-to-image model, and a shallower DiT: what loads here is what arrives.
 
@@ -224,6 +224,7 @@ def test_the_other_scripts_push_too(kind, start_hub, sd_teacher, captioned, arti
         "sd21": (lambda: sd_teacher, captioned, ("--student", "bk_base", *latent)),
         "dit": (lambda: save_dit_pipeline(tmp_path / "teacher", num_layers=4), articles, ("--student_depth", 2)),
         "sd3": (lambda: save_sd3_pipeline(tmp_path / "teacher"), captioned, ("--student", "half", *latent)),
+        "sdxl": (lambda: save_sdxl_pipeline(tmp_path / "teacher"), captioned, ("--student", "koala_700m", *latent)),
     }[kind]
     folder = tmp_path / "student"
     server = start_hub(folder)
@@ -238,7 +239,7 @@ def test_the_other_scripts_push_too(kind, start_hub, sd_teacher, captioned, arti
     assert leaks(server, finished, tmp_path) == elsewhere
     files = uploaded(server)
     assert {path: (folder / path).read_bytes() for path in files} == files
-    denoiser = "unet" if kind == "sd21" else "transformer"
+    denoiser = "unet" if kind in ("sd21", "sdxl") else "transformer"
     wanted = {"model_index.json", f"{denoiser}/diffusion_pytorch_model.safetensors", "README.md", "samples.png"}
     assert files.keys() >= wanted | {"vae/diffusion_pytorch_model.safetensors"}
     assert any(path.startswith("lora/") for path in files) == (kind != "dit")
