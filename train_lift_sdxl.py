@@ -353,7 +353,9 @@ def build_student(
         config = student_config(dict(teacher.config), recipe)
         with torch.device("meta"):
             student = UNet2DConditionModel.from_config(config | {"sample_size": args.resolution // vae_factor(vae)})
-    for key in ("in_channels", "out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim"):
+    conditions = "cross_attention_dim", "projection_class_embeddings_input_dim"
+    conditions += "addition_embed_type", "addition_time_embed_dim"
+    for key in ("in_channels", "out_channels", *conditions):
         if student.config[key] != teacher.config[key]:
             fail(f"{mismatch}: its {key} is {student.config[key]}; keep the teacher's {teacher.config[key]}")
     if args.student_init == "teacher":

@@ -32,14 +32,15 @@ from tiny_models import (
     save_pixel_pipeline,
     save_sd3_pipeline,
     save_sd_pipeline,
+    save_sdxl_pipeline,
 )
 
 
-UNET, SD, DIT, SD3 = (f"train_lift_{kind}" for kind in ("unet", "sd21", "dit", "sd3"))
+UNET, SD, DIT, SD3, XL = (f"train_lift_{kind}" for kind in ("unet", "sd21", "dit", "sd3", "sdxl"))
 GENERATE, EVALUATE, REPORT = "generate", "evaluate", "report"
-ALL, LATENT, CAPTIONED, DEEP = (UNET, SD, DIT, SD3), (SD, DIT, SD3), (SD, SD3), (DIT, SD3)
-LOADING = (*ALL, GENERATE)
-WEIGHTED, SAMPLED = (UNET, SD, SD3), (SD, DIT, SD3, GENERATE, REPORT)  # by --lambda_task; with --guidance_scale
+ALL, LATENT, CAPTIONED, DEEP = (UNET, SD, DIT, SD3, XL), (SD, DIT, SD3, XL), (SD, SD3, XL), (DIT, SD3)
+BOTH_SD, LOADING = (SD, XL), (*ALL, GENERATE)
+WEIGHTED, SAMPLED = (UNET, SD, SD3, XL), (*LATENT, GENERATE, REPORT)  # by --lambda_task; with --guidance_scale
 
 # Commands that succeed in two steps. A case's flags take the place of these; ^--flag takes one away. The feature term
 # is off because it makes up most of the time that a student takes.
@@ -53,15 +54,16 @@ BASE = {
     SD: "--student bk_base --validation_prompts bag ''" + SHORT,
     DIT: "--student d4 --validation_classes 1" + SHORT,
     SD3: "--student half --validation_prompts bag '' --max_sequence_length 8 --no-cache_latents" + SHORT,
+    XL: "--student extreme --validation_prompts bag ''" + SHORT,
     GENERATE: "--model {teacher} --output_dir student --num_images 2 --num_inference_steps 1",
     EVALUATE: "--images {dark} --reference {bright} --features {pool} --output results --statistics_dir {scratch}",
     REPORT: "--teacher {teacher} --students {teacher} --names twin --output_dir report --num_inference_steps 1"
     " --columns 2 --timesteps 2 --latency_images 1",
 }
-TEACHERS = {UNET: "pixel", SD: "sd", DIT: "dit", SD3: "sd3", GENERATE: "pixel", REPORT: "pixel"}
-DATA = {UNET: "digits", SD: "captioned", DIT: "classes", SD3: "captioned"}
+TEACHERS = {UNET: "pixel", SD: "sd", DIT: "dit", SD3: "sd3", XL: "sdxl", GENERATE: "pixel", REPORT: "pixel"}
+DATA = {UNET: "digits", DIT: "classes", **dict.fromkeys(CAPTIONED, "captioned")}
 MODEL_FLAGS = {**dict.fromkeys(ALL, "--pretrained_teacher_model"), GENERATE: "--model", REPORT: "--teacher"}
-PARTS = {UNET: "unet", SD: "unet", DIT: "transformer", SD3: "transformer", GENERATE: "unet", REPORT: "unet"}
+PARTS = {**dict.fromkeys((UNET, SD, XL, GENERATE, REPORT), "unet"), **dict.fromkeys(DEEP, "transformer")}
 
 # A line that says what to do has one of these.
 REMEDIES = re.compile(
@@ -122,6 +124,7 @@ INPUTS: dict[str, Callable[[Path], Any] | dict | str | bytes] = {
     "sd": save_sd_pipeline,
     "dit": save_dit_pipeline,
     "sd3": save_sd3_pipeline,
+    "sdxl": save_sdxl_pipeline,
     "learned_variance": partial(save_pixel_pipeline, out_channels=2),
     "two_channels": partial(save_pixel_pipeline, in_channels=2, out_channels=2),
     "conditional": partial(save_pixel_pipeline, num_class_embeds=10),
@@ -282,7 +285,7 @@ NUMBERS = [
     (ALL, "lr_warmup_steps", "-1", "at least 0"),
     (ALL, "dataloader_num_workers", "-1 100000", "at least 0 and at most"),
     ((*ALL, GENERATE, REPORT), "num_inference_steps", "0 5000", "at least 1 and at most"),
-    ((UNET, SD, SD3, GENERATE, REPORT), "resolution", "0 100000", "at least 1 and at most"),
+    ((UNET, SD, SD3, XL, GENERATE, REPORT), "resolution", "0 100000", "at least 1 and at most"),
     (UNET, "num_validation_images", "0", "at least 1"),
     (LATENT, "encoding_batch_size", "0", "at least 1"),
     (CAPTIONED, "lora_rank", "-1", "at least 0"),
@@ -366,18 +369,26 @@ STUDENTS = [
     (UNET, {"config": {"sample_size": 15}}, "15", "2"),
     (UNET, {"config": {"out_channels": 2}}, "out_channels", "keep the teacher's 1"),
     (UNET, {"config": {"num_class_embeds": 10}}, "class-conditional"),
-    (SD, {"levels": "three"}, '"levels"'),
-    (SD, {"levels": 0}, '"levels"'),
-    (SD, {"levels": 1.5}, '"levels"'),
+    (BOTH_SD, {"levels": "three"}, '"levels"'),
+    (BOTH_SD, {"levels": 0}, '"levels"'),
+    (BOTH_SD, {"levels": 1.5}, '"levels"'),
     (SD, {"levels": 99}, "does not fit the teacher of 4 levels"),
-    (SD, {"width": 0}, '"width"'),
-    (SD, {"config": {"block_out_chanels": [8, 16, 32, 32]}}, "has no block_out_chanels"),
+    (XL, {"levels": 99}, "does not fit the teacher of 3 levels"),
+    (XL, {"levels": 2}, "correct"),
+    (XL, {"config": {"transformer_layers_per_block": "x"}}, "correct"),
+    (XL, {"config": {"transformer_layers_per_block": [1]}}, "correct"),
+    (XL, {"config": {"addition_embed_type": None}}, "its addition_embed_type is None; keep the teacher's text_time"),
+    (XL, {"config": {"addition_time_embed_dim": 2}}, "its addition_time_embed_dim is 2; keep the teacher's"),
+    (XL, {"config": {"projection_class_embeddings_input_dim": 7}}, "keep the teacher's"),
+    (XL, {"config": {"attention_head_dim": [1, 0, 1]}}, "correct"),
+    (BOTH_SD, {"width": 0}, '"width"'),
+    (BOTH_SD, {"config": {"block_out_chanels": [8, 16, 32, 32]}}, "has no block_out_chanels"),
     (SD, {"config": {"in_channels": 9}}, "its in_channels is 9; keep the teacher's 4"),
     (SD, {"config": {"cross_attention_dim": 32}}, "its cross_attention_dim is 32; keep the teacher's 16"),
     (SD, {"config": {"block_out_channels": [6, 16, 32, 32]}}, "num_channels (6) must be divisible"),
     (SD, {"config": {"block_out_channels": [16, 32, 64, 64]}}, "wider"),
-    (SD, {"config": {"layers_per_block": 0}}, "correct"),
-    (SD, {"config": {"norm_num_groups": 0}}, "correct"),
+    (BOTH_SD, {"config": {"layers_per_block": 0}}, "correct"),
+    (BOTH_SD, {"config": {"norm_num_groups": 0}}, "correct"),
     (SD, {"blocks": {"nowhere": "conv_in"}}, 'no block "nowhere"'),
     (SD, {"features": [["down_blocks.9", "down_blocks.0"]]}, 'features of "down_blocks.9", which does not exist'),
     (SD, {"features": [["conv_in", "nothing"]]}, 'features of "nothing", which does not exist'),
@@ -453,6 +464,18 @@ DAMAGED_TEACHERS = [
     ((SD, DIT), {"vae": None}, "", "does not load: Error no file named config.json"),
     (SD3, {VAE: 100}, "", "does not load"),
     (LATENT, {VAE: ruin_weights}, "", "its vae has weights that are not finite"),
+    (XL, {INDEX: {"text_encoder_2": NULL}}, "", "with no text_encoder_2; pass"),
+    (XL, {INDEX: {"tokenizer_2": ...}}, "", "with no tokenizer_2; pass"),
+    (XL, {INDEX: {"scheduler": ["own", "MyScheduler"]}}, "", "an unknown scheduler, MyScheduler; pass"),
+    (XL, {INDEX: {"vae": NULL}}, "", "with no vae; pass"),
+    (XL, {"text_encoder_2": None}, "", "its text encoders give"),
+    (XL, {"tokenizer_2": None}, "", "lacks files of its tokenizers; pass"),
+    (XL, {"text_encoder_2/model.safetensors": ruin_weights}, "", "its text_encoder_2 has weights that are not finite"),
+    (XL, {"text_encoder_2/model.safetensors": None}, "", "no file named model.safetensors"),
+    (XL, {"text_encoder_2/config.json": {"projection_dim": 8}}, "", "pooled ones of"),
+    (XL, {"vae": None}, "", "does not load"),
+    (XL, FLOW, "", "FlowMatchEulerDiscreteScheduler"),
+    (XL, {SCHEDULE: {"num_train_timesteps": 0}}, "", "num_train_timesteps"),
     (SD, SDXL, "", "two text encoders (SDXL); run train_lift_sdxl.py, or pass"),
     (SD, {INDEX: {"tokenizer": ...}}, "", "with no tokenizer; pass"),
     (SD, {"tokenizer": None}, "", "lacks files of its tokenizer; pass"),
@@ -673,9 +696,9 @@ CASES = [
     (WEIGHTED, "--lambda_task 0 --lambda_kd_output 0 --lambda_kd_feat 0", "--lambda_task 0", "learn"),
     (DIT, "--vae none --cache_latents", "--cache_latents has nothing to do with --vae none"),
     (DIT, "--vae none", "--vae none makes 4 channels"),
-    (DIT, "--vae /no/such/vae", "does not load"),
-    (DIT, "--vae {empty}", "does not load"),
-    (DIT, "--vae {pixel}/unet", "does not load"),
+    ((DIT, XL), "--vae /no/such/vae", "does not load"),
+    ((DIT, XL), "--vae {empty}", "does not load"),
+    ((DIT, XL), "--vae {pixel}/unet", "does not load"),
     (DIT, "--validation_classes unicorn", "is no class"),
     (DIT, "--validation_classes 1000", "is no class"),
     (SD3, "--share_backbone", "--share_backbone needs --lora_rank"),
@@ -684,6 +707,12 @@ CASES = [
     (SD3, "--share_backbone --lora_rank 2 --student {features_json}", "--share_backbone", "not a JSON file"),
     (UNET, "--resolution 15", "--resolution 15", "is not divisible by the U-Net's downsampling; pass a multiple of 2"),
     (SD, "--resolution 24", "--resolution 24 is not divisible by VAE and U-Net; pass a multiple of 32"),
+    (XL, "--resolution 20", "--resolution 20 is not divisible by VAE and U-Net; pass a multiple of"),
+    (XL, "--student koala", "--student koala is unknown; pass ssd_1b, vega"),
+    (XL, "--pretrained_teacher_model {sd}", "is a StableDiffusionPipeline with no text_encoder_2; pass"),
+    (XL, "--pretrained_teacher_model {one_safetensors}", "diffusers.StableDiffusionXLPipeline.from_single_file("),
+    (XL, "--snr_gamma 0", "--snr_gamma 0.0 is out of range"),
+    (XL, "--aspect_ratio_buckets 16,72", "--aspect_ratio_buckets"),
     (SD, "--resolution 2", "--resolution 2 is not divisible by VAE and U-Net; pass a multiple of 32"),
     (SD3, "--resolution 20", "--resolution 20 is not divisible by VAE and patches; pass a multiple of 8"),
     (SD3, "--resolution 128", "more patches than the teacher's 8; pass 64 at most"),
