@@ -92,8 +92,12 @@ def _count_parts(
 
 
 def keep_channels(scores: torch.Tensor, keep: int, parts: int = 1, kept_parts: int = 1) -> torch.Tensor:
-    """Indices, ascending, of the best `keep` channels: the best `kept_parts` of `parts`, equally many from each."""
-    if len(scores) % parts or keep % kept_parts:
+    """Indices, ascending, of the best `keep` channels: the best `kept_parts` of `parts`, equally many from each.
+
+    Where such parts do not exist, say of a student with more or wider heads, all channels compete.
+    """
+    uneven = len(scores) % parts or keep % kept_parts
+    if uneven or kept_parts > parts or keep // kept_parts > len(scores) // parts:
         parts = kept_parts = 1
     table = scores.view(parts, -1)
     best = table.sum(1).topk(kept_parts).indices.sort().values

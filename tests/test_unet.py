@@ -337,6 +337,19 @@ def test_pruned_weights_are_the_teachers(fraction, head_dim):
         assert set(student.state_dict()[name].flatten().tolist()) <= entries
 
 
+@pytest.mark.parametrize("width", [1.0, 0.5])
+@pytest.mark.parametrize("head_dim", [2, 16])
+def test_a_student_may_have_more_heads_or_wider_ones(width, head_dim):
+    torch.manual_seed(0)
+    teacher = UNet2DModel(**{**TINY_UNET, "attention_head_dim": 8})
+    recipe = {"width": width, "config": {"attention_head_dim": head_dim}}
+    student = UNet2DModel.from_config(train_lift_unet.student_config(dict(teacher.config), recipe))
+    prune_width(student, teacher, EXAMPLE)
+    name = "mid_block.attentions.0.to_v.weight"
+    ours, theirs = (set(model.state_dict()[name].flatten().tolist()) for model in (student, teacher))
+    assert len(ours) == width**2 * len(theirs) and ours <= theirs
+
+
 def test_json_student_with_blocks_and_features(distil, teacher, tmp_path):
     """A shallower student: blocks copied by an explicit map, features paired by name."""
     recipe = {
