@@ -93,7 +93,7 @@ LOSSES = {
     "place + FitNet": {"kd_loss": "place", "lambda_kd_feat": 1e-6},
 }
 # Plain distillation, the method, and the controls of each: no teacher, other timesteps, a robust loss.
-DECISIVE = ("none", "none, rms", "mse", "mse, min-SNR", "rms", "lift", "place")
+DECISIVE = ("none", "none, rms", "mse", "mse, min-SNR", "rms", "rms, rms", "lift", "place", "place, rms")
 
 
 def tiny_experiment(shared: Flags, search: int, samples: int, names: tuple[str, ...] = tuple(LOSSES)) -> Experiment:
