@@ -68,7 +68,16 @@ from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
-from common.reporting import gather_samples, grid_path, plot_influence, sample_grid, sample_models, save_grid, share_of
+from common.reporting import (
+    autocast_of,
+    gather_samples,
+    grid_path,
+    plot_influence,
+    sample_grid,
+    sample_models,
+    save_grid,
+    share_of,
+)
 from common.sharding import clip_gradients, count_whole, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
@@ -826,7 +835,7 @@ def sample_images(
     scheduler.set_timesteps(num_inference_steps, device=device)
     for step in scheduler.timesteps:
         both = scheduler.scale_model_input(latents, step).repeat(2, 1, 1, 1).to(transformer.dtype)
-        with accelerator.autocast():
+        with autocast_of(transformer, accelerator):
             output = transformer(both, step.expand(2 * len(mine)), labels, return_dict=False)[0]
         guided, unguided = split_output(output.float(), config.in_channels)[0].chunk(2)
         guided = unguided + guidance_scale * (guided - unguided)

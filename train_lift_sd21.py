@@ -72,7 +72,7 @@ from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.pruning import prune_width
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
-from common.reporting import gather_samples, grid_path, sample_grid, sample_models, save_grid, share_of
+from common.reporting import autocast_of, gather_samples, grid_path, sample_grid, sample_models, save_grid, share_of
 from common.sharding import clip_gradients, count_whole, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
@@ -658,7 +658,7 @@ def sample_images(
         vae, None, None, unet.eval(), scheduler, None, None, requires_safety_checker=False
     )
     pipeline.set_progress_bar_config(disable=True)
-    with accelerator.autocast():
+    with autocast_of(unet, accelerator):
         latents = pipeline(
             prompt_embeds=text[1:],
             negative_prompt_embeds=text[:1].expand(len(mine), -1, -1),

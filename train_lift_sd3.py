@@ -73,7 +73,16 @@ from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
-from common.reporting import gather_samples, grid_path, plot_influence, sample_grid, sample_models, save_grid, share_of
+from common.reporting import (
+    autocast_of,
+    gather_samples,
+    grid_path,
+    plot_influence,
+    sample_grid,
+    sample_models,
+    save_grid,
+    share_of,
+)
 from common.sd3_text import (
     T5,
     TEXT_ENCODERS,
@@ -771,7 +780,7 @@ def sample_images(
     # In float32: the pipeline keeps the latents in the embeddings' dtype.
     rows = [0, *(1 + row for row in mine)]
     text, pooled = (embeddings[rows].to(accelerator.device).float() for embeddings in text)
-    with accelerator.autocast():
+    with autocast_of(transformer, accelerator):
         latents = pipeline(
             prompt_embeds=text[1:],
             negative_prompt_embeds=text[:1].expand(len(mine), -1, -1),

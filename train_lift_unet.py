@@ -268,10 +268,8 @@ def build_student(teacher: UNet2DModel | None, args: argparse.Namespace) -> tupl
         blocks = [name for name in names if re.fullmatch(r"(down|up)_blocks\.\d+|mid_block", name)]
         recipe = {**recipe, "features": [[name, name] for name in blocks]}
     if recipe["features"]:  # wrong pairs end the run here
-        with torch.device("meta"):
-            skeleton = UNet2DModel.from_config(teacher.config)
         with model_errors_end(f"--student {args.student}", FEATURES_REMEDY):
-            pair_features(student, skeleton, recipe["features"], example_inputs(student), always_project=True)
+            pair_features(student, skeleton(teacher), recipe["features"], example_inputs(student), always_project=True)
     return UNet2DModel.from_config(student.config), recipe
 
 
@@ -345,6 +343,12 @@ def accumulate_gradients(model: UNet2DModel, scheduler: DDPMScheduler, images: t
             break
         loss.backward()
     model.cpu()
+
+
+def skeleton(unet: UNet2DModel) -> UNet2DModel:
+    """The U-Net without its weights, on the meta device."""
+    with torch.device("meta"):
+        return UNet2DModel.from_config(unet.config)
 
 
 def image_size(unet: UNet2DModel) -> tuple[int, int]:
@@ -573,11 +577,6 @@ def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dic
     """Print parameters, MACs, a memory estimate and the student's config."""
     processes = args.num_processes or 1
     count, total, features, inputs = student.num_parameters(), 0, 0, example_inputs(student)
-
-    def skeleton(model: UNet2DModel) -> UNet2DModel:
-        with torch.device("meta"):
-            return UNet2DModel.from_config(model.config)
-
     how = args.gradient_checkpointing, args.train_batch_size, args.mixed_precision
     macs, *activations = estimate_activations(partial(skeleton, student), *how, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs per image and forward pass")
@@ -615,12 +614,13 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args.output_dir, args.report_to, args.seed, *how)
     stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
-    teacher, scheduler = None, make_scheduler(args.prediction_type)
+    teacher, teacher_shape, scheduler = None, None, make_scheduler(args.prediction_type)
     if args.pretrained_teacher_model is not None:
         source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED)
         teacher, scheduler = load_teacher(source, args.prediction_type)
         if args.resolution is not None:
             teacher.register_to_config(sample_size=args.resolution)
+        teacher_shape = skeleton(teacher)
     seed_step(args.seed)
     unet, recipe = build_student(teacher, args)
     if args.dry_run:
@@ -662,7 +662,7 @@ def main(args: argparse.Namespace) -> None:
     if teacher is not None:
         first = torch.device("cpu") if args.fsdp and not args.cache_teacher else device
         teacher = hold_teacher(teacher, args.teacher_dtype, dtype, first, args.offload_teacher)
-    live_teacher, teacher_samples, passes = teacher, [], args.cache_teacher or 1
+    teacher_samples, passes = [], args.cache_teacher or 1
     if args.cache_teacher:
         parts = ["unet" if (Path(source.path) / "unet").is_dir() else "."]
         key = contents | {"scheduler": public_config(scheduler.config)}
@@ -671,14 +671,13 @@ def main(args: argparse.Namespace) -> None:
         how = passes, args.seed, args.cache_teacher_dtype, source, parts, key, cache, device
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
         teacher_samples += sample(teacher)
-        teacher.to("meta")  # its size stays, for the model card
-        live_teacher = None
+        teacher = None
     dataloader = make_dataloader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator)
     length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
     args.max_train_steps = count_steps(*length, accelerator)
 
     student, teacher_model = pair_features(
-        unet, live_teacher, recipe["features"], example_inputs(unet), always_project=True
+        unet, teacher, recipe["features"], example_inputs(unet), always_project=True
     )
     xformers, how = args.enable_xformers_memory_efficient_attention, (args.compile, args.fsdp)
     prepare_models(student, teacher_model, accelerator, args.gradient_checkpointing, xformers, *how)
@@ -716,7 +715,7 @@ def main(args: argparse.Namespace) -> None:
         reduction=args.reduction,
     )
     shown = teacher_samples, sample, output_dir, accelerator
-    validate = partial(log_validation, live_teacher, unet, ema, *shown)
+    validate = partial(log_validation, teacher, unet, ema, *shown)
 
     # ---- loop
     batches = endless_batches(dataloader, first_step * args.gradient_accumulation_steps, stop)
@@ -761,7 +760,7 @@ def main(args: argparse.Namespace) -> None:
     unet = gather_model(unet, ema)
     if accelerator.is_main_process:
         check_finite(dict(unet.named_parameters()), "student", args.max_train_steps)
-        save_pipeline(unet, teacher, scheduler, args)
+        save_pipeline(unet, teacher_shape, scheduler, args)
         if args.push_to_hub:
             stop.interruptible(push_to_hub)(output_dir, args.hub_model_id)
     accelerator.end_training()

@@ -11,9 +11,10 @@
 import math
 import textwrap
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from common.training import averaged_weights, trained_parameters
+from common.training import averaged_weights, trained_parameters, working_dtype
 
 import numpy as np
 import torch
@@ -51,6 +52,12 @@ def sample_models(
         with averaged_weights(ema, trained_parameters(student)):
             samples["EMA student"] = sample(student)
     return samples
+
+
+def autocast_of(model: torch.nn.Module, accelerator: Accelerator) -> AbstractContextManager:
+    """The run's autocast, but for a teacher in the other half precision, with which that fails: it casts by itself."""
+    other = {torch.float16, torch.bfloat16} - {working_dtype(accelerator)}
+    return nullcontext() if model.dtype in other else accelerator.autocast()
 
 
 def share_of(count: int, accelerator: Accelerator) -> list[int]:

@@ -73,6 +73,7 @@ def _quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Put bitsandbytes' layers of 4 bits in the place of linear ones. They quantize when they are moved."""
     import bitsandbytes as bnb
 
+    model.is_loaded_in_4bit = True  # Diffusers then counts two weights in a byte
     for path, layer in _narrow_layers(model, "nf4").items():
         parent, _, name = path.rpartition(".")
         shape = layer.in_features, layer.out_features, layer.bias is not None

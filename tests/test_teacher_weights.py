@@ -78,6 +78,7 @@ def test_predictions_stay_near_and_weights_get_small(name):
             errors[dtype] = ((prediction.float() - expected).norm() / expected.norm()).item()
             assert held + scales == pytest.approx(sizes[dtype], rel=0.03)
             assert not any(weight.requires_grad for weight in teacher.parameters()) and not teacher.training
+            assert teacher.num_parameters() == model.num_parameters()
     assert errors["fp32"] == 0 < errors["fp16"] < errors["bf16"] < errors["fp8"] < 0.2 and errors["nf4"] < 0.35
     assert sizes["fp32"] == 2 * sizes["fp16"] == 2 * sizes["bf16"] > 2 * sizes["fp8"]
     assert sizes["nf4"] < sizes["bf16"]
@@ -122,37 +123,55 @@ def wide_sd3(tmp_path_factory) -> Path:
     return save_sd3_pipeline(tmp_path_factory.mktemp("sd3"), **WIDE, caption_projection_dim=128)
 
 
+@pytest.fixture
+def source_of(teachers, wide_sd3, images, captioned, articles, tmp_path):
+    """`source_of(script)` is a teacher with layers that nf4 takes, data, and the student's flags."""
+
+    def find(script: str) -> tuple:
+        if script == "dit":
+            return save_dit_pipeline(tmp_path / "dit", **WIDE), articles, "--keep_blocks", "1"
+        if script == "unet":
+            return teachers["unet"], images, "--student", 0.5, "--num_validation_images", 2
+        flags = ("--cache_latents", "--validation_prompts", "a bag")
+        if script == "sd3":
+            return wide_sd3, captioned, "--student", "half", "--max_sequence_length", 8, *flags
+        return teachers[script], captioned, "--student", {"sd21": "bk_small", "sdxl": "extreme"}[script], *flags
+
+    return find
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp8", "nf4"])
 @pytest.mark.parametrize("script", ["unet", "sd21", "dit", "sd3"])
-def test_a_run_with_a_compressed_teacher(
-    distil, teacher, sd_teacher, images, captioned, articles, wide_sd3, tmp_path, script, dtype
-):
+def test_a_run_with_a_compressed_teacher(distil, source_of, script, dtype):
     """It trains nearly on the float32 teacher's loss, from its weights, and shows the teacher in the grid."""
-    place, data, *flags = {
-        "unet": (teacher, images, "--student", 0.5, "--num_validation_images", 2),
-        "sd21": (sd_teacher, captioned, "--student", "bk_small", "--cache_latents", "--validation_prompts", "a bag"),
-        "dit": (tmp_path / "dit", articles, "--keep_blocks", "1"),
-        "sd3": (wide_sd3, captioned, "--student", "half", "--max_sequence_length", 8, "--validation_prompts", "a bag"),
-    }[script]
-    if script == "dit":
-        save_dit_pipeline(place, **WIDE)
-    whole = distil(script, place, data, *flags, output_dir="whole")
-    narrow = distil(script, place, data, *flags, "--teacher_dtype", dtype)
+    whole = distil(script, *source_of(script), output_dir="whole")
+    narrow = distil(script, *source_of(script), "--teacher_dtype", dtype)
     rows = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[0]) for folder in (whole, narrow)]
     assert rows[1]["task"] == pytest.approx(rows[0]["task"], rel=1e-5)  # of the same student
     assert rows[1]["kd_mse"] == pytest.approx(rows[0]["kd_mse"], rel=0.25) and rows[1]["feat"] > 0
     grids = [Image.open(folder / "samples" / "step-000000.png") for folder in (whole, narrow)]
     assert grids[0].size == grids[1].size
+    cards = [(folder / "README.md").read_text() for folder in (whole, narrow)]
+    sizes = [re.findall(r"([\d,]{5,}) parameters|([\d.]+%) of the teacher", card) for card in cards]
+    assert sizes[0] == sizes[1] != []
     part = "unet" if script in ("unet", "sd21") else "transformer"
     weights = load_file(next((narrow / part).glob("*.safetensors")))
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
-def test_a_cache_of_an_fp8_teacher_is_another_one(distil, teacher, images, tmp_path):
-    flags = ("--student", 0.5, "--cache_teacher", 1, "--lambda_kd_feat", 0, "--num_validation_images", 2)
-    distil("unet", teacher, images, *flags)
-    distil("unet", teacher, images, *flags, "--teacher_dtype", "fp8", output_dir="fp8")
-    assert len(list((tmp_path / "cache" / "lift-encodings").iterdir())) == 2
+@pytest.mark.parametrize("script", ["unet", "sd21", "dit", "sd3", "sdxl"])
+def test_a_teacher_in_the_other_half_precision(distil, source_of, script):
+    """Where autocast fails on it: what it takes in training and for its samples, it casts by itself."""
+    student = distil(script, *source_of(script), "--mixed_precision", "bf16", "--teacher_dtype", "fp16")
+    assert (student / "samples" / "step-000000.png").exists()
+    assert json.loads((student / "metrics.jsonl").read_text().splitlines()[0])["feat"] > 0
+
+
+def test_a_cache_of_a_narrower_teacher_is_another_one(distil, source_of, tmp_path):
+    flags = (*source_of("unet"), "--cache_teacher", 1, "--lambda_kd_feat", 0)
+    for dtype in ("fp32", "fp8", "nf4"):
+        distil("unet", *flags, "--teacher_dtype", dtype, output_dir=dtype)
+    assert len(list((tmp_path / "cache" / "lift-encodings").iterdir())) == 3
 
 
 @pytest.mark.parametrize(

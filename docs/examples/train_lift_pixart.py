@@ -66,7 +66,7 @@ from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
-from common.reporting import gather_samples, grid_path, sample_grid, sample_models, save_grid, share_of
+from common.reporting import autocast_of, gather_samples, grid_path, sample_grid, sample_models, save_grid, share_of
 from common.sharding import clip_gradients, count_whole, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
@@ -586,7 +586,7 @@ def sample_images(
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))[mine].to(accelerator.device)
     pipeline = PixArtSigmaPipeline(None, None, vae, transformer.eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    with accelerator.autocast():
+    with autocast_of(transformer, accelerator):
         latents = pipeline(
             negative_prompt=None,
             prompt_embeds=embeddings[1:],
