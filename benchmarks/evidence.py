@@ -98,9 +98,9 @@ DECISIVE = ("none", "none, rms", "mse", "mse, min-SNR", "rms", "rms, rms", "lift
 
 def tiny_experiment(shared: Flags, search: int, samples: int, names: tuple[str, ...] = tuple(LOSSES)) -> Experiment:
     """Losses and their controls on the student of 1.6 %."""
-    pairs = ("place", "lift"), ("place", "none"), ("place", "rms"), ("mse", "none"), ("rms", "none, rms")
-    pairs += ("none, rms", "none"), ("none, min-SNR", "none"), ("mse, min-SNR", "mse")
-    pairs += ("rms, rms", "rms"), ("place, rms", "place"), ("rms, rms", "place, rms")
+    pairs = ("place", "lift"), ("place", "none"), ("place", "rms"), ("place", "mse, min-SNR")
+    pairs += ("mse", "none"), ("none, rms", "none"), ("none, min-SNR", "none"), ("mse, min-SNR", "mse")
+    pairs += ("rms, rms", "rms"), ("place, rms", "place"), ("rms, rms", "place, rms"), ("place, rms", "none, rms")
     question = f"Which loss helps a student of 1.6 % of the teacher, in {shared['max_train_steps']:,} steps?"
     rows = {name: LOSSES[name] for name in names}
     compared = ("mse",), tuple(name for name in NO_TEACHER if name in rows)
