@@ -59,7 +59,7 @@ def test_runs_are_compared_by_seed_with_the_best_of_a_group(page, tmp_path):
     for line in lines:  # the error at the noisy end grows with the distance, that at the other end falls
         line["figures"]["errors"] = [1 / line["figures"]["fd_50"], *[line["figures"]["fd_50"]] * 10]
     text = page(lines, EXPERIMENT._replace(pairs=(("none", "rms"),)))
-    assert "- `none` less `rms`: +5.00 (+2.52 to +7.48)\n" in text
+    assert "- `none` less `rms`: +5.00 (+2.52 to +7.48) by 50 steps, +10.00 (+5.03 to +14.97) by 10\n" in text
     assert "Over the 9 runs" in text and "is +1.00 at t ≥ 900 and -1.00 at t = 0." in text
 
 
