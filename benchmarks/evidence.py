@@ -94,7 +94,7 @@ LOSSES = {
 }
 # Plain distillation, the method, and the controls of each: no teacher, other timesteps, a robust loss.
 # Features need the teacher in each step, which takes twice as long: they come last.
-DECISIVE = ("none", "none, rms", "mse", "mse, min-SNR", "rms", "rms, rms", "lift", "place", "place, rms")
+DECISIVE = tuple(name for name in LOSSES if "FitNet" not in name)
 
 
 def tiny_experiment(shared: Flags, search: int, samples: int, names: tuple[str, ...] = tuple(LOSSES)) -> Experiment:
