@@ -48,7 +48,13 @@ class StopSignals:
 
     def __init__(self, num_processes: int):
         self.alone, self.process = num_processes == 1, os.getpid()
-        self.group = None if self.alone else torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
+        self.group = self.world = None
+        if not self.alone:
+            self.group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
+            # The threads of a group need Python's lock to end, and the group waits for them. Python's references to it
+            # give up the lock for that; DDP's do not, and must not be the last: the process would never end.
+            self.world = torch.distributed.group.WORLD
+            atexit.register(self._let_groups_go)
         self.received: signal.Signals | None = None
         self.since, self.at_once, self.started = 0.0, True, False
         for each in (signal.SIGTERM, signal.SIGINT):
@@ -66,6 +72,9 @@ class StopSignals:
                 os.write(2, f"\n{self.received.name}: no step was done; the same command starts again\n".encode())
             if self.at_once:
                 raise Stopped(self.received)
+
+    def _let_groups_go(self) -> None:  # while Python still runs: threads that then wait for its lock are aborted
+        self.group = self.world = None
 
     def agree(self, value: bool) -> bool:
         """What the main process says, on all processes. They must call this together."""

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -172,18 +173,26 @@ def run_file(*arguments, cwd: Path = ROOT, timeout: float = 600, **environment: 
         stderr=subprocess.STDOUT,
         text=True,
     )
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        # All are held first: a launcher whose process is gone would kill the others, or end, and say nothing.
-        launcher = psutil.Process(process.pid)
-        for number in (signal.SIGSTOP, signal.SIGABRT, signal.SIGCONT):
-            for each in reversed([launcher, *launcher.children(recursive=True)]):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.send_signal(number)
-        output, _ = process.communicate()
-        pytest.fail(f"{arguments} did not end within {timeout} seconds:\n{output}")
-    return subprocess.CompletedProcess(process.args, process.returncode, output)
+        return subprocess.CompletedProcess(process.args, process.returncode, output)
+    # All are held first: a launcher whose process is gone would kill the others, or end, and say nothing. Then each
+    # speaks alone, the launcher last.
+    launcher = psutil.Process(process.pid)
+    processes = [*reversed(launcher.children(recursive=True)), launcher]
+    for each in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.suspend()
+    for each in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.send_signal(signal.SIGABRT)
+            each.resume()
+            while each is not launcher and each.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
+    output, _ = process.communicate()
+    # Each process names its hundreds of extension modules in a line, too, between which nobody finds the stacks.
+    stacks = "\n".join(line[:200] for line in output.splitlines())
+    pytest.fail(f"{arguments} did not end within {timeout} seconds:\n{stacks}", pytrace=False)
 
 
 # A port of its own for each pair: tests run side by side.

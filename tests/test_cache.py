@@ -299,9 +299,10 @@ def test_cached_and_uncached_runs_see_the_same_data(distil, monkeypatch, flags):
     record("cached")
     cached = distil("cached", "--cache_latents", *flags)
     torch.testing.assert_close(seen["cached"], seen["plain"], rtol=1e-4, atol=1e-5)
-    for ours, theirs in zip(cached, plain):
+    for ours, theirs, tolerance in zip(cached, plain, (1e-5, 1e-3, 1e-3)):
         for key in ("loss", "task", "kd", "coarse", "fine"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
+            # A first step of Adam is the gradient's sign, which rounding turns where the gradient is nearly 0.
+            assert ours[key] == pytest.approx(theirs[key], rel=tolerance)
     assert len({row["loss"] for row in plain}) == len(plain) == 3
 
     monkeypatch.setattr(train_lift_sd21, "Encoders", None)  # loading them again would be a TypeError

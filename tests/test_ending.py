@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -316,6 +317,35 @@ def test_two_processes_leave_together(start, tmp_path, spread):
     assert "SIGTERM: saved step" in output
     done = read_metrics(folder / "metrics.jsonl")[-1]["step"]
     assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{done}"]
+
+
+@pytest.mark.parametrize("end, code", [("", 0), ("sys.exit(3)", 3)], ids=["returns", "exits"])
+def test_two_processes_end_however_slow_the_threads_of_their_group_are(tmp_path, end, code):
+    """The threads get time of the CPU where the main one waits, and Python's lock where that gives it up."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, torch\n"
+        "from torch import distributed\n"
+        "from common.ending import StopSignals\n"
+        "def gather():\n"
+        "    distributed.all_gather([torch.zeros(1) for _ in range(2)], torch.zeros(1))\n"
+        "def main():\n"
+        "    stop = StopSignals(2)\n"
+        "    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))\n"
+        "    sys.setswitchinterval(1e6)\n"
+        "    cpu = {min(os.sched_getaffinity(0))}\n"
+        "    for thread in map(int, os.listdir('/proc/self/task')):\n"
+        "        os.sched_setaffinity(thread, cpu)\n"
+        "        os.setpriority(os.PRIO_PROCESS, thread, 19 * (thread != os.getpid()))\n"
+        "    gather()\n"
+        "    distributed.destroy_process_group()\n"
+        f"    {end}\n"
+        "distributed.init_process_group('gloo')\n"
+        "main()\n"
+    )
+    finished = run_file("-m", *TWO_PROCESSES, program, timeout=120, PYTHONPATH=str(ROOT))
+    assert (finished.returncode == 0) == (code == 0), finished.stdout
+    assert len(re.findall(f"exitcode *: {code} ", finished.stdout)) == (2 if code else 0), finished.stdout
 
 
 def test_a_hang_shows_where_each_process_stands(tmp_path):

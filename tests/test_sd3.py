@@ -414,7 +414,9 @@ def test_cached_equals_uncached(distil, tmp_path):
     flags = ("--random_flip", "--max_train_steps", 4)
     cached = distil(*flags, output_dir=tmp_path / "cached")
     computed = distil(*flags, "--no-cache_latents", output_dir=tmp_path / "computed")
-    assert losses(cached) == pytest.approx(losses(computed), rel=1e-4)
+    # A first step of Adam is the gradient's sign, which rounding turns where the gradient is nearly 0.
+    assert losses(cached)[0] == pytest.approx(losses(computed)[0], rel=1e-5)
+    assert losses(cached) == pytest.approx(losses(computed), rel=1e-3)
     assert len(set(losses(cached))) == 4
 
 

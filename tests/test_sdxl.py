@@ -257,7 +257,9 @@ def test_buckets_train_alike_live_and_cached(distil, tmp_path):
     live = distil(*flags, output_dir=tmp_path / "live")
     cached = distil(*flags, "--cache_latents", output_dir=tmp_path / "cached")
     losses = [[row["loss"] for row in metrics(folder)] for folder in (live, cached)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 2
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    # A first step of Adam is the gradient's sign, which rounding turns where the gradient is nearly 0.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 2
 
 
 def test_rows_tell_the_size_of_the_stored_image(teacher, tmp_path):
