@@ -14,7 +14,7 @@ from common.teachers import TeacherSource
 
 import pytest
 import torch
-from conftest import copy_script, inputs_of, launch
+from conftest import STEADY, copy_script, inputs_of, launch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -411,12 +411,10 @@ def test_latents_are_scaled_and_shifted(sd3_teacher):
 
 
 def test_cached_equals_uncached(distil, tmp_path):
-    flags = ("--random_flip", "--max_train_steps", 4)
+    flags = ("--random_flip", "--max_train_steps", 4, *STEADY)
     cached = distil(*flags, output_dir=tmp_path / "cached")
     computed = distil(*flags, "--no-cache_latents", output_dir=tmp_path / "computed")
-    # A first step of Adam is the gradient's sign, which rounding turns where the gradient is nearly 0.
-    assert losses(cached)[0] == pytest.approx(losses(computed)[0], rel=1e-5)
-    assert losses(cached) == pytest.approx(losses(computed), rel=1e-3)
+    assert losses(cached) == pytest.approx(losses(computed), rel=1e-4)
     assert len(set(losses(cached))) == 4
 
 

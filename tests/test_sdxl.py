@@ -11,7 +11,7 @@ from common.teachers import TeacherSource
 import numpy as np
 import pytest
 import torch
-from conftest import copy_script, launch
+from conftest import STEADY, copy_script, launch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from full_models import SDXL, make_vae
 from PIL import Image
@@ -253,13 +253,11 @@ def test_buckets_train_alike_live_and_cached(distil, tmp_path):
         rows.append({"file_name": f"{index}.png", "text": "a dark bag"})
     (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ("--train_data_dir", tmp_path / "images", "--aspect_ratio_buckets", "32,32;16,48")
-    flags += ("--cache_dir", tmp_path / "cache", "--train_batch_size", 2)
+    flags += ("--cache_dir", tmp_path / "cache", "--train_batch_size", 2, *STEADY)
     live = distil(*flags, output_dir=tmp_path / "live")
     cached = distil(*flags, "--cache_latents", output_dir=tmp_path / "cached")
     losses = [[row["loss"] for row in metrics(folder)] for folder in (live, cached)]
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
-    # A first step of Adam is the gradient's sign, which rounding turns where the gradient is nearly 0.
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 2
 
 
 def test_rows_tell_the_size_of_the_stored_image(teacher, tmp_path):
