@@ -14,16 +14,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 from common.memory import fits_the_gpu
+from common.processes import TIMEOUT
 
 import torch
 
-
-# How long processes wait for each other: while one of them reads the data, draws samples, or writes a checkpoint.
-TIMEOUT = timedelta(hours=3)
 
 SECOND_SIGNAL = 1.0  # seconds: launchers pass on a signal that the whole group has got, which is no second one
 

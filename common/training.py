@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from common.attention import use_xformers
-from common.ending import TIMEOUT
 from common.errors import fail, first_line
+from common.processes import TIMEOUT, check_connected
 from common.sharding import shard
 
 import torch
@@ -93,9 +93,7 @@ def make_accelerator(
         fail(f"--mixed_precision {mixed_precision} with --report_to {report_to}: {first_line(error)}; {remedy}")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and not dry_run:
         fail("--mixed_precision fp16 needs a GPU, and there is none; pass --mixed_precision bf16 or no")
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() != accelerator.num_processes:
-        count = torch.distributed.get_world_size()
-        fail(f"{count} processes and no GPU: each would train alone; set ACCELERATE_USE_CPU=true, or see nvidia-smi")
+    check_connected(accelerator.num_processes)
     if fsdp and not dry_run and not torch.distributed.is_initialized():
         fail("--fsdp spreads models over processes, and there is one; launch more with --multi_gpu, or drop it")
     level = logging.INFO if accelerator.is_main_process else logging.ERROR

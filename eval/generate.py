@@ -59,9 +59,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.arguments import HelpFormatter, check_values
 from common.cache import identify
 from common.checkpoints import hash_file
-from common.ending import TIMEOUT
 from common.errors import fail, first_line
 from common.finite import first_non_finite
+from common.processes import TIMEOUT, check_connected
 from common.teachers import DDPM_NOISE, PREDICTIONS, read_weights
 
 
@@ -776,6 +776,7 @@ def main(args: argparse.Namespace) -> None:
     """Generate the missing images."""
     # PartialState alone would not connect processes on a CPU. They wait for each other at the end.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
+    check_connected(accelerator.num_processes)
     logging.basicConfig(format="%(message)s", level="WARNING" if accelerator.is_main_process else "ERROR")
     check_writable(f"--output_dir {args.output_dir}", args.output_dir)
     pipeline = load_pipeline(args, torch.device("cpu"))

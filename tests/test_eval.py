@@ -17,7 +17,7 @@ import pytest
 import torch
 from cleanfid import fid
 from cleanfid.inception_torchscript import InceptionV3W
-from conftest import ROOT, TWO_PROCESSES, launch
+from conftest import ROOT, TWO_PROCESSES, launch, run_file
 from diffusers import (
     AutoencoderKL,
     CMStochasticIterativeScheduler,
@@ -258,6 +258,16 @@ def test_two_processes_equal_one(sample, teacher, tmp_path):
     assert "Images (2 processes): 100%" in finished.stdout and "7 images in" in finished.stdout
     assert np.array_equal(read(one), read(tmp_path / "two"))
     assert manifest(one) == {**manifest(tmp_path / "two"), "model": manifest(one)["model"]}
+
+
+def test_processes_that_would_each_draw_all_images_are_refused(teacher, tmp_path):
+    """Where there is no GPU, Accelerate takes each for the only one, unless it is to use the CPU."""
+    program = (ROOT / "eval/generate.py", "--model", teacher, "--output_dir", tmp_path / "images", "--num_images", "2")
+    alone = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
+    finished = run_file("-m", *TWO_PROCESSES, *program, **alone)
+    assert finished.returncode == 1 and not (tmp_path / "images").exists()
+    says = "error: 2 processes and no GPU: each would work alone; set ACCELERATE_USE_CPU=true, or see nvidia-smi\n"
+    assert says in finished.stdout
 
 
 def test_interrupted_and_resumed_equals_whole(sample, models, monkeypatch):

@@ -212,7 +212,7 @@ def test_processes_that_would_each_train_alone_are_refused(command, tmp_path):
     alone = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
     finished = run_file("-m", *TWO_PROCESSES, ROOT / f"{name}.py", *flags, **alone)
     assert finished.returncode == 1 and not (tmp_path / "student").exists()
-    says = "error: 2 processes and no GPU: each would train alone; set ACCELERATE_USE_CPU=true, or see nvidia-smi\n"
+    says = "error: 2 processes and no GPU: each would work alone; set ACCELERATE_USE_CPU=true, or see nvidia-smi\n"
     assert says in finished.stdout
 
 
