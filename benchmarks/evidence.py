@@ -116,7 +116,8 @@ def other_experiment(size: str, student: float, init: str, steps: int) -> Experi
     shared["checkpointing_steps"] = steps // 4
     names = ("none", "none, rms", "mse", "rms", "FitNet", "lift", "place", "place, rms")
     rows, compared = {name: LOSSES[name] for name in names}, (("mse",), ("none", "none, rms"))
-    question, pairs = f"Which loss helps a student of {size} of the teacher, {start}?", (("place", "lift"),)
+    question = f"Which loss helps a student of {size} of the teacher, {start}?"
+    pairs = *(("place", other) for other in ("lift", "rms", "none")), ("rms", "none"), ("mse", "none")
     return Experiment(question, rows, (0, 1, 2), shared, compared, steps // 2, pairs=pairs)
 
 
@@ -183,9 +184,9 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
     "teachers": teachers_experiment,
     "ablations": ablations_experiment,
     "batches": batches_experiment,
-    "tenth": partial(other_experiment, "10 %", 0.3125, "random", 2000),
+    "small": partial(other_experiment, "16 %", 0.3125, "random", 2000),
     "tiny-pruned": partial(other_experiment, "1.6 %", 0.125, "magnitude", 6000),
-    "tenth-pruned": partial(other_experiment, "10 %", 0.3125, "magnitude", 2000),
+    "small-pruned": partial(other_experiment, "16 %", 0.3125, "magnitude", 2000),
     "large": large_experiment,
 }
 

@@ -95,9 +95,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     data.add_argument("--dataloader_num_workers", type=int, default=workers, help="processes that decode images")
 
     kd = parser.add_argument_group("distillation")
-    kd.add_argument("--kd_loss", default="place", choices=("place", "lift", "mse", "rms", "none"), help="output term")
-    term = "the term to the data; rms: its root for each image, best in our small runs, see README.md"
-    kd.add_argument("--task_loss", default="mse", choices=("mse", "rms"), help=term)
+    term = "teacher's term; place is the published one, rms was better at 16 %% of a teacher, see README.md"
+    kd.add_argument("--kd_loss", default="place", choices=("place", "lift", "mse", "rms", "none"), help=term)
+    kd.add_argument("--task_loss", default="mse", choices=("mse", "rms"), help="data's term; rms: its root per image")
     draws = "run the teacher before the training alone, for this many draws of noise per image"
     kd.add_argument("--cache_teacher", type=int, metavar="DRAWS", help=draws)
     kd.add_argument("--cache_teacher_dtype", default="fp16", choices=("fp32", "fp16", "bf16"), help="of what it keeps")

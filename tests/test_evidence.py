@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -124,6 +125,22 @@ def test_experiments_are_command_lines_of_the_script(name, tmp_path):
         assert run.teacher in study.WIDTHS and experiment.scale in study.SCALES
     rows = {row for group in experiment.compared_with for row in group}
     assert rows <= set(experiment.rows)
+
+
+def test_questions_name_the_share_of_the_teacher_that_students_have():
+    """Channels are rounded to the groups of the normalisation, so a width does not tell it."""
+    lines = (evidence.ROOT / "benchmarks" / "results" / "evidence" / "runs.jsonl").read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    (teacher,) = (run["figures"]["parameters"] for run in runs if run["name"] == "teacher")
+    named = set()
+    for run in runs:
+        experiment = evidence.EXPERIMENTS.get(run["experiment"], lambda: None)()
+        share = experiment and re.search(r"a student of ([\d.]+) %", experiment.question)
+        if share:
+            named.add(run["experiment"])
+            digits = len(share[1].partition(".")[2])
+            assert f"{100 * run['figures']['parameters'] / teacher:.{digits}f}" == share[1]
+    assert named >= {"tiny", "tiny-longer", "small"}
 
 
 @pytest.mark.parametrize(("name", "share"), [("teachers", 0.0164), ("large", 0.0159)])
