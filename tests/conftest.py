@@ -202,6 +202,9 @@ STEADY = ("--adam_epsilon", 1e-4)
 # A port of its own for each pair: tests run side by side.
 TWO_PROCESSES = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
+# Their environment in which each takes itself for the only one.
+ALONE = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
+
 
 # Runs scripts one after the other in the process that it is, which saves the time of the imports. Several processes
 # stay together between runs: they cannot meet again where they have met. Curves would take half of the time.

@@ -17,7 +17,7 @@ import pytest
 import torch
 from cleanfid import fid
 from cleanfid.inception_torchscript import InceptionV3W
-from conftest import ROOT, TWO_PROCESSES, launch, run_file
+from conftest import ALONE, ROOT, TWO_PROCESSES, launch, run_file
 from diffusers import (
     AutoencoderKL,
     CMStochasticIterativeScheduler,
@@ -263,8 +263,7 @@ def test_two_processes_equal_one(sample, teacher, tmp_path):
 def test_processes_that_would_each_draw_all_images_are_refused(teacher, tmp_path):
     """Where there is no GPU, Accelerate takes each for the only one, unless it is to use the CPU."""
     program = (ROOT / "eval/generate.py", "--model", teacher, "--output_dir", tmp_path / "images", "--num_images", "2")
-    alone = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
-    finished = run_file("-m", *TWO_PROCESSES, *program, **alone)
+    finished = run_file("-m", *TWO_PROCESSES, *program, **ALONE)
     assert finished.returncode == 1 and not (tmp_path / "images").exists()
     says = "error: 2 processes and no GPU: each would work alone; set ACCELERATE_USE_CPU=true, or see nvidia-smi\n"
     assert says in finished.stdout

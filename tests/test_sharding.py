@@ -12,7 +12,7 @@ from common.reporting import share_of
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TWO_PROCESSES, run_file, run_several
+from conftest import ALONE, ROOT, TWO_PROCESSES, run_file, run_several
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -209,8 +209,7 @@ def test_a_shared_backbone_cannot_be_spread(run, command, tmp_path):
 def test_processes_that_would_each_train_alone_are_refused(command, tmp_path):
     """Where there is no GPU, Accelerate takes each for the only one, unless it is to use the CPU."""
     name, *flags = command("unet", tmp_path / "student", 4)
-    alone = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
-    finished = run_file("-m", *TWO_PROCESSES, ROOT / f"{name}.py", *flags, **alone)
+    finished = run_file("-m", *TWO_PROCESSES, ROOT / f"{name}.py", *flags, **ALONE)
     assert finished.returncode == 1 and not (tmp_path / "student").exists()
     says = "error: 2 processes and no GPU: each would work alone; set ACCELERATE_USE_CPU=true, or see nvidia-smi\n"
     assert says in finished.stdout
