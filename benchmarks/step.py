@@ -444,11 +444,15 @@ def make_speedups(cells: list[dict[str, Any]]) -> str:
 
 def write_markdown(path: Path, cells: list[dict[str, Any]]) -> None:
     """The tables, below what they were made on and by."""
-    machines = dict.fromkeys((cell["device"], cell["threads"], cell["torch"], cell["steps"]) for cell in cells)
+    machines: dict[tuple, dict[str, None]] = {}
+    for cell in cells:
+        machine = cell["device"], cell["threads"], cell["torch"], cell["steps"]
+        machines.setdefault(machine, {})[f"{cell['script']} {cell['size']}"] = None
     text = "# Training steps and their parts\n\nMade by\n\n```bash\n"
     text += "\n".join(dict.fromkeys(cell["command"] for cell in cells)) + "\n```\n\n"
-    for device, threads, version, steps in machines:
-        text += f"- {device}, threads: {threads}, torch {version}; medians of {steps} steps, one run.\n"
+    for (device, threads, version, steps), models in machines.items():
+        of = f": {', '.join(models)}" if len(machines) > 1 else ""
+        text += f"- {device}, threads: {threads}, torch {version}; medians of {steps} steps, one run{of}.\n"
     if not torch.cuda.is_available():
         text += "- With one thread, times are the process's own on its processor: other work does not count.\n"
     text += "- step / bound: median ratio of a whole step to the sum of its first four parts.\n"

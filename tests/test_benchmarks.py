@@ -107,6 +107,18 @@ def test_step_benchmark_measures_a_grid_once(tmp_path, monkeypatch, capsys):
         step.parse_args(["--batch", "65"])
 
 
+def test_step_benchmark_says_which_machine_timed_which_models(tmp_path):
+    """Where one file has cells of several; the figures that are stored are such a file."""
+    cells = json.loads((ROOT / "benchmarks" / "results" / "steps-cpu.json").read_text())
+    step.write_markdown(tmp_path / "all.md", cells)
+    lines = (tmp_path / "all.md").read_text().splitlines()
+    first, second = (line for line in lines if "medians of" in line)
+    assert "Xeon" in first and first.endswith("one run: unet small, sd21 small, dit small, sd3 small, unet full.")
+    assert "EPYC" in second and second.endswith("one run: dit full, sd21 full.")
+    step.write_markdown(tmp_path / "one.md", cells[:1])
+    assert "medians of 5 steps, one run.\n" in (tmp_path / "one.md").read_text()
+
+
 @pytest.mark.parametrize("script", step.SCRIPTS)
 def test_step_benchmark_caches_what_a_cell_says(script, tmp_path):
     images = tmp_path / f"{script}-small-images"
