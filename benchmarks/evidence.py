@@ -22,6 +22,7 @@ that holds them in 95 % of cases (Student's t). Only experiments with all their 
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -42,13 +43,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 from common.errors import fail
 
 from seeds import cell, interval, mean_and_error
-from study import ROOT, SCALES, TIMESTEPS, Run, Study, TimeUp, run_of, sample, set_environment, teachers_of
+from study import ROOT, SCALES, TIMESTEPS, WIDTHS, Run, Study, TimeUp, run_of, sample, set_environment, teachers_of
 
 
 Flags = dict[str, Any]
 Values = dict[str, dict[int, dict[str, Any]]]  # lines by row and seed
-SEARCH_SEED, SEARCH_SAMPLES, SEARCH_STEPS, FIRST_RATE = 100, 1000, 3000, 16e-3
+SEARCH_SAMPLES = 1000
 SHOWN = 24  # samples of each row in the picture
+
+
+class Search(NamedTuple):
+    """How a learning rate is found for each row."""
+
+    steps: int  # of its runs, unless the row has its own
+    seeds: tuple[int, ...] = (100,)  # none that is reported
+    first: float = 16e-3  # is halved and doubled
 
 
 class Experiment(NamedTuple):
@@ -59,7 +68,7 @@ class Experiment(NamedTuple):
     seeds: tuple[int, ...]
     shared: Flags  # of all rows
     compared_with: tuple[tuple[str, ...], ...]  # of each group of rows, the others are compared with the best
-    search: int = 0  # steps of the runs that search each row's learning rate, unless it has its own; 0 is no search
+    search: Search | None = None  # of the learning rates; `None` where the flags say them
     samples: int = 2000
     teachers: dict[str, str] | None = None  # by the name of the row; None is "teacher" for all
     scale: str = "cpu"
@@ -72,6 +81,9 @@ PASSES = {"max_train_samples": 8000, "antithetic_timesteps": False}
 # nothing: see the experiment on draws.
 LONG = {**PASSES, "max_train_steps": 6000, "train_batch_size": 32, "lr_warmup_steps": 200, "checkpointing_steps": 1000}
 LONGER = {**LONG, "max_train_steps": 12_000, "checkpointing_steps": 2000}
+# A search by fewer steps than those of the reported runs finds rates that are too high, as it did in the first
+# experiments: see the one on rates.
+SHORT_SEARCH, FULL_SEARCH = Search(3000), Search(6000, seeds=(100, 101), first=8e-3)
 CACHED = {"cache_teacher": 8}
 NO_TEACHER = {
     "none": {"kd_loss": "none"},
@@ -94,7 +106,7 @@ LOSSES = {
 }
 
 
-def tiny_experiment(shared: Flags, names: tuple[str, ...] = tuple(LOSSES)) -> Experiment:
+def tiny_experiment(shared: Flags, search: Search, names: tuple[str, ...] = tuple(LOSSES)) -> Experiment:
     """Losses and their controls on the student of 1.6 %."""
     others = "mse", "lift", "none", "none, rms", "rms", "rms, rms", "mse, min-SNR"
     pairs = tuple(("place", other) for other in others)
@@ -106,10 +118,10 @@ def tiny_experiment(shared: Flags, names: tuple[str, ...] = tuple(LOSSES)) -> Ex
     rows = {name: LOSSES[name] for name in names}
     compared = ("mse",), tuple(name for name in NO_TEACHER if name in rows)
     pairs = tuple(pair for pair in pairs if rows.keys() >= {*pair})
-    return Experiment(question, rows, (0, 1, 2, 3, 4), shared, compared, SEARCH_STEPS, pairs=pairs)
+    return Experiment(question, rows, (0, 1, 2, 3, 4), shared, compared, search, pairs=pairs)
 
 
-def other_experiment(size: str, student: float, init: str, steps: int) -> Experiment:
+def other_experiment(size: str, student: float, init: str, steps: int, search: Search) -> Experiment:
     """The losses that decide, on another student or from another start."""
     start = {"random": "from a random start", "magnitude": "pruned from the teacher"}[init]
     shared = {**LONG, "student": student, "student_init": init, "max_train_steps": steps}
@@ -118,7 +130,7 @@ def other_experiment(size: str, student: float, init: str, steps: int) -> Experi
     rows, compared = {name: LOSSES[name] for name in names}, (("mse",), ("none", "none, rms"))
     question = f"Which loss helps a student of {size} of the teacher, {start}?"
     pairs = *(("place", other) for other in ("lift", "rms", "none")), ("rms", "none"), ("mse", "none")
-    return Experiment(question, rows, (0, 1, 2), shared, compared, steps // 2, pairs=pairs)
+    return Experiment(question, rows, (0, 1, 2), shared, compared, search, pairs=pairs)
 
 
 def draws_experiment() -> Experiment:
@@ -137,7 +149,41 @@ def teachers_experiment() -> Experiment:
             rows[f"{loss}, {size}"], teachers[f"{loss}, {size}"] = {**LOSSES[loss], "student": width}, teacher
     question, compared = "Does a larger teacher help the same student?", (("mse, 1.1M",),)
     pairs = tuple((f"{loss}, 1.1M", f"{loss}, 71k") for loss in ("FitNet", "mse", "place", "rms"))
-    return Experiment(question, rows, (0, 1, 2), LONG, compared, SEARCH_STEPS, teachers=teachers, pairs=pairs)
+    pairs += tuple(
+        (f"place, {size}", f"{other}, {size}") for size in ("71k", "280k", "1.1M") for other in ("mse", "rms")
+    )
+    return Experiment(question, rows, (0, 1, 2), LONG, compared, SHORT_SEARCH, teachers=teachers, pairs=pairs)
+
+
+def rates_experiment() -> Experiment:
+    """Learning rates about those that the search found by half the steps, and the smallest teacher."""
+    rows, teachers = {}, {}
+    for loss, teacher, rates in (
+        ("none, rms", "teacher", (0.002, 0.004, 0.008)),
+        ("mse", "teacher", (0.004, 0.008, 0.016, 0.032)),
+        ("rms", "teacher", (0.008, 0.016)),
+        ("place", "teacher", (0.004, 0.008, 0.016)),
+        ("mse", "sixteenth", (0.008, 0.016, 0.032)),
+    ):
+        for rate in rates:
+            name = f"{loss}{', 71k' if teacher == 'sixteenth' else ''} at {rate:g}"
+            flags = {"student": 0.125 / WIDTHS[teacher], "learning_rate": rate}
+            rows[name], teachers[name] = {**LOSSES[loss], **flags}, teacher
+    question = "Do the learning rates decide which loss helps a student of 1.6 % of the teacher, in 6,000 steps?"
+    compared = tuple(tuple(row for row in rows if row.startswith(f"{loss} at")) for loss in ("mse", "none, rms"))
+    pairs = tuple((f"mse at {rate:g}", f"mse, 71k at {rate:g}") for rate in (0.008, 0.016, 0.032))
+    pairs += tuple((f"{loss} at 0.008", "mse at 0.008") for loss in ("place", "rms"))
+    pairs += tuple(("place at 0.008", other) for other in ("rms at 0.008", "none, rms at 0.002"))
+    return Experiment(question, rows, (0, 1, 2), LONG, compared, teachers=teachers, pairs=pairs)
+
+
+def longer_rates_experiment() -> Experiment:
+    """Plain distillation and PLACE for twice the steps, at a rate that the search of the shortest runs passed by."""
+    pairs = ("mse", 0.032), ("mse", 0.008), ("place", 0.008)
+    rows = {f"{loss} at {rate:g}": {**LOSSES[loss], "learning_rate": rate} for loss, rate in pairs}
+    question = "Does the learning rate decide between mse and PLACE, for a student of 1.6 %, in 12,000 steps?"
+    compared, pairs = (("mse at 0.032", "mse at 0.008"),), (("place at 0.008", "mse at 0.008"),)
+    return Experiment(question, rows, (0, 1, 2), LONGER, compared, pairs=pairs)
 
 
 def ablations_experiment() -> Experiment:
@@ -147,7 +193,7 @@ def ablations_experiment() -> Experiment:
     rows |= {name.replace("_", " "): {"kd_weighting": name} for name in ("constant", "linear", "cosine")}
     rows |= {"coarse only": {"kd_weighting": "coarse_only"}, "fine only": {"kd_weighting": "fine_only"}}
     shared = {**LONG, **CACHED, "kd_loss": "place"}
-    return Experiment("Which of PLACE's choices matter?", rows, (0, 1, 2), shared, (("place",),), SEARCH_STEPS)
+    return Experiment("Which of PLACE's choices matter?", rows, (0, 1, 2), shared, (("place",),), FULL_SEARCH)
 
 
 def batches_experiment() -> Experiment:
@@ -158,7 +204,7 @@ def batches_experiment() -> Experiment:
             rows[f"{loss}, batch {batch}"] = {"kd_loss": loss, "train_batch_size": batch}
     question, shared = "Does PLACE's noise matter less in large batches?", {**LONG, **CACHED}
     pairs = tuple((f"place, batch {batch}", f"mse, batch {batch}") for batch in (32, 128))
-    return Experiment(question, rows, (0, 1, 2), shared, (("mse, batch 32",),), SEARCH_STEPS, pairs=pairs)
+    return Experiment(question, rows, (0, 1, 2), shared, (("mse, batch 32",),), FULL_SEARCH, pairs=pairs)
 
 
 def large_experiment() -> Experiment:
@@ -174,19 +220,24 @@ def large_experiment() -> Experiment:
     shared |= {"lr_warmup_steps": 500, "ema_decay": 0.999, "dataloader_num_workers": 1}
     question = "Which loss helps a student of 1.6 %, and what does a larger teacher do?"
     compared = ("mse, 18M",), tuple(NO_TEACHER)
-    return Experiment(question, rows, (0, 1, 2), shared, compared, 2000, 10_000, teachers, "gpu")
+    return Experiment(question, rows, (0, 1, 2), shared, compared, Search(20_000), 10_000, teachers, "gpu")
 
 
 EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
-    "tiny": partial(tiny_experiment, LONG),
-    "tiny-longer": partial(tiny_experiment, LONGER, ("none, rms", "mse", "rms, rms", "place", "place, rms")),
+    "tiny": partial(tiny_experiment, LONG, SHORT_SEARCH),
+    "tiny-tuned": partial(tiny_experiment, LONG, FULL_SEARCH),
+    "tiny-longer": partial(
+        tiny_experiment, LONGER, SHORT_SEARCH, ("none, rms", "mse", "rms, rms", "place", "place, rms")
+    ),
+    "rates": rates_experiment,
+    "rates-longer": longer_rates_experiment,
     "draws": draws_experiment,
     "teachers": teachers_experiment,
     "ablations": ablations_experiment,
     "batches": batches_experiment,
-    "small": partial(other_experiment, "16 %", 0.3125, "random", 2000),
-    "tiny-pruned": partial(other_experiment, "1.6 %", 0.125, "magnitude", 6000),
-    "small-pruned": partial(other_experiment, "16 %", 0.3125, "magnitude", 2000),
+    "small": partial(other_experiment, "16 %", 0.3125, "random", 2000, Search(1000)),
+    "tiny-pruned": partial(other_experiment, "1.6 %", 0.125, "magnitude", 6000, FULL_SEARCH),
+    "small-pruned": partial(other_experiment, "16 %", 0.3125, "magnitude", 2000, Search(2000, (100, 101), 8e-3)),
     "large": large_experiment,
 }
 
@@ -205,17 +256,19 @@ def list_runs(name: str, experiment: Experiment) -> list[Run]:
 
 def search_rate(name: str, experiment: Experiment, row: str, lines: dict[str, dict]) -> tuple[float, list[Run]]:
     """A row's best learning rate so far, and the runs that the search needs next: none where it is finished."""
-    flags = {**without_checkpoints(experiment.shared), "max_train_steps": experiment.search, **experiment.rows[row]}
-    teacher = teacher_of(experiment, row)
-    best, runs = FIRST_RATE, {}
-    while not {best, best / 2, best * 2} <= runs.keys():
+    steps, seeds, best = experiment.search
+    flags = {**without_checkpoints(experiment.shared), "max_train_steps": steps, **experiment.rows[row]}
+    tried: dict[float, list[Run]] = {}
+    while not {best, best / 2, best * 2} <= tried.keys():
         for rate in (best, best / 2, best * 2):
-            options = {**flags, "learning_rate": rate}
-            runs[rate] = Run(f"{name}-search", f"{row} {rate:g}", SEARCH_SEED, options, SEARCH_SAMPLES, teacher)
-        left = [run for run in runs.values() if run.key not in lines]
+            what = f"{name}-search", f"{row} {rate:g}"
+            options = {**flags, "learning_rate": rate}, SEARCH_SAMPLES, teacher_of(experiment, row)
+            tried[rate] = [Run(*what, seed, *options) for seed in seeds]
+        left = [run for runs in tried.values() for run in runs if run.key not in lines]
         if left:
             return best, left
-        best = min(runs, key=lambda rate: lines[runs[rate].key]["figures"]["fd_50"])
+        distances = {rate: [lines[run.key]["figures"]["fd_50"] for run in runs] for rate, runs in tried.items()}
+        best = min(distances, key=lambda rate: np.mean(distances[rate]))
     return best, []
 
 
@@ -327,7 +380,7 @@ def draw_figures(experiment: Experiment, values: Values, path: Path) -> None:
     figure = Figure(figsize=(5 * count, 4.5), layout="constrained")
     panels = figure.subplots(1, count)
     if experiment.teachers:
-        draw_sizes(experiment, values, panels[3])
+        draw_ends(values, panels[3])
     for at, (row, found) in enumerate(values.items()):
         style = {"label": row, "color": f"C{at % 10}", "linestyle": ("-", "--")[at // 10]}
         curves = figures_of(found, "curve")
@@ -366,15 +419,17 @@ def draw_samples(name: str, experiment: Experiment, study: Study, path: Path) ->
     figure.savefig(path, dpi=80)
 
 
-def draw_sizes(experiment: Experiment, values: Values, panel: Axes) -> None:
-    """The distance of each loss by the teacher's size, which are named by the rows: "loss, size"."""
-    for loss in dict.fromkeys(row.rpartition(", ")[0] for row in values):
-        sizes = [row for row in values if row.rpartition(", ")[0] == loss and row.rpartition(", ")[2][-1] in "kM"]
-        if sizes:
-            means = [mean_and_error(figures_of(values[row], "fd_50")) for row in sizes]
-            labels = [row.rpartition(", ")[2] for row in sizes]
-            panel.errorbar(labels, *np.transpose(means), label=loss, marker="o", capsize=3)
-    panel.set(title="Fréchet distance, 50 steps: mean ± its error", xlabel="parameters of the teacher")
+def draw_ends(values: Values, panel: Axes) -> None:
+    """The distance of each loss by what its rows' names end with: "loss, size" of the teacher, or "loss at rate"."""
+    of, label = (
+        (" at ", "learning rate") if any(" at " in row for row in values) else (", ", "parameters of the teacher")
+    )
+    names = [row.rpartition(of) for row in values]
+    for loss in dict.fromkeys(loss for loss, _, end in names if re.fullmatch(r"[\d.]+[kM]?", end)):
+        ends = [end for other, _, end in names if other == loss]
+        means = [mean_and_error(figures_of(values[f"{loss}{of}{end}"], "fd_50")) for end in ends]
+        panel.errorbar(ends, *np.transpose(means), label=loss, marker="o", capsize=3)
+    panel.set(title="Fréchet distance, 50 steps: mean ± its error", xlabel=label)
     panel.legend(fontsize="small")
 
 
@@ -391,7 +446,8 @@ def report(name: str, lines: dict[str, dict], results: Path) -> str:
         text += f"\n{describe_teachers(experiment, lines)}"
     if experiment.search:
         chosen = ", ".join(f"{row} {flags['learning_rate']:g}" for row, flags in experiment.rows.items())
-        text += f"\nLearning rates, each better than its half and its double on seed {SEARCH_SEED}: {chosen}.\n"
+        by = f"in {experiment.search.steps:,} steps of seed {' and '.join(map(str, experiment.search.seeds))}"
+        text += f"\nLearning rates, each better than its half and its double {by}: {chosen}.\n"
     if all("gradients" in line["figures"] for found in values.values() for line in found.values()):
         draw_figures(experiment, values, results / f"{name}.png")
         text += f"\n![{experiment.question}]({name}.png)\n"

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import evidence
@@ -65,7 +66,7 @@ def test_runs_are_compared_by_seed_with_the_best_of_a_group(page, tmp_path):
 
 
 def test_each_row_gets_a_learning_rate_between_two_worse_on_another_seed(page):
-    experiment = EXPERIMENT._replace(search=5)
+    experiment = EXPERIMENT._replace(search=evidence.Search(5))
     best, found, rounds = {"none": 16e-3, "mse": 8e-3, "rms": 64e-3}, [], []
     while search := evidence.list_search("one", experiment, by_key(found)):
         assert evidence.tune("one", experiment, by_key(found)) is None
@@ -79,7 +80,21 @@ def test_each_row_gets_a_learning_rate_between_two_worse_on_another_seed(page):
     assert {row: flags["learning_rate"] for row, flags in tuned.rows.items()} == best
     assert tuned.rows["none"]["kd_loss"] == "none"
     lines = [line_of(run, DISTANCES[run.name][run.seed]) for run in evidence.list_runs("one", tuned)]
-    assert "on seed 100: none 0.016, mse 0.008, rms 0.064." in page(found + lines, experiment)
+    assert "in 5 steps of seed 100: none 0.016, mse 0.008, rms 0.064." in page(found + lines, experiment)
+
+
+def test_a_search_takes_the_mean_of_its_seeds(page):
+    """By its first seed alone it would take 2."""
+    distances = {0.5: (6, 6), 1: (5, 5), 2: (1, 11), 4: (7, 7)}
+    rows = {"mse": {"kd_loss": "mse"}}
+    search = evidence.Search(5, seeds=(100, 101), first=2.0)
+    experiment, found = EXPERIMENT._replace(rows=rows, compared_with=(("mse",),), search=search), []
+    while runs := evidence.list_search("one", experiment, by_key(found)):
+        found += [line_of(run, distances[run.flags["learning_rate"]][run.seed - 100]) for run in runs]
+    tuned = evidence.tune("one", experiment, by_key(found))
+    assert len(found) == 2 * len(distances) and tuned.rows["mse"]["learning_rate"] == 1
+    lines = [line_of(run, 1) for run in evidence.list_runs("one", tuned)]
+    assert "its half and its double in 5 steps of seed 100 and 101: mse 1." in page(found + lines, experiment)
 
 
 def test_what_two_experiments_share_runs_once(page):
@@ -93,7 +108,7 @@ def test_what_two_experiments_share_runs_once(page):
 
 
 def test_a_row_keeps_its_own_steps_while_its_rate_is_searched():
-    experiment = EXPERIMENT._replace(search=5, rows={"short": {}, "long": {"max_train_steps": 50}})
+    experiment = EXPERIMENT._replace(search=evidence.Search(5), rows={"short": {}, "long": {"max_train_steps": 50}})
     steps = {run.name.split()[0]: run.flags["max_train_steps"] for run in evidence.list_search("one", experiment, {})}
     assert steps == {"short": 5, "long": 50}
 
@@ -111,6 +126,20 @@ def test_distances_are_drawn_by_the_size_of_the_teacher(page, tmp_path):
     assert "themselves, 50 steps: 71,033 parameters 3.0, 280,177 parameters 2.0." in text
     image = Image.open(tmp_path / "one.png").convert("L")
     assert np.array(image.crop((3 * image.width // 4, 0, image.width, image.height))).std() > 5
+
+
+def test_distances_are_drawn_by_the_learning_rate(page, tmp_path):
+    rows = {
+        f"{loss} at {rate}": {"kd_loss": loss, "learning_rate": rate} for loss in ("mse", "rms") for rate in (1, 2)
+    }
+    experiment = EXPERIMENT._replace(rows=rows, compared_with=(("mse at 1", "mse at 2"), ("rms at 1", "rms at 2")))
+    lines = [line_of(run, run.seed + run.flags["learning_rate"]) for run in evidence.list_runs("one", experiment)]
+    text = page(lines, experiment)
+    assert "| difference to `mse at 1` | difference to `rms at 1` |" in text
+    panel = Figure().subplots()
+    evidence.draw_ends(evidence.collect("one", experiment, by_key(lines)), panel)
+    assert panel.get_legend_handles_labels()[1] == ["mse", "rms"] and panel.get_xlabel() == "learning rate"
+    assert [list(drawn.lines[0].get_ydata()) for drawn in panel.containers] == [[2, 3], [2, 3]]
 
 
 @pytest.mark.parametrize("name", evidence.EXPERIMENTS)
@@ -144,8 +173,10 @@ def test_questions_name_the_share_of_the_teacher_that_students_have():
     assert named >= {"tiny", "tiny-longer", "small"}
 
 
-@pytest.mark.parametrize(("name", "share"), [("teachers", 0.0164), ("large", 0.0159)])
-def test_teachers_of_other_sizes_have_the_same_student(name, share, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "count", "share"), [("teachers", 3, 0.0164), ("rates", 2, 0.0164), ("large", 3, 0.0159)]
+)
+def test_teachers_of_other_sizes_have_the_same_student(name, count, share, tmp_path):
     """The share is of the largest teacher."""
     experiment = evidence.EXPERIMENTS[name]()
     (tmp_path / "0.png").touch()
@@ -159,7 +190,7 @@ def test_teachers_of_other_sizes_have_the_same_student(name, share, tmp_path):
         words = ["--pretrained_teacher_model", str(tmp_path), "--train_data_dir", str(tmp_path)]
         args = study.train_lift_unet.parse_args([*words, "--student", str(student), "--student_init", "random"])
         students.append(study.train_lift_unet.build_student(skeleton, args)[0])
-    assert len(pairs) == len(sizes) == 3 and len({str(student.config) for student in students}) == 1
+    assert len(pairs) == len(sizes) == count and len({str(student.config) for student in students}) == 1
     assert students[0].num_parameters() / max(sizes.values()) == pytest.approx(share, rel=0.01)
     for row in experiment.rows:
         size = row.rpartition(", ")[2]

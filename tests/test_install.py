@@ -184,13 +184,18 @@ def test_the_verdicts_tell_what_was_measured():
 
     page = ROOT / "benchmarks" / "results" / "evidence" / "README.md"
     text = (ROOT / "docs" / "evidence.md").read_text().replace("\n  ", " ")
-    heads = "Which loss helps", "The verdict so far"
-    section, demos = (text.partition(f"\n## {head}\n")[2].partition("\n## ")[0] for head in heads)
-    for told, pages, least in ((section, [page], 20), (demos, RESULTS, 12)):
+    heads = "Which loss helps", "A larger teacher", "A larger student", "The verdict so far"
+    losses, teachers, students, demos = (text.partition(f"\n## {head}\n")[2].partition("\n## ")[0] for head in heads)
+    for told, pages, least in (
+        (losses, [page], 20),
+        (teachers, [page], 8),
+        (students, [page], 12),
+        (demos, RESULTS, 12),
+    ):
         written = [figures for each in pages for figures in read_differences(each.read_text())]
         told = read_differences(told)
         assert len(told) >= least
         assert [figures for figures in told if not any(rounds_to(one, figures) for one in written)] == []
     bounds = json.loads(page.with_name("bounds-16.json").read_text())
-    for text in (section, (ROOT / "README.md").read_text()):
+    for text in (losses, (ROOT / "README.md").read_text()):
         assert f"{bounds['real images']:.2f}" in text and f"{bounds['white noise']:.1f}" in text
