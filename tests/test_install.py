@@ -175,7 +175,7 @@ def test_the_verdicts_tell_what_was_measured():
     """Each difference, with its interval, is one that benchmarks/evidence.py or a demo has written, rounded."""
 
     def read_differences(text: str) -> list[list[str]]:
-        pattern = r"([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\)"
+        pattern = r"([+-][\d.]+)\s+\(([+-][\d.]+)\s+to\s+([+-][\d.]+)\)"
         return [list(figures) for figures in re.findall(pattern, text.replace("−", "-"))]
 
     def rounds_to(written: list[str], told: list[str]) -> bool:
@@ -183,11 +183,13 @@ def test_the_verdicts_tell_what_was_measured():
         return all(abs(float(one) - float(other)) < 0.51 * 10**-places for one, other in zip(written, told))
 
     page = ROOT / "benchmarks" / "results" / "evidence" / "README.md"
-    text = (ROOT / "docs" / "evidence.md").read_text().replace("\n  ", " ")
-    heads = "Which loss helps", "A larger teacher", "A larger student", "The verdict so far"
-    losses, teachers, students, demos = (text.partition(f"\n## {head}\n")[2].partition("\n## ")[0] for head in heads)
+    text = (ROOT / "docs" / "evidence.md").read_text()
+    heads = "Which loss helps", "Learning rates", "A larger teacher", "A larger student", "The verdict so far"
+    sections = [text.partition(f"\n## {head}\n")[2].partition("\n## ")[0] for head in heads]
+    losses, rates, teachers, students, demos = sections
     for told, pages, least in (
         (losses, [page], 20),
+        (rates, [page], 8),
         (teachers, [page], 8),
         (students, [page], 12),
         (demos, RESULTS, 12),
