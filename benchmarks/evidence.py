@@ -13,7 +13,7 @@
     python benchmarks/evidence.py --scale gpu --minutes 9    # on one GPU; the same command goes on
 
 Stopped, it goes on with the runs that it was in; a line of runs.jsonl is kept for each that is finished. Where an
-experiment searches the learning rate, each row has its own, on a seed that is not reported: it is halved and doubled
+experiment searches the learning rate, each row has its own, on seeds that are not reported: it is halved and doubled
 until the best lies between two worse. The published table, with published teachers, is that of published.py.
 
 A table has means ± standard errors over the seeds, and mean differences of runs of the same seed, with the interval
@@ -114,7 +114,8 @@ def tiny_experiment(shared: Flags, search: Search, names: tuple[str, ...] = tupl
     pairs += ("mse, min-SNR", "mse"), ("place, l2", "place"), ("rms, rms", "rms"), ("place, rms", "place")
     pairs += ("rms, rms", "place, rms"), ("rms, rms", "none, rms"), ("place, rms", "none, rms")
     pairs += ("mse + FitNet", "mse"), *(("place + FitNet", other) for other in ("place", "mse + FitNet", "none, rms"))
-    question = f"Which loss helps a student of 1.6 % of the teacher, in {shared['max_train_steps']:,} steps?"
+    question = f"Which loss helps a student of 1.6 % of the teacher, in {shared['max_train_steps']:,} steps, "
+    question += f"at learning rates searched by {search.steps:,}?"
     rows = {name: LOSSES[name] for name in names}
     compared = ("mse",), tuple(name for name in NO_TEACHER if name in rows)
     pairs = tuple(pair for pair in pairs if rows.keys() >= {*pair})
