@@ -18,7 +18,8 @@ comes out is a whole pipeline: `StableDiffusion3Pipeline.from_pretrained`. Half 
 and on 12 GB, with one set of weights for teacher and student:
 
     accelerate launch --mixed_precision bf16 train_lift_sd3.py --student half --train_data_dir images \\
-        --resolution 512 --lora_rank 64 --share_backbone --no_t5 --gradient_checkpointing --output_dir sd3-half-lora
+        --resolution 512 --lora_rank 64 --share_backbone --no_t5 --use_8bit_adam --gradient_checkpointing \\
+        --output_dir sd3-half-lora
 
 `images` holds pictures and a metadata.jsonl with a line {"file_name": "a.jpg", "text": "a caption"} for each, or
 beside each a.jpg a file a.txt with its caption. The VAE and the text encoders run once, beforehand, one after the
