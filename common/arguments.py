@@ -103,7 +103,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     kd.add_argument("--cache_teacher_dtype", default="fp16", choices=("fp32", "fp16", "bf16"), help="of what it keeps")
     kd.add_argument("--group_size", type=int, default=16, help="elements per PLACE group")
     kd.add_argument("--group_by", default="error", choices=("error", "position"), help="how PLACE groups elements")
-    kd.add_argument("--coarse_norm", default="l1", choices=("l1", "l2"), help="coarse term's norm; published: l1, for DiT l2")
+    norm = "coarse term's norm; published: l1, for DiT l2"
+    kd.add_argument("--coarse_norm", default="l1", choices=("l1", "l2"), help=norm)
     kd.add_argument(
         "--kd_weighting",
         default="adaptive",
@@ -169,7 +170,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     logs.add_argument(
         "--license", help="of the student, as the Hub calls it, e.g. apache-2.0 (default: the teacher's)"
     )
-    logs.add_argument("--dry_run", action="store_true", help="print sizes, MACs, estimates of memory and hours, and stop")
+    logs.add_argument("--dry_run", action="store_true", help="estimate sizes, MACs, memory and hours, and stop")
     logs.add_argument("--num_processes", type=int, help="with --dry_run: estimate for so many processes, not one")
     return {"models": models, "data": data, "distillation": kd, "training": training, "logging": logs}
 

@@ -8,9 +8,10 @@
 # specific language governing permissions and limitations under the License.
 """Generate images with a diffusion pipeline so that others can reproduce them: a PNG per image, and a manifest.
 
-The model is a folder or Hub id of a pipeline. For pixel U-Nets, Stable Diffusion 1.x/2.x and XL, DiT and Stable Diffusion
-3, sampler, steps and guidance are by default those of the published protocol, listed in eval/README.md. Any other
-pipeline of Diffusers that draws by prompts, by class labels or by neither makes images by its own call and defaults.
+The model is a folder or Hub id of a pipeline. For pixel U-Nets, Stable Diffusion 1.x/2.x and XL, DiT and Stable
+Diffusion 3, sampler, steps and guidance are by default those of the published protocol, listed in eval/README.md. Any
+other pipeline of Diffusers that draws by prompts, by class labels or by neither makes images by its own call and
+defaults.
 
     accelerate launch eval/generate.py --model student --output_dir images --num_images 50000
     accelerate launch eval/generate.py --model student --output_dir images --prompt_file captions.txt --resize 256
