@@ -54,3 +54,9 @@ class Bookmarks:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a") as file:
                     file.write(json.dumps(mark) + "\n")
+
+
+def forget_bookmarks(folder: Path, rank: int) -> None:
+    """Remove what a process of an earlier run has left: that one may have had other data under the same names."""
+    for path in folder.glob(f"rank-{rank}-*.jsonl"):
+        path.unlink()

@@ -143,4 +143,4 @@ def without_secrets(text: str) -> str:
             text = text.replace(token, "REMOVED")
     text = re.sub(r"\bhf_[A-Za-z0-9]{20,}", "REMOVED", text)
     home = os.path.expanduser("~").rstrip("/")
-    return re.sub(rf"(?<=[\s`]){re.escape(home)}/", "~/", text) if home else text
+    return re.sub(rf"(?<=[\s`='\"]){re.escape(home)}/", "~/", text) if home else text

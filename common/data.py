@@ -10,7 +10,9 @@
 
 import glob
 import io
+import os
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from common.errors import fail, first_line
 import datasets
 import torch
 from accelerate.logging import get_logger
+from datasets.fingerprint import Hasher
 from diffusers.training_utils import find_nearest_bucket
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
@@ -75,7 +78,8 @@ def load_images(
             fail(f"--{flag} {name} is not in the data; choose one of {', '.join(dataset.column_names)}" + hint)
         if flag == "caption_column" and dataset.features[name] not in map(datasets.Value, ("string", "large_string")):
             fail(f"--{flag} {name} holds {dataset.features[name]}; pass a column of strings")
-    return undecode(dataset.select_columns(list(dict.fromkeys(columns.values()))), columns["image_column"]), source
+    dataset = undecode(dataset.select_columns(list(dict.fromkeys(columns.values()))), columns["image_column"])
+    return dataset if streaming else follow_files(dataset, columns["image_column"]), source
 
 
 def find_files(folder: Path) -> str:
@@ -87,6 +91,26 @@ def find_files(folder: Path) -> str:
     names = {path.name for path in folder.iterdir() if path.is_dir()}
     splits = "train" in names and names <= {"train", "test", "val", "valid", "validation"}
     return f"{glob.escape(str(folder / 'train' if splits else folder))}/**"
+
+
+def follow_files(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The dataset; where its rows name the files of their images, what is cached of it follows these files, too.
+
+    `datasets` sees the table alone, which is the same when an image is exchanged for another one.
+
+    Args:
+        dataset: With an undecoded image column.
+        column: Its name.
+    """
+    if not len(dataset) or not (dataset[0][column] or {}).get("path") or dataset[0][column]["bytes"]:
+        return dataset
+    files = []
+    for row in dataset.select_columns(column):
+        with suppress(OSError, TypeError):  # it is missing, or no path: decoding it will say so
+            status = os.stat(row[column]["path"])
+            files.append((row[column]["path"], status.st_size, status.st_mtime_ns))
+    fingerprint = Hasher.hash([dataset._fingerprint, files])
+    return dataset.select(range(len(dataset)), new_fingerprint=fingerprint)
 
 
 def choose_samples(dataset: datasets.Dataset, count: int | None, seed: int) -> datasets.Dataset:

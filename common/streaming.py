@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.bookmarks import Bookmark, Bookmarks
+from common.bookmarks import Bookmark, Bookmarks, forget_bookmarks
 from common.ending import outlive_signals
 from common.errors import fail, first_line
 
@@ -267,11 +267,11 @@ class StreamLoader:
         shards = split_dataset_by_node(dataset.stream, rank, world).num_shards
         self.dataset, self.batch_size, self.device, self.rank, self.world = dataset, batch_size, device, rank, world
         self.num_workers = min(num_workers, shards)
-        logger.info(
-            f"{dataset.source} is streamed: {shards:,} shards of this process, {self.num_workers} data workers"
-        )
+        parts = f"{shards:,} shards of this process, {self.num_workers} data workers"
+        logger.info(f"{dataset.source} is streamed: {parts}")
         order = dataset.source, dataset.seed, dataset.shuffle_buffer, world, max(1, self.num_workers)
-        self.folder = dataset.folder / hashlib.sha256(repr(order).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(repr((*order, dataset.stream.num_shards)).encode()).hexdigest()
+        self.folder = dataset.folder / digest[:16]
 
     def __len__(self) -> int:
         return 0
@@ -279,11 +279,11 @@ class StreamLoader:
     def batches_from(self, done: int) -> Iterator[dict[str, torch.Tensor]]:
         """All batches after the first `done`, without end. Of those no image is decoded, but in a batch a worker."""
         if done and not self.folder.exists():
-            same = "--seed, --shuffle_buffer, --dataloader_num_workers and number of processes"
-            logger.warning(
-                f"{self.dataset.source}: no bookmark is of this order, so all before batch {done:,} is read again; to "
-                f"go on in the run's order, pass its {same}"
-            )
+            again = f"no bookmark is of this order, so all before batch {done:,} is read again"
+            same = "--seed, --shuffle_buffer, --dataloader_num_workers, number of processes and data"
+            logger.warning(f"{self.dataset.source}: {again}; to go on in the run's order, pass its {same}")
+        if not done:
+            forget_bookmarks(self.folder, self.rank)
         # The workers take turns: those whose turn has passed give a batch that is done.
         first, passed = divmod(done, max(1, self.num_workers))
         batches = torch.utils.data.DataLoader(

@@ -31,8 +31,10 @@ once for each network and kept in --statistics_dir.
 
 import argparse
 import functools
+import glob
 import hashlib
 import json
+import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -52,7 +54,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.arguments import HelpFormatter, check_values
-from common.data import open_image, undecode
+from common.data import follow_files, open_image, undecode
 from common.errors import fail, first_line
 
 from figures import (
@@ -68,19 +70,23 @@ from figures import (
 from generate import as_path, check_writable, read_manifest
 from networks import (
     INCEPTION,
+    MODELS,
     PICKSCORE_PROCESSOR,
     Extractor,
     Prepare,
     Scorer,
+    check_kind,
     load_clip_images,
     load_dinov2,
     load_inception,
+    load_processors,
     load_scorer,
     load_torchscript_features,
 )
 from result_tables import as_markdown, is_inception, list_figures, make_table, title_of
 
 
+Size = tuple[int, int]  # width and height
 KEPT = 50_000  # images, chosen at random, whose features are kept for KID, CMMD, precision and recall; FID uses all
 LIBRARIES = ("torch", "numpy", "pillow", "clean-fid", "torch-fidelity", "transformers")
 # The figures by what they are computed from: features of Inception or of --features, of DINOv2, of CLIP; prompts.
@@ -210,23 +216,32 @@ def list_images(folder: Path, flag: str) -> list[Path]:
     return files
 
 
+def collate(items: list[tuple[Size, torch.Tensor] | None]) -> tuple[list[Size | None], torch.Tensor | None]:
+    """Each image's original size, `None` if it cannot be read, and all images (N, 3, H, W) if they are of one shape.
+
+    A worker sends one tensor a batch: for each it holds a file open, of which a process may have no more than 1,024.
+    """
+    sizes = [item and item[0] for item in items]
+    pixels = [item[1] for item in items if item is not None]
+    return sizes, torch.stack(pixels) if len({image.shape for image in pixels}) == 1 else None
+
+
 def read_batches(
     images: Images, flag: str, args: argparse.Namespace, title: str
-) -> Iterator[list[tuple[tuple[int, int], torch.Tensor]]]:
-    """The items of all images in their order, `--batch_size` at a time, with a progress bar.
+) -> Iterator[tuple[list[Size], torch.Tensor | None]]:
+    """What [`collate`] makes of all images in their order, `--batch_size` at a time, with a progress bar.
 
     Ends the process with `flag`, the name and value of the flag that they come from, if an image cannot be read.
     """
     loader = torch.utils.data.DataLoader(
-        images, batch_size=args.batch_size, num_workers=args.num_workers, collate_fn=list
+        images, batch_size=args.batch_size, num_workers=args.num_workers, collate_fn=collate
     )
     done = 0
-    for batch in tqdm(loader, desc=f"{title} of {flag.split()[-1]}", leave=False):
-        for index, item in enumerate(batch, done):
-            if item is None:
-                fail(f"{flag}: {images.name(index)} cannot be read; repair or remove it")
-        yield batch
-        done += len(batch)
+    for sizes, pixels in tqdm(loader, desc=f"{title} of {flag.split()[-1]}", leave=False):
+        if None in sizes:
+            fail(f"{flag}: {images.name(done + sizes.index(None))} cannot be read; repair or remove it")
+        yield sizes, pixels
+        done += len(sizes)
 
 
 @torch.no_grad()
@@ -244,14 +259,14 @@ def measure(
     """
     kept = np.random.default_rng(args.seed).permutation(len(images)) < KEPT
     size, features, logits, done = None, [], [], 0
-    for batch in read_batches(images, flag, args, extractor.name.split(" (")[0]):
-        for index, entry in enumerate(batch, done):
-            size = size or entry[0]
-            if entry[0] != size:
-                sizes = f"{size[0]}x{size[1]} and {entry[0][0]}x{entry[0][1]}"
+    for sizes, pixels in read_batches(images, flag, args, extractor.name.split(" (")[0]):
+        for index, other in enumerate(sizes, done):
+            size = size or other
+            if other != size:
+                both = f"{size[0]}x{size[1]} and {other[0]}x{other[1]}"
                 remedy = "pass --reference_resolution" if flag.startswith("--reference") else "pass images of one size"
-                fail(f"{flag} mixes sizes, {sizes} ({images.name(index)}); {remedy}")
-        outputs, scores = extractor.run(torch.stack([pixels for _, pixels in batch]).float().to(device))
+                fail(f"{flag} mixes sizes, {both} ({images.name(index)}); {remedy}")
+        outputs, scores = extractor.run(pixels.float().to(device))
         outputs = outputs.float().cpu().numpy()
         if not np.isfinite(outputs).all():
             fail(f"{flag}: the features by {extractor.name} are not finite; pass a network for inputs in [0, 255]")
@@ -261,10 +276,10 @@ def measure(
             origin, first, second = exact.mean(0), 0.0, 0.0
         exact = exact - origin
         first, second = first + exact.sum(0), second + exact.T @ exact
-        features.append(outputs[kept[done : done + len(batch)]])
+        features.append(outputs[kept[done : done + len(sizes)]])
         if scores is not None:
             logits.append(scores.float().cpu().numpy())
-        done += len(batch)
+        done += len(sizes)
     if done < 2:
         fail(f"{flag} holds {done} image; pass at least 2, and for FID more than {len(origin)}")
     mean = first / done
@@ -281,7 +296,7 @@ def load_reference(extractor: Extractor, args: argparse.Namespace, device: torch
     """Read the statistics of `--reference`, or compute and save them."""
     source = args.reference
     if source.startswith("clean-fid:"):
-        return load_published(source, extractor)
+        return load_published(source)
     if source.endswith(".npz"):
         return read_statistics(Path(source), extractor)
     if Path(source).is_dir():
@@ -311,7 +326,7 @@ def load_dataset(args: argparse.Namespace) -> "tuple[Column, str]":
         fail(f"{flag} is not a folder, and does not load as a dataset: {first_line(error)}; pass one of them")
     if args.image_column not in dataset.column_names:
         fail(f"--image_column {args.image_column} is not in the data; choose one of {', '.join(dataset.column_names)}")
-    dataset = undecode(dataset, args.image_column)
+    dataset = follow_files(undecode(dataset, args.image_column), args.image_column)
     return Column(dataset, args.image_column), f"{dataset._fingerprint} {args.image_column}"
 
 
@@ -331,18 +346,21 @@ class Column:
 def save_statistics(path: Path, statistics: Statistics, key: dict) -> None:
     """Write a .npz file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
-        np.savez(
-            file,
-            mu=statistics.mean,
-            sigma=statistics.covariance,
-            feats=statistics.features,
-            size=np.array(statistics.size),
-            count=np.array(statistics.count),
-            key=np.array(json.dumps(key)),
-        )
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")  # another process may be writing the same
+    try:
+        with temporary.open("wb") as file:
+            np.savez(
+                file,
+                mu=statistics.mean,
+                sigma=statistics.covariance,
+                feats=statistics.features,
+                size=np.array(statistics.size),
+                count=np.array(statistics.count),
+                key=np.array(json.dumps(key)),
+            )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     print(f"statistics of {statistics.source} are kept in {path}", flush=True)
 
 
@@ -371,21 +389,24 @@ def read_statistics(path: Path, extractor: Extractor) -> Statistics:
     return Statistics(count, size, mean, covariance, features, None, key.get("reference", str(path)))
 
 
-def load_published(source: str, extractor: Extractor) -> Statistics:
+def load_published(source: str) -> Statistics:
     """Download statistics that clean-fid publishes, of features by its Inception."""
     parts = source.split(":")[1:]
     if len(parts) != 3:
         fail(f"--reference {source} is not clean-fid:NAME:RESOLUTION:SPLIT; pass e.g. clean-fid:cifar10:32:train")
-    if not extractor.name.startswith("Inception"):
-        remedy = "drop --features, and of --metrics all but " + " ".join(OF_INCEPTION)
-        fail(f"--reference {source} holds features by Inception, not by {extractor.name}; {remedy}")
     name, resolution, split = parts
     get = functools.partial(cleanfid.features.get_reference_statistics, name, resolution, split=split)
     try:
         mean, covariance = get(metric="FID")
         features = get(metric="KID")
-    except (OSError, ValueError) as error:
+    except OSError as error:
         fail(f"--reference {source} cannot be downloaded: {first_line(error)}; pass a folder of the images")
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        # clean-fid takes half a file of a download that was broken off for a whole one, now and ever after.
+        stem = f"{name}_clean_{split}_{resolution}".lower()
+        for path in (Path(cleanfid.__file__).parent / "stats").glob(f"{glob.escape(stem)}*.npz"):
+            path.unlink()
+        fail(f"--reference {source} was not downloaded whole; what there was is removed, run the command again")
     return Statistics(len(features), [], mean, covariance, features, None, source)
 
 
@@ -409,15 +430,34 @@ def list_extractors(
     return [(names, load) for names, load in chosen if names]
 
 
-def load_scorer_of(metric: str, args: argparse.Namespace, device: torch.device) -> Scorer:
-    """Load the model of "clip_score" or "pickscore"."""
-    if metric == "clip_score":
-        source = network_of(args, "clip_model")
-        return load_scorer("--clip_model", source, source, False, device)
-    # Its authors use the model with the tokenizer and the image processor of the one that it started from.
-    source = network_of(args, "pickscore_model")
-    processor = PICKSCORE_PROCESSOR if source == NETWORKS["pickscore_model"][1] else source
-    return load_scorer("--pickscore_model", source, processor, True, device)
+def scorer_of(metric: str, args: argparse.Namespace) -> tuple[str, str, str]:
+    """The flag of "clip_score" or "pickscore", the model that it names, and whose tokenizer and image processor."""
+    name = {"clip_score": "clip_model", "pickscore": "pickscore_model"}[metric]
+    source = network_of(args, name)
+    # PickScore's authors take those of the model that it started from.
+    published = name == "pickscore_model" and source == NETWORKS[name][1]
+    return name, source, PICKSCORE_PROCESSOR if published else source
+
+
+def check_networks(args: argparse.Namespace) -> None:
+    """End the process if a network that `--metrics` needs is missing, or `--reference` is not for all of them.
+
+    The networks run one after the other, for hours: what the last one lacks is to be said before the first.
+    """
+    source, compared = args.reference or "", set(args.metrics) - set(WITHOUT_REFERENCE)
+    others = sorted(compared - set(OF_INCEPTION))  # each by a network of its own
+    if source.startswith("clean-fid:") and (args.features or others):
+        wanted = f"--features {args.features}" if args.features else " ".join(others)
+        remedy = "drop --features, and of --metrics all but " + " ".join(OF_INCEPTION)
+        fail(f"--reference {source} holds features by Inception, not by that of {wanted}; {remedy}")
+    if source.endswith(".npz") and len(others) + (len(others) < len(compared)) > 1:
+        several = f"and --metrics {' '.join(sorted(compared))} need several"
+        fail(f"--reference {source} holds features of one network, {several}; pass the images, or run each by itself")
+    for name in MODELS:
+        if set(NETWORKS[name][0]) & set(args.metrics):
+            check_kind(name, network_of(args, name))
+    for metric in set(OF_PROMPTS) & set(args.metrics):
+        load_processors(*scorer_of(metric, args))
 
 
 def compare(
@@ -452,9 +492,9 @@ def score_prompts(
 ) -> np.ndarray:
     """The score, float64 (N,), of each image by its prompt, which is number i modulo their count."""
     numbers, scores = [int(path.stem) for path in files], []
-    for batch in read_batches(Images(files, scorer.prepare), flag, args, scorer.name.split(" (")[0]):
-        own = [prompts[number % len(prompts)] for number in numbers[len(scores) : len(scores) + len(batch)]]
-        scores += scorer.run(torch.stack([pixels for _, pixels in batch]).to(device), own).tolist()
+    for sizes, pixels in read_batches(Images(files, scorer.prepare), flag, args, scorer.name.split(" (")[0]):
+        own = [prompts[number % len(prompts)] for number in numbers[len(scores) : len(scores) + len(sizes)]]
+        scores += scorer.run(pixels.to(device), own).tolist()
     if not np.isfinite(scores).all():
         fail(f"{flag}: the scores by {scorer.name} are not finite; pass another model for it")
     return np.array(scores)
@@ -502,7 +542,7 @@ def describe(folder: Path, name: str) -> tuple[list[Path], dict]:
     if manifest and len(files) < manifest["num_images"]:
         counts = f"{len(files)} of the {manifest['num_images']} images of its manifest"
         fail(f"--images {folder} holds {counts}; run the generate.py command again to complete it")
-    kept = ("sampler", "num_inference_steps", "guidance_scale", "seed", "dtype", "model", "contents", "pipeline")
+    kept = *SETTINGS, "variant", "model", "contents", "pipeline"
     row = {key: manifest.get(key) for key in (*kept, "resolution", "resize", "versions")}
     return files, {"name": name, "folder": str(folder), **row}
 
@@ -575,7 +615,7 @@ def measure_prompts(
 ) -> None:
     """Add the metrics that compare images with their prompts."""
     for metric in [metric for metric in OF_PROMPTS if metric in args.metrics]:
-        scorer = load_scorer_of(metric, args, device)
+        scorer = load_scorer(*scorer_of(metric, args), device)
         for folder, files in folders.items():
             figure = Figure(None, len(files), warning="not measured: the folder has no prompts")
             if folder in prompts:
@@ -594,6 +634,7 @@ def main(args: argparse.Namespace) -> None:
     described = [describe(folder, name) for folder, name in zip(args.images, label_folders(args.images))]
     folders = {row["folder"]: files for files, row in described}
     prompts = check_prompts(folders, args)
+    check_networks(args)
     measured = measure_features(folders, Measured({folder: {} for folder in folders}, {}, [], None), args, device)
     measure_prompts(folders, prompts, measured, args, device)
     results = {

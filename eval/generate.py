@@ -192,10 +192,11 @@ def read_json(path: Path, schema: dict) -> dict:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a prompt file. An empty line is an error: its image would be unconditional."""
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not by splitlines(), which also splits at separators that captions of the Web hold.
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--prompt_file {path} cannot be read: {first_line(error)}; pass a text file, a prompt per line")
-    if not prompts:
+    if prompts == [""]:
         fail(f"--prompt_file {path} is empty; put a prompt on each line")
     if "" in prompts:
         fail(f"--prompt_file {path} has no prompt on line {prompts.index('') + 1}; remove the line or fill it")
@@ -539,8 +540,17 @@ def generate_images(
         pixels = denoise(predict, pipeline.scheduler, shape, generators, args.num_inference_steps, model.device)
         if hasattr(pipeline, "vae"):
             pixels = decode(pipeline.vae, pixels)
+    check_images(pixels, args)
     images = pipeline.numpy_to_pil((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
     return resize_images(images, args.resize)
+
+
+def check_images(pixels: torch.Tensor, args: argparse.Namespace) -> None:
+    """End the process if pixels are not finite: as PNGs they would be black, and count against the model."""
+    if not torch.isfinite(pixels).all():
+        halves = [f"--{name} float16" for name in ("dtype", "vae_dtype") if getattr(args, name) == "float16"]
+        remedy = f"drop {' and '.join(halves)}, in which it may overflow" if halves else "pass another model"
+        fail(f"--model {args.model} makes images that are not finite; {remedy}")
 
 
 def resize_images(images: list[Image.Image], side: int | None) -> list[Image.Image]:
@@ -563,6 +573,7 @@ def call_pipeline(
         **{flag: getattr(args, flag) for flag in flags},
         **dict.fromkeys(("height", "width"), args.resolution),
         **dict.fromkeys(("prompt", "class_labels"), batch),
+        "output_type": "np",
         "use_resolution_binning": False,  # it would round --resolution to a size of its own
         "batch_size": len(generators),
         "generator": generators,
@@ -570,7 +581,9 @@ def call_pipeline(
     takes = call_of(type(pipeline))
     settings = {name: value for name, value in settings.items() if name in takes and value is not None}
     try:
-        return pipeline(**settings).images
+        images = pipeline(**settings).images
+        check_images(torch.as_tensor(images), args)
+        return pipeline.numpy_to_pil(images)
     except (ValueError, TypeError, AttributeError) as error:  # it needs an image, say, or makes a video
         fail(f"--model {args.model} makes no images as a {type(pipeline).__name__}: {first_line(error)}; {EXPECTED}")
 
@@ -711,7 +724,7 @@ def make_manifest(
     pipeline: DiffusionPipeline, conditions: list | None, args: argparse.Namespace, device: torch.device
 ) -> dict:
     """All settings that affect the images, as JSON types."""
-    flags = ("num_images", "sampler", "num_inference_steps", "guidance_scale", "dtype", "batch_size", "seed")
+    flags = "num_images", "variant", "sampler", "num_inference_steps", "guidance_scale", "dtype", "batch_size", "seed"
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     manifest = {

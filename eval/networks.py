@@ -42,6 +42,11 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 INCEPTION = "inception-2015-12-05.pt"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the one that its authors' example loads beside it
+# Models of transformers by the flags that name them: the class, and the `model_type` of its configs.
+MODELS = {
+    "dinov2_model": (Dinov2Model, "dinov2"),
+    **dict.fromkeys(("cmmd_model", "clip_model", "pickscore_model"), (CLIPModel, "clip")),
+}
 INCEPTION_SIDE = 299  # pixels
 DINOV2_SIDE = 224  # in dgm-eval
 
@@ -173,27 +178,42 @@ def load_torchscript(flag: str, path: Path, device: torch.device) -> torch.jit.S
 # ------------------------------------------------------------------------------------ DINOv2 and CLIP, by transformers
 
 
-def load_model(flag: str, source: str, model_class: type, kind: str, device: torch.device) -> Any:
-    """Load a model of transformers, in float32. Ends the process with the flag's name unless it is complete.
+def check_kind(name: str, source: str) -> None:
+    """End the process with the flag's name unless the config, which is read alone, is of that flag's kind of model.
+
+    transformers would fill another kind of model with random weights, and only warn.
 
     Args:
-        flag: Says where it is, e.g. "--dinov2_model".
+        name: A flag of [`MODELS`].
         source: Its value, a folder or a Hub id.
-        model_class: Reads the weights.
-        kind: The `model_type` of its configs.
-        device: Gets the model.
     """
+    model_class, kind = MODELS[name]
     remedy = f"pass a folder or Hub id of a {model_class.__name__}"
     try:
         given = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
-        # transformers would fill another kind of model with random weights, and only warn.
-        if given != kind:
-            fail(f"{flag} {source} is a model of type {given}; {remedy}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        fail(f"--{name} {source} does not load: {first_line(error)}; {remedy}")
+    if given != kind:
+        fail(f"--{name} {source} is a model of type {given}; {remedy}")
+
+
+def load_model(name: str, source: str, device: torch.device) -> Any:
+    """Load a model of transformers, in float32. Ends the process with the flag's name unless it is complete.
+
+    Args:
+        name: A flag of [`MODELS`].
+        source: Its value, a folder or a Hub id.
+        device: Gets the model.
+    """
+    check_kind(name, source)
+    model_class, _ = MODELS[name]
+    remedy = f"pass a folder or Hub id of a {model_class.__name__}"
+    try:
         model, report = read_weights(model_class.from_pretrained, source, output_loading_info=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        fail(f"{flag} {source} does not load: {first_line(error)}; {remedy}")
+        fail(f"--{name} {source} does not load: {first_line(error)}; {remedy}")
     if report["missing_keys"]:
-        fail(f"{flag} {source} lacks the weights {min(report['missing_keys'])} and maybe more; {remedy}")
+        fail(f"--{name} {source} lacks the weights {min(report['missing_keys'])} and maybe more; {remedy}")
     return model.float().to(device).eval()
 
 
@@ -208,7 +228,7 @@ def hash_weights(model: torch.nn.Module) -> str:
 
 def load_dinov2(source: str, device: torch.device) -> Extractor:
     """Load a DINOv2 as dgm-eval uses it (Stein et al. 2023, arXiv 2306.04675): the normalised class token, (N, D)."""
-    model = load_model("--dinov2_model", source, Dinov2Model, "dinov2", device)
+    model = load_model("dinov2_model", source, device)
     digest = hash_weights(model)
     resize_positions(model, DINOV2_SIDE // model.config.patch_size)
 
@@ -239,7 +259,7 @@ def resize_positions(model: Dinov2Model, side: int) -> None:
 
 def load_clip_images(source: str, device: torch.device) -> Extractor:
     """Load a CLIP as CMMD uses it (Jayasumana et al., arXiv 2401.09603): image embeddings of length 1, (N, D)."""
-    model = load_model("--cmmd_model", source, CLIPModel, "clip", device)
+    model = load_model("cmmd_model", source, device)
     side = model.config.vision_config.image_size
 
     def run(images: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -249,24 +269,29 @@ def load_clip_images(source: str, device: torch.device) -> Extractor:
     return Extractor(f"CLIP ({source})", hash_weights(model), side, "cmmd", partial(crop_square, side=side), run)
 
 
-def load_scorer(flag: str, source: str, processor_source: str, scaled: bool, device: torch.device) -> Scorer:
+def load_processors(name: str, source: str, processor_source: str) -> tuple[CLIPTokenizer, CLIPImageProcessor]:
+    """Load what makes a prompt and an image ready for [`load_scorer`], which see."""
+    try:
+        return CLIPTokenizer.from_pretrained(processor_source), CLIPImageProcessor.from_pretrained(processor_source)
+    except (OSError, ValueError, TypeError) as error:
+        remedy = "pass a folder or Hub id with the tokenizer and the image processor"
+        fail(f"--{name} {source}: {processor_source} does not load: {first_line(error)}; {remedy}")
+
+
+def load_scorer(name: str, source: str, processor_source: str, device: torch.device) -> Scorer:
     """Load a CLIP for scores of images by their prompts: the cosine of the two embeddings.
 
     Args:
-        flag: Says where it is, "--clip_model" or "--pickscore_model".
+        name: "clip_model", or "pickscore_model", where the cosine is multiplied by the model's own scale (PickScore,
+            arXiv 2305.01569).
         source: Its value, a folder or a Hub id.
         processor_source: Folder or Hub id of the tokenizer and the image processor.
-        scaled: Whether the cosine is multiplied by the model's own scale (PickScore, arXiv 2305.01569).
         device: Gets the model.
     """
-    model = load_model(flag, source, CLIPModel, "clip", device)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(processor_source)
-        processor = CLIPImageProcessor.from_pretrained(processor_source)
-    except (OSError, ValueError, TypeError) as error:
-        remedy = "pass a folder or Hub id with the tokenizer and the image processor"
-        fail(f"{flag} {source}: {processor_source} does not load: {first_line(error)}; {remedy}")
+    model = load_model(name, source, device)
+    tokenizer, processor = load_processors(name, source, processor_source)
     limit = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+    scaled = name == "pickscore_model"
     scale = model.logit_scale.exp() if scaled else 1.0
 
     def run(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -275,5 +300,5 @@ def load_scorer(flag: str, source: str, processor_source: str, scaled: bool, dev
         text_embeddings = model.get_text_features(**tokens).pooler_output
         return scale * torch.cosine_similarity(image_embeddings, text_embeddings)
 
-    name = f"{'PickScore' if scaled else 'CLIP'} ({source})"
-    return Scorer(name, hash_weights(model), partial(process, processor=processor), run)
+    title = f"{'PickScore' if scaled else 'CLIP'} ({source})"
+    return Scorer(title, hash_weights(model), partial(process, processor=processor), run)

@@ -66,6 +66,7 @@ from result_tables import COLUMNS, as_markdown, is_inception, judge, list_remark
 # What is alike in all runs: "loss", "kd", "coarse" and "fine" mean something else under every --kd_loss.
 CURVES = ("task", "kd_mse", "feat", "grad_norm", "weight", "slope_mean", "intercept_mean")
 SMOOTHING = 0.1  # each point of a curve is the mean of the last 10 % of the rows before it
+SETTINGS = ("sampler", "num_inference_steps", "guidance_scale", "variant")  # by which images of a model were made
 NOISE = -1  # in place of an image's number: seeds the noise of the inputs
 FIGURE = {"type": ["number", "null"]}
 RESULTS = {  # by JSON Schema: what is read of evaluate.py's JSON
@@ -457,22 +458,35 @@ def read_results(path: Path) -> dict:
         fail(f"--results {path} cannot be read: {first_line(error)}; pass a JSON file of evaluate.py")
 
 
-def find_rows(results: dict, contents: dict[str, str], path: Path) -> dict[str, dict]:
+def find_rows(results: dict, comparison: Comparison, path: Path) -> dict[str, dict]:
     """The rows of results by name, first those of images without a model, then those of the models.
 
-    Ends the process if there is no row of these models.
+    A model's row is found by the hash of its files. Of several, it is the one of images that were made as those of the
+    report; a single one may be of others, which a remark then says. Ends the process if there is no row of these
+    models, or not one that is meant.
 
     Args:
         results: From [`read_results`].
-        contents: The hash of each model's files, by which its row is found.
+        comparison: Of the models.
         path: Of the results, for the message.
     """
-    by_contents = {row["contents"]: row for row in results["rows"]}
-    without_model = {row["name"]: row for row in results["rows"] if row["contents"] is None}
-    of_models = {name: by_contents[digest] for name, digest in contents.items() if digest in by_contents}
-    if not of_models:
+    found, own = {}, [getattr(comparison.flags, name) for name in SETTINGS]
+    for name, digest in comparison.contents.items():
+        rows = [row for row in results["rows"] if row["contents"] == digest]
+        same = [row for row in rows if [row.get(setting) for setting in SETTINGS] == own]
+        if len(rows) > 1 and len(same) != 1:
+            names = ", ".join(row["name"] for row in rows)
+            remedy = "pass --sampler, --num_inference_steps and --guidance_scale of one, or results with one of them"
+            fail(f"--results {path} has several rows of {name}, {names}, and {len(same)} made as here; {remedy}")
+        if rows and not same:
+            made = ", ".join(f"{setting} {rows[0].get(setting)}" for setting in SETTINGS)
+            remarks = [*rows[0]["remarks"], f"all quality: of images by {made}, unlike those shown here"]
+            found[name] = {**rows[0], "remarks": remarks}
+        elif rows:
+            found[name] = same[0]
+    if not found:
         fail(f"--results {path} has no row of these models; measure images that generate.py made with them")
-    return without_model | of_models
+    return {row["name"]: row for row in results["rows"] if row["contents"] is None} | found
 
 
 def as_html(table: list[list[str]]) -> str:
@@ -700,7 +714,7 @@ def main(args: argparse.Namespace) -> None:
     generate.check_writable(f"--output_dir {args.output_dir}", args.output_dir)
     results = read_results(args.results) if args.results else None
     comparison = compare_models(models, args)
-    rows = find_rows(results, comparison.contents, args.results) if results is not None else {}
+    rows = find_rows(results, comparison, args.results) if results is not None else {}
     for name, cost in measure_costs(models, args).items():
         comparison.facts[name] |= cost
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -141,6 +141,7 @@ def test_no_secrets_and_no_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/ada")
     monkeypatch.setenv("SOME_SECRET", "abcdefgh")
     monkeypatch.setenv("SHORT_TOKEN", "a")
-    text = f"x --a /home/ada/a '/home/ada/b c' `/home/ada/c` /home/adam/d --e={TOKEN} f/abcdefgh hf_model_of_somebody"
-    kept = "x --a ~/a '/home/ada/b c' `~/c` /home/adam/d --e=REMOVED f/REMOVED hf_model_of_somebody"
+    text = f"x --a /home/ada/a '/home/ada/b c' --f=/home/ada/f `/home/ada/c` /home/adam/d --e={TOKEN} f/abcdefgh"
+    text += " hf_model_of_somebody"
+    kept = "x --a ~/a '~/b c' --f=~/f `~/c` /home/adam/d --e=REMOVED f/REMOVED hf_model_of_somebody"
     assert card.without_secrets(text) == kept

@@ -167,6 +167,23 @@ def test_a_dataset_by_its_name_and_column(load, parquet):
     assert images.shape == (3, 1, 16, 16) and images.flatten(1).float().mean(1).tolist() == levels
 
 
+def test_images_that_a_table_names_may_be_exchanged(load, tmp_path):
+    """What is cached of the images follows them, though the table is the same."""
+    (tmp_path / "table").mkdir()
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path in paths:
+        halves().save(path)
+    (tmp_path / "table" / "train.csv").write_text("\n".join(["image", *map(str, paths)]) + "\n")
+    flags = ("--dataset_name", tmp_path / "table")
+    before = load(*flags)
+    assert load(*flags)._fingerprint == before._fingerprint and (stack(before)[:, 0, 0, 0] == 255).all()
+    Image.new("L", (20, 24)).save(paths[1])
+    after = load(*flags)
+    assert after._fingerprint != before._fingerprint and stack(after)[:, 0, 0, 0].tolist() == [255, 0, 255]
+    paths[1].write_bytes(b"half a file")  # found, though this row of the table was checked before
+    assert len(load(*flags, "--max_unreadable", 0.5)) == 2
+
+
 @pytest.mark.parametrize("column", ["image", "Picture"])
 def test_a_wrong_column_lists_the_right_ones(load, parquet, column):
     folder = parquet({"label": [0], "picture": [{"bytes": encode(halves()), "path": None}]})

@@ -2,13 +2,17 @@
 
 import gc
 import json
+import multiprocessing
 import re
+import resource
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
+import cleanfid
 import cleanfid.downloads_helper
 import cleanfid.features
 import datasets
@@ -343,6 +347,37 @@ def test_latents_are_decoded_one_by_one(sample, models, monkeypatch, kind):
 
     monkeypatch.setattr(generate, "decode", decode_at_once)
     assert np.abs(images - read(sample(*models[kind], name="whole"))).max() <= 1
+
+
+def test_images_that_overflow_end_the_run(sample, sd_teacher, prompt_file, tmp_path):
+    """They would be black PNGs, and be measured as the model's."""
+    for name, save in (("sd", None), ("pixart", save_pixart_pipeline)):
+        model = save(tmp_path / name) if save else Path(shutil.copytree(sd_teacher, tmp_path / name))
+        vae = AutoencoderKL.from_pretrained(model / "vae")
+        vae.decoder.conv_in.weight.data *= 1e5
+        vae.save_pretrained(model / "vae")
+        flags = ("--model", model, "--prompt_file", prompt_file, "--num_images", 1)
+        half = ("--vae_dtype", "float16") if name == "sd" else ("--dtype", "float16")
+        with pytest.raises(SystemExit, match=f"{model} makes images that are not finite; drop {' '.join(half)}"):
+            sample(*flags, *half, name=f"{name}-images")
+        assert not list((tmp_path / f"{name}-images").glob("*.png"))
+        assert read(sample(*flags, name=f"{name}-float32")).std() > 0
+
+
+def test_variant_is_a_setting(sample, teacher, tmp_path):
+    """It may be other weights; the sum over a folder's files is the same for all its variants."""
+    model = Path(shutil.copytree(teacher, tmp_path / "model"))
+    UNet2DModel(**TINY_UNET).save_pretrained(model / "unet", variant="other")
+    sample("--model", model, "--num_images", 1)
+    with pytest.raises(SystemExit, match="--variant is other but was None for the images in"):
+        sample("--model", model, "--num_images", 2, "--variant", "other")
+
+
+def test_lines_of_a_prompt_file(tmp_path):
+    """As Windows' editor saves them; a separator that is no end of a line is part of a prompt."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red bag\r\na line\u2028with a separator\r\n".encode())
+    assert generate.read_prompts(path) == ["a red bag", "a line\u2028with a separator"]
 
 
 def test_dtype_of_the_vae_is_a_setting(sample, models):
@@ -686,6 +721,62 @@ def test_published_statistics(score, noise, pool, tmp_path, monkeypatch):
     flags = ("--images", noise["a"], "--inception", tmp_path, "--reference")
     assert score(*flags, "clean-fid:cifar10:32:train")["rows"][0]["kid"] is not None
     assert downloads == ["cifar10_clean_train_32.npz", "cifar10_clean_train_32_kid.npz"]
+
+
+def test_published_statistics_that_were_not_downloaded_whole(score, noise, tmp_path, monkeypatch):
+    """clean-fid keeps what a download that was broken off has left, and never asks for it again."""
+    torch.manual_seed(0)
+    torch.jit.script(FakeInception()).save(str(tmp_path / "inception-2015-12-05.pt"))
+    monkeypatch.setattr(cleanfid, "__file__", str(tmp_path / "cleanfid" / "__init__.py"))
+    half, other = (tmp_path / "cleanfid" / "stats" / f"{name}_clean_train_32.npz" for name in ("cifar10", "other"))
+    half.parent.mkdir(parents=True)
+    for path in (half, other):
+        path.write_bytes(b"PK\x03\x04 half a file")
+    with pytest.raises(SystemExit, match="was not downloaded whole; what there was is removed, run the command again"):
+        score("--images", noise["a"], "--inception", tmp_path, "--reference", "clean-fid:CIFAR10:32:train")
+    assert not half.exists() and other.exists()
+
+
+def test_what_the_last_network_lacks_is_said_before_the_first(score, noise, pool, tmp_path):
+    flags = ("--images", noise["a"], "--reference", noise["b"], "--features", pool, "--metrics", "fid")
+    with pytest.raises(SystemExit, match="--dinov2_model /no/such does not load"):
+        score(*flags, "fd_dinov2", "--dinov2_model", "/no/such")
+    assert not (tmp_path / "statistics").exists()  # as they would be after the first
+
+
+def test_workers_hold_few_files_open(score, noise, pool):
+    """Each tensor that a worker sends is an open file of this process, which may have 1,024 of them."""
+    flags = ("--images", noise["a"], "--reference", noise["b"], "--features", pool, "--metrics", "fid")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 60, limits[1]))
+    try:
+        row = score(*flags, "--num_workers", 2, "--batch_size", 60)["rows"][0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert row["fid"] == pytest.approx(score(*flags)["rows"][0]["fid"])
+
+
+def save_often(path: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    for _ in range(30):
+        features = random.normal(size=(50, 40))
+        moments = features.mean(0), np.cov(features.T)
+        evaluate.save_statistics(path, figures.Statistics(50, [8, 8], *moments, features, None, "x"), {"a": 1})
+
+
+def test_statistics_written_by_two_processes_at_once(tmp_path):
+    path = tmp_path / "statistics.npz"
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=save_often, args=(path, seed)) for seed in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert [found.name for found in tmp_path.iterdir()] == ["statistics.npz"]
+    with np.load(path) as file:
+        assert np.allclose(file["feats"].mean(0), file["mu"])
 
 
 @pytest.fixture(scope="session")
@@ -1068,6 +1159,27 @@ def test_report_of_each_kind(write_report, sd_teacher, dit, sd3, prompt_file, tm
         assert facts[student.name]["parameters"] < facts["teacher"]["parameters"]
         assert text.count("data:image/png") == 3 and "No curves" in text and "No quality" in text
         assert ("Prompt 1: a photo of a dark bag" in text) == ("--prompt_file" in flags)
+
+
+def test_a_row_of_the_report_is_of_images_that_were_made_alike(tmp_path):
+    comparison = SimpleNamespace(
+        contents={"student": "x"},
+        flags=SimpleNamespace(sampler="ddim", num_inference_steps=100, guidance_scale=None, variant=None),
+    )
+    made = {"contents": "x", "sampler": "ddim", "guidance_scale": None, "variant": None, "remarks": ["one"]}
+    ten, hundred = ({**made, "name": f"{steps} steps", "num_inference_steps": steps} for steps in (10, 100))
+    real = {"name": "real", "contents": None, "remarks": []}
+
+    def find(*rows: dict) -> dict[str, dict]:
+        return report.find_rows({"rows": list(rows)}, comparison, tmp_path)
+
+    assert find(ten, hundred, real) == find(hundred, ten, real) == {"real": real, "student": hundred}
+    (row,) = find(ten).values()
+    says = "all quality: of images by sampler ddim, num_inference_steps 10, guidance_scale None, variant None"
+    assert row == {**ten, "remarks": ["one", f"{says}, unlike those shown here"]}
+    for rows, count in (((hundred, {**hundred, "name": "again"}), 2), ((ten, {**ten, "sampler": "ddpm"}), 0)):
+        with pytest.raises(SystemExit, match=f"has several rows of student, .*, and {count} made as here; pass"):
+            find(*rows)
 
 
 def test_other_predictions_are_not_shown(write_report, sd_teacher, prompt_file, tmp_path):

@@ -830,6 +830,7 @@ CASES = [
     (EVALUATE, "--reference {other_npz}", "has 5 features, and the network 12"),
     (EVALUATE, "--reference clean-fid:cifar10", "is not clean-fid:NAME:RESOLUTION:SPLIT; pass"),
     (EVALUATE, "--reference clean-fid:cifar10:32:train", "holds features by Inception, not by", "drop --features"),
+    (EVALUATE, "--metrics fid cmmd --reference {other_npz}", "holds features of one network, and --metrics cmmd fid"),
     (EVALUATE, "--features nowhere.pt", "does not load"),
     (EVALUATE, "--features {binary}", "does not load"),
     (EVALUATE, "--features {empty}", "does not load"),

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import pickle
+import shutil
 import tarfile
 import zipfile
 from collections import Counter
@@ -178,6 +179,23 @@ def test_processes_share_a_pass(shards, tables, tmp_path, monkeypatch, world, hu
     assert len(set(flat(parts))) == len(flat(parts)) == COUNT // world * world
     if world == 2:
         assert set(flat(parts)) == set(range(COUNT))
+
+
+def test_bookmarks_of_other_data_do_not_count(shards, tmp_path, monkeypatch):
+    """A run that was ended early, other images under the same names, and a new run into the same folder."""
+    monkeypatch.setattr(common.bookmarks, "BOOKMARK_ROWS", 10)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("000", "010"):
+        shutil.copy(shards / f"{name}.tar", folder)
+    numbers_of(StreamLoader(open_stream(folder, tmp_path / "run"), 4, 0, CPU).batches_from(0), 5)
+    for name, other in (("000", "020"), ("010", "030")):
+        shutil.copy(shards / f"{other}.tar", folder / f"{name}.tar")
+    whole = numbers_of(StreamLoader(open_stream(folder, tmp_path / "run"), 4, 0, CPU).batches_from(0), 9)
+    loader = StreamLoader(open_stream(folder, tmp_path / "run"), 4, 0, CPU)
+    assert set(flat(whole)) == set(range(20, 40)) and numbers_of(loader.batches_from(5), 4) == whole[5:]
+    shutil.copy(shards / "000.tar", folder / "more.tar")
+    assert StreamLoader(open_stream(folder, tmp_path / "run"), 4, 0, CPU).folder != loader.folder
 
 
 def test_there_are_no_more_workers_than_shards(shards, tmp_path):
