@@ -60,6 +60,7 @@ from common.data import (
     load_images,
     load_pixels,
     random_flips,
+    report_unlisted,
 )
 from common.ending import Stopped, StopSignals
 from common.errors import fail
@@ -481,6 +482,8 @@ def make_dataset(
         labelled = partial(find_wrong_label, label_column=args.label_column, numbers=numbers, num_classes=num_classes)
         return StreamedDataset(stream, source, partial(load, numbers=numbers), *how, labelled), {}, names or found
     dataset, source = load_images(*folders, columns)
+    if args.train_data_dir is not None:
+        report_unlisted(dataset, args.image_column, source, "have no label", args.max_unreadable)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
     numbers, found = number_classes(dataset, args.label_column, num_classes)
     how = args.max_unreadable, args.dataloader_num_workers, resolution
@@ -840,7 +843,8 @@ def sample_images(
         guided, unguided = split_output(output.float(), config.in_channels)[0].chunk(2)
         guided = unguided + guidance_scale * (guided - unguided)
         latents = scheduler.step(guided, step, latents).prev_sample
-    images = vae.decode(latents / vae.config.scaling_factor).sample
+    latents = latents / vae.config.scaling_factor
+    images = torch.cat([vae.decode(image).sample for image in latents.split(1)])  # one by one: decoding takes memory
     transformer.train(training)
     pixels = (images / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
     return gather_samples(DiTPipeline.numpy_to_pil(pixels), count)

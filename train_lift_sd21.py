@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.adapters import add_adapters, save_adapter
+from common.adapters import add_adapters, check_adapted, save_adapter
 from common.arguments import (
     HelpFormatter,
     add_shared_arguments,
@@ -326,6 +326,8 @@ def build_student(
     if args.student_init == "teacher":
         with model_errors_end(mismatch, "pass another preset, correct the JSON file, or pass --student_init random"):
             match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
+    if args.lora_rank and not (args.student_init == "teacher" and is_pruned(student, teacher, recipe)):
+        check_adapted(args.lora_rank, student, teacher, recipe.get("blocks"), args.student_init)
     check_sizes(student, vae, args.resolution, args.group_size if args.kd_loss == "place" else None)
     check_forward(student, example_inputs(student), mismatch)
 
@@ -358,12 +360,16 @@ def size_multiple(student: UNet2DConditionModel, vae: AutoencoderKL) -> int:
     return vae_factor(vae) * 2 ** (len(student.config.block_out_channels) - 1)
 
 
+def is_pruned(student: UNet2DConditionModel, teacher: UNet2DConditionModel, recipe: dict) -> bool:
+    """Whether the student starts from the largest of the teacher's channels, in layers that are the teacher's."""
+    return "width" in recipe and "blocks" not in recipe and is_narrower(student, teacher)
+
+
 def fill_student(
     student: UNet2DConditionModel, teacher: UNet2DConditionModel, recipe: dict, student_init: str
 ) -> None:
     """Put the teacher's weights into the student as `--student_init` and the recipe say."""
-    narrower = "width" in recipe and "blocks" not in recipe and is_narrower(student, teacher)
-    if student_init == "random" or not narrower:
+    if student_init == "random" or not is_pruned(student, teacher, recipe):
         return fill_from_blocks(student, teacher, recipe.get("blocks"), random=student_init == "random")
     side = 2 ** len(teacher.config.block_out_channels)
     sample = torch.zeros(1, teacher.config.in_channels, side, side)
@@ -667,7 +673,8 @@ def sample_images(
             guidance_scale=guidance_scale,
             output_type="latent",
         ).images
-    images = vae.decode(latents.float() / vae.config.scaling_factor).sample
+    latents = latents.float() / vae.config.scaling_factor
+    images = torch.cat([vae.decode(image).sample for image in latents.split(1)])  # one by one: decoding takes memory
     unet.train(training)
     return gather_samples(pipeline.image_processor.postprocess(images), count)
 
@@ -829,6 +836,7 @@ def main(args: argparse.Namespace) -> None:
     seed_step(args.seed)
     unet = UNet2DConditionModel.from_config(student_shape.config)
     teacher = load_part(source, UNet2DConditionModel, "unet")
+    teacher.register_to_config(sample_size=unet.config.sample_size)  # its samples are as large as the student's
     fill_student(unet, teacher, recipe, args.student_init)
     first = torch.device("cpu") if args.fsdp and not args.cache_teacher else device
     how = args.teacher_dtype, dtype, first, args.offload_teacher

@@ -35,7 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.adapters import add_adapters, save_adapter
+from common.adapters import add_adapters, check_adapted, save_adapter
 from common.arguments import (
     HelpFormatter,
     add_shared_arguments,
@@ -388,6 +388,8 @@ def build_student(
             student = SD3Transformer2DModel.from_config(config | {"sample_size": args.resolution // vae_factor(vae)})
         if args.student_init == "teacher":
             match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
+    if args.lora_rank:
+        check_adapted(args.lora_rank, student, teacher, recipe.get("blocks"), args.student_init)
     check_sizes(student, vae, args.resolution, group_size)
     for key in ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"):
         if student.config[key] != teacher.config[key]:
@@ -991,7 +993,8 @@ def main(args: argparse.Namespace) -> None:
     seed_step(args.seed)
     first = torch.device("cpu") if args.fsdp and not args.cache_teacher else device
     how = args.teacher_dtype, dtype, first, args.offload_teacher
-    teacher = load_frozen(source, SD3Transformer2DModel, "transformer", *first_place(*how))
+    place = first_place(*how) if args.share_backbone else (torch.device("cpu"), torch.float32)
+    teacher = load_frozen(source, SD3Transformer2DModel, "transformer", *place)  # not rounded before it is copied
     with torch.device("meta" if args.share_backbone else "cpu"):
         transformer = SD3Transformer2DModel.from_config(student_shape.config)
     fill_student(transformer, teacher, recipe, args.student_init, args.share_backbone)

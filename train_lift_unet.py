@@ -32,6 +32,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from common.arguments import (
     HelpFormatter,
@@ -368,29 +369,33 @@ def example_inputs(unet: UNet2DModel) -> dict[str, torch.Tensor]:
 
 
 def make_dataset(
-    args: argparse.Namespace, channels: int, resolution: int
-) -> tuple[datasets.Dataset | StreamedDataset, dict[str, str | int]]:
-    """A dataset of `{"images": uint8 (channels, resolution, resolution)}`, without unreadable images.
+    args: argparse.Namespace, channels: int, height: int, width: int
+) -> tuple[datasets.Dataset | StreamedDataset, dict[str, Any]]:
+    """A dataset of `{"images": uint8 (channels, height, width)}`, without unreadable images.
 
     Returns:
         The dataset, and what identifies its contents in a cache.
     """
+    resolution = height if height == width else [(height, width)]
     column, mode = args.image_column, "L" if channels == 1 else "RGB"
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
     load = partial(load_examples, column=column, mode=mode, size=resolution)
+    unused = {"drop_labels": True, "drop_metadata": True}  # `datasets` keeps no image that metadata do not list
     if args.streaming:
-        stream, source = load_images(*folders, {"image_column": column}, streaming=True)
+        stream, source = load_images(*folders, {"image_column": column}, streaming=True, **unused)
         how = args.image_column, args.max_unreadable, args.seed, args.shuffle_buffer, args.output_dir
         return StreamedDataset(stream, source, load, *how), {}
-    dataset, source = load_images(*folders, {"image_column": column}, drop_labels=True)
+    dataset, source = load_images(*folders, {"image_column": column}, **unused)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
     dataset = drop_unreadable(dataset, column, source, args.max_unreadable, args.dataloader_num_workers, resolution)
     contents = {"data": dataset._fingerprint, "image": column, "resolution": resolution}
     return dataset.with_transform(load), contents
 
 
-def load_examples(batch: dict[str, list], column: str, mode: str, size: int) -> dict[str, list[torch.Tensor]]:
-    """Decode, resize the shorter side and crop the centre."""
+def load_examples(
+    batch: dict[str, list], column: str, mode: str, size: int | list[tuple[int, int]]
+) -> dict[str, list[torch.Tensor]]:
+    """Decode, resize to cover the size and crop the centre."""
     return {"images": load_pixels(batch[column], mode, size)}
 
 
@@ -566,7 +571,8 @@ def save_pipeline(
             f"- Student: {count:,} parameters, {share:.1%} of the teacher's "
             f"(`--student {args.student}`, initialised by {args.student_init}).",
         ]
-    facts.append(f"- Images of {student.config.sample_size} pixels; {args.reduction} reduction of all losses.")
+    height, width = image_size(student)
+    facts.append(f"- Images of {height} × {width} pixels; {args.reduction} reduction of all losses.")
     usage = "from diffusers import DDIMPipeline\n\n"
     usage += f'image = DDIMPipeline.from_pretrained("{args.hub_model_id or output_dir.name}")().images[0]'
     kind, tags = "An unconditional diffusion model", ["unconditional-image-generation"]
@@ -618,11 +624,11 @@ def main(args: argparse.Namespace) -> None:
     if args.pretrained_teacher_model is not None:
         source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED)
         teacher, scheduler = load_teacher(source, args.prediction_type)
-        if args.resolution is not None:
-            teacher.register_to_config(sample_size=args.resolution)
-        teacher_shape = skeleton(teacher)
     seed_step(args.seed)
     unet, recipe = build_student(teacher, args)
+    if teacher is not None:
+        teacher.register_to_config(sample_size=unet.config.sample_size)  # its samples are as large as the student's
+        teacher_shape = skeleton(teacher)
     if args.dry_run:
         return print_dry_run(unet, teacher, recipe, args)
 
@@ -634,7 +640,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- data
     device, dtype = accelerator.device, working_dtype(accelerator)
     with accelerator.main_process_first():
-        dataset, contents = make_dataset(args, unet.config.in_channels, unet.config.sample_size)
+        dataset, contents = make_dataset(args, unet.config.in_channels, *image_size(unet))
 
     # ---- student
     if teacher is not None:
@@ -659,6 +665,8 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # ---- teacher
+    if args.kd_loss == "none":
+        teacher = None
     if teacher is not None:
         first = torch.device("cpu") if args.fsdp and not args.cache_teacher else device
         teacher = hold_teacher(teacher, args.teacher_dtype, dtype, first, args.offload_teacher)

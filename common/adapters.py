@@ -11,9 +11,32 @@
 import copy
 from pathlib import Path
 
+from common.errors import fail
+from common.students import match_blocks
+
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
+
+
+def check_adapted(
+    rank: int, student: torch.nn.Module, teacher: torch.nn.Module, blocks: dict[str, str] | None, student_init: str
+) -> None:
+    """End the run where adapters would freeze weights that are random.
+
+    Args:
+        rank: Of the adapters.
+        student: A skeleton.
+        teacher: Its skeleton.
+        blocks: See [`match_blocks`].
+        student_init: "teacher" or "random".
+    """
+    taken = match_blocks(student, teacher.state_dict(), blocks) if student_init == "teacher" else {}
+    fresh = [name for name in student.state_dict() if name not in taken]
+    if fresh:
+        random = f"{len(fresh)} of the student's tensors are random, {fresh[0]} among them"
+        remedy = "pass --student_init teacher and a student of the teacher's layers, or drop it"
+        fail(f"--lora_rank {rank} trains adapters alone, and {random}; {remedy}")
 
 
 def add_adapters(model: torch.nn.Module, rank: int, target_modules: list[str], dtype: torch.dtype) -> None:

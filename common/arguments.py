@@ -125,10 +125,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     training.add_argument(
         "--lr_scheduler",
         default="constant",
-        choices=(
-            *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
-            "cosine_to_half",
-        ),
+        choices=("constant", "constant_with_warmup", "linear", "cosine", "polynomial", "cosine_to_half"),
         help="learning rate schedule",
     )
     training.add_argument("--lr_warmup_steps", type=int, default=0, help="optimizer steps of warm-up")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.data import drop_rows, load_images, report_dropped
+from common.data import drop_rows, load_images, report_unlisted
 from common.errors import fail, first_line
 from common.streaming import StreamedDataset
 
@@ -88,7 +88,7 @@ def load_captioned(
     dataset, source = load_images(*folders, columns)
     if has_texts:
         logger.info(f"{source}: the captions are those of {', '.join(metadata)}; .txt files are not read")
-    report_unlisted(dataset, image, source, max_unreadable)
+    report_unlisted(dataset, image, source, "have no caption", max_unreadable)
     return dataset, source
 
 
@@ -139,22 +139,6 @@ def first_captions(dataset: datasets.Dataset | StreamedDataset, column: str, cou
     if isinstance(dataset, StreamedDataset):
         return [row[column] for row in dataset.head(count)]
     return list(dataset.with_format(None)[:count][column])
-
-
-def report_unlisted(dataset: datasets.Dataset, column: str, source: str, max_unreadable: float) -> None:
-    """Name the images that a folder holds and its metadata does not list: `datasets` drops them in silence.
-
-    Args:
-        dataset: The undecoded images of a folder; see [`drop_rows`] for the rest.
-    """
-    listed = {record["path"] for record in dataset[column]}
-    folders = sorted(filter(os.path.isdir, {os.path.dirname(path) for path in listed}))  # not inside archives
-    found = (os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder)))
-    suffixes = tuple(ImageFolder.EXTENSIONS)
-    unlisted = [path for path in found if path.lower().endswith(suffixes) and path not in listed]
-    if unlisted:
-        total, names = len(listed) + len(unlisted), ", ".join(unlisted[:10])
-        report_dropped(len(unlisted), total, names, "have no caption", source, max_unreadable)
 
 
 def count_longer(captions: list[str], tokenizer: Callable, limit: int) -> int:

@@ -22,6 +22,7 @@ import datasets
 import torch
 from accelerate.logging import get_logger
 from datasets.fingerprint import Hasher
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from diffusers.training_utils import find_nearest_bucket
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
@@ -208,6 +209,22 @@ def report_dropped(count: int, total: int, names: str, problem: str, source: str
         found = f"{count} of {total} images {problem}: {names}"
         fail(f"{source}: {found}; repair or remove them, or raise --max_unreadable {max_unreadable}")
     print(f"skipping {count} of {total} images, which {problem}: {names}", flush=True)
+
+
+def report_unlisted(dataset: datasets.Dataset, column: str, source: str, problem: str, max_unreadable: float) -> None:
+    """Name the images that a folder holds and its metadata does not list: `datasets` drops them in silence.
+
+    Args:
+        dataset: The undecoded images of a folder; see [`drop_rows`] for the rest.
+    """
+    listed = {record["path"] for record in dataset[column]}
+    folders = sorted(filter(os.path.isdir, {os.path.dirname(path) for path in listed}))  # not inside archives
+    found = (os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder)))
+    suffixes = tuple(ImageFolder.EXTENSIONS)
+    unlisted = [path for path in found if path.lower().endswith(suffixes) and path not in listed]
+    if unlisted:
+        total, names = len(listed) + len(unlisted), ", ".join(unlisted[:10])
+        report_dropped(len(unlisted), total, names, problem, source, max_unreadable)
 
 
 def open_image(record: dict[str, Any], mode: str) -> Image.Image:

@@ -162,6 +162,8 @@ def get_scheduler(
     name: str, optimizer: torch.optim.Optimizer, num_warmup_steps: int, num_training_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """Diffusers' learning rate schedule of this name, or "cosine_to_half", a cosine down to half the peak."""
+    if name == "constant" and num_warmup_steps:  # Diffusers' own "constant" has no warm-up
+        name = "constant_with_warmup"
     if name != "cosine_to_half":
         return optimization.get_scheduler(
             name, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps

@@ -24,7 +24,7 @@ def load(tmp_path):
     def load_dataset(*flags, channels=1, resolution=16) -> datasets.Dataset:
         fixed = ("--pretrained_teacher_model", "x", "--cache_dir", tmp_path / "cache", "--dataloader_num_workers", 0)
         args = train_lift_unet.parse_args([str(flag) for flag in (*fixed, *flags)])
-        return train_lift_unet.make_dataset(args, channels, resolution)[0]
+        return train_lift_unet.make_dataset(args, channels, resolution, resolution)[0]
 
     return load_dataset
 
@@ -135,6 +135,15 @@ def test_all_files_of_a_folder_are_used_whatever_their_names(load, tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         halves().save(folder / name)
     assert len(load("--train_data_dir", folder)) == 6
+
+
+def test_metadata_leave_no_image_out(load, tmp_path):
+    """They say nothing that is trained on; `datasets` would drop what they do not list."""
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        halves().save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "images" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a caption"}\n')
+    assert len(load("--train_data_dir", tmp_path / "images")) == 3
 
 
 def test_of_splits_only_train_is_used(load, tmp_path):

@@ -167,6 +167,13 @@ def test_from_random_weights_to_student_by_accelerate_launch(run, captioned, cac
         assert same(getattr(pipeline, name).state_dict(), theirs)
 
 
+@pytest.mark.parametrize("flags", [("--mixed_precision", "bf16"), ("--teacher_dtype", "fp16")], ids=" ".join)
+def test_a_student_starts_from_the_teachers_own_weights(distil, sd3_teacher, flags):
+    """And not from what the run, or --teacher_dtype, rounds the teacher's to."""
+    folder = distil("--student", "whole", "--learning_rate", 0, *flags)
+    assert same(weights(folder), weights(sd3_teacher))
+
+
 # ----------------------------------------------------------------------------------------------------- what is trained
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 from common.costs import profile_forward
@@ -119,6 +120,28 @@ def test_two_processes_share_the_batch(teacher, images, tmp_path):
     assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
     rows = metrics(tmp_path / "whole")
     assert len(rows) == 3 and [row["loss"] for row in metrics(tmp_path / "parts")] == [row["loss"] for row in rows]
+
+
+def test_images_that_are_not_square(distil, images, tmp_path):
+    """UNet2DModel takes a pair as its sample_size; the teacher's samples are as large as the student's."""
+    recipe = tmp_path / "student.json"
+    for sides in ([16, 24], [16, 16]):
+        recipe.write_text(json.dumps({"config": {"sample_size": sides, "layers_per_block": 1}}))
+        folder = distil("--student", recipe, output_dir=tmp_path / f"{sides[1]}")
+        pipeline = DDPMPipeline.from_pretrained(folder)
+        assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, *sides, 1)
+        assert f"- Images of {sides[0]} × {sides[1]} pixels" in (folder / "README.md").read_text()
+        assert all(0 < row["kd"] < math.inf for row in metrics(folder))
+
+
+def test_without_its_loss_no_teacher_is_held(distil, monkeypatch):
+    """It would stay on the device for the whole run; its weights serve to fill the student."""
+
+    def unexpected(*arguments):
+        raise AssertionError("the teacher is held")
+
+    monkeypatch.setattr(train_lift_unet, "hold_teacher", unexpected)
+    assert len(metrics(distil("--kd_loss", "none"))) == 3
 
 
 # ----------------------------------------------------------------------------------------------------- what is trained

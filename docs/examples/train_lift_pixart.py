@@ -599,7 +599,8 @@ def sample_images(
             guidance_scale=guidance_scale,
             output_type="latent",
         ).images
-    images = vae.decode(latents.float() / vae.config.scaling_factor).sample
+    latents = latents.float() / vae.config.scaling_factor
+    images = torch.cat([vae.decode(image).sample for image in latents.split(1)])  # one by one: decoding takes memory
     transformer.train(training)
     return gather_samples(pipeline.image_processor.postprocess(images), count)
 
