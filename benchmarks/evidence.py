@@ -142,6 +142,19 @@ def draws_experiment() -> Experiment:
     return Experiment(question, rows, (0, 1, 2), shared, (("live",),))
 
 
+def fresh_experiment() -> Experiment:
+    """Losses whose rows elsewhere have a teacher cached for eight draws, each of which comes three times."""
+    rows = {"none, rms": {**NO_TEACHER["none, rms"], "learning_rate": 0.002}}
+    for loss in ("mse", "place"):
+        for name, cache in (("8 draws", CACHED), ("live", {})):
+            rows[f"{loss}, {name}"] = {"kd_loss": loss, "learning_rate": 0.008, **cache}
+    question = "Does a student of 1.6 % of the teacher learn more from noise that is always new, in 6,000 steps?"
+    compared = ("mse, live",), ("none, rms",)
+    pairs = tuple((f"{loss}, live", f"{loss}, 8 draws") for loss in ("mse", "place"))
+    pairs += tuple(("place, live", other) for other in ("mse, live", "none, rms"))
+    return Experiment(question, rows, (0, 1, 2), LONG, compared, pairs=pairs)
+
+
 def teachers_experiment() -> Experiment:
     """The same student, 1.6 % of the largest of three teachers."""
     rows, teachers = {}, {}
@@ -233,6 +246,7 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
     "rates": rates_experiment,
     "rates-longer": longer_rates_experiment,
     "draws": draws_experiment,
+    "fresh": fresh_experiment,
     "teachers": teachers_experiment,
     "ablations": ablations_experiment,
     "batches": batches_experiment,
