@@ -40,7 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +87,7 @@ PEAKS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "A100": 312.0, "RTX 4
 SAVING = "--use_8bit_adam --gradient_checkpointing"
 NEEDED = 24  # GiB that a run takes at most, where it is not held to less
 LIMIT = 300  # seconds for runs that start side by side
+OVER = 80  # seconds that what was started in a slice's minutes may go on after them
 
 
 class Case(NamedTuple):
@@ -147,7 +148,7 @@ GRIDS = (
 )
 CELL = 16  # GiB that a cell of theirs takes at most
 TESTS = "tests/test_gpu.py tests/test_teacher_weights.py tests/test_teacher_cache.py tests/test_losses.py"
-STEPS, LOGGED, SETTLED = 16, 4, 2  # of a run of slices 2, 3 and 7: steps, steps per row, rows before it is timed
+STEPS, LOGGED, SETTLED = 20, 4, 2  # of a run of slices 2, 3 and 7: steps, steps per row, rows before its turn
 
 
 # ------------------------------------------------------------------------------------------------- in a run's process
@@ -236,6 +237,10 @@ class Results:
         device = describe_device(torch.device("cuda" if ON_GPU else "cpu"))
         return settings | {"device": device, "torch": torch.__version__}
 
+    def seconds_left(self, most: float = LIMIT) -> float:
+        """What is started now may take so long."""
+        return min(most, self.started + 60 * self.minutes + OVER - time.monotonic())
+
     def check_time(self) -> None:
         """End the process where the minutes are over."""
         if time.monotonic() > self.started + 60 * self.minutes:
@@ -271,7 +276,7 @@ def run_all(
         results.check_time()
         wave, missing = take_wave(missing)
         started = time.time()
-        for run, found in zip(wave, run_wave(wave, size, inputs, turn_at)):
+        for run, found in zip(wave, run_wave(wave, size, inputs, turn_at, results.seconds_left())):
             results.keep(run.settings, found if "error" in found else finish(run, found), started)
     return [results.find(run.settings) for run in runs]
 
@@ -288,8 +293,8 @@ def take_wave(runs: list[Run]) -> tuple[list[Run], list[Run]]:
     return wave, runs[len(wave) :]
 
 
-def run_wave(runs: list[Run], size: str, inputs: Path, turn_at: int | None) -> list[Result]:
-    """[`train`] in processes side by side; of one that fails, the "error", its last line."""
+def run_wave(runs: list[Run], size: str, inputs: Path, turn_at: int | None, seconds: float) -> Iterator[Result]:
+    """[`train`] in processes side by side; of one that fails, or takes too long, the "error", its last line."""
     context = 0
     if ON_GPU:  # of a process alone on the GPU
         query = "import torch; torch.cuda.init(); free, total = torch.cuda.mem_get_info(); print(total - free)"
@@ -304,11 +309,9 @@ def run_wave(runs: list[Run], size: str, inputs: Path, turn_at: int | None) -> l
             options = {"script": run.script, "flags": flags, "gibibytes": run.gibibytes, "turn_at": turn_at}
             options |= {"context": context, "output": str(output)}
             commands.append([sys.executable, "benchmarks/gpu.py", "--in_process", json.dumps(options)])
-        ended = run_in_turns(commands, ROOT, {"HF_HUB_OFFLINE": "1"}, LIMIT)
-        return [
-            read_measured(finished, Path(folder) / str(number), run.settings)
-            for number, (run, finished) in enumerate(zip(runs, ended))
-        ]
+        ended = run_in_turns(commands, ROOT, {"HF_HUB_OFFLINE": "1"}, seconds, timed=turn_at is not None)
+        for number, (run, finished) in enumerate(zip(runs, ended)):
+            yield read_measured(finished, Path(folder) / str(number), run.settings)
 
 
 def common_flags(script: str, size: str, inputs: Path) -> list[str]:
@@ -319,10 +322,14 @@ def common_flags(script: str, size: str, inputs: Path) -> list[str]:
     ]
 
 
-def run_python(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    """A Python process in the repository's root, its output kept."""
+def run_python(*command: str, seconds: float = LIMIT, **environment: str) -> subprocess.CompletedProcess:
+    """A Python process in the repository's root, its output kept. One that takes too long is killed.
+
+    Raises:
+        subprocess.TimeoutExpired: It was.
+    """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": seconds}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, **options)
 
 
@@ -354,7 +361,7 @@ def check_losses(results: Results, size: str, inputs: Path) -> None:
 def measure_memory(number: int, results: Results, size: str, inputs: Path) -> None:
     """Slices 2, 3 and 7: for each card the largest batch that fits, its memory and its speed."""
     total = torch.cuda.get_device_properties(0).total_memory / 2**30 if ON_GPU else math.inf
-    # Each with the batches that were tried, and whether they fit.
+    # Each with the batches that were tried, and whether they fit; None is not known.
     ladders = [(case, limit, {}) for case in MEMORY[number] for limit in case.first_batches if limit <= total]
     ladders = ladders if ON_GPU else ladders[:1]
     while ladders:
@@ -365,8 +372,9 @@ def measure_memory(number: int, results: Results, size: str, inputs: Path) -> No
         ]
         found = run_all(results, [run for *_, run in tries], size, inputs, finish_case, SETTLED * LOGGED + 1)
         for (fits, batch, _), result in zip(tries, found):
-            fits[batch] = "error" not in result
-        ladders = [(case, limit, fits) for case, limit, fits in ladders if next_batches(1, fits)]
+            fits[batch] = "error" not in result if is_measured(result) else None
+        # What failed in another way says nothing of the memory; the same command tries it again.
+        ladders = [ladder for ladder in ladders if None not in ladder[2].values() and next_batches(1, ladder[2])]
 
 
 def next_batches(first: int, fits: dict[int, bool]) -> list[int]:
@@ -396,8 +404,9 @@ def make_run(case: Case, limit: int, batch: int, size: str) -> Run:
 
 
 def finish_case(run: Run, found: Result) -> Result:
-    """The speed of a run of slices 2, 3 and 7."""
-    speed = statistics.median(row["images_per_second"] for row in found.pop("rows")[SETTLED + 1 :])
+    """The speed of a run of slices 2, 3 and 7: that of the steps after those in which it waited for its turn."""
+    rows = [row for row in found.pop("rows") if row["step"] > (SETTLED + 1) * LOGGED]
+    speed = statistics.median(row["images_per_second"] for row in rows)
     steps, images = PUBLISHED[run.script]
     return found | {"images per second": speed, "hours for the recipe": steps * images / speed / 3600}
 
@@ -435,10 +444,11 @@ def time_steps(results: Results, size: str, inputs: Path) -> None:
     if ON_GPU:
         at_once = max(int(torch.cuda.get_device_properties(0).total_memory / 2**30 / CELL), 1)
         at_once = min(at_once, (os.cpu_count() or 2) // 2)
+    write_json(results.path, results.found)  # where `run_cells` looks for what is measured
     for start in range(0, len(cells), at_once):
         results.check_time()
-        wave = cells[start : start + at_once]
-        found = run_cells(wave, results.path, inputs, 3, "benchmarks/gpu.sh 4", at_once, LIMIT)
+        wave, seconds = cells[start : start + at_once], results.seconds_left()
+        found = run_cells(wave, results.path, inputs, 3, "benchmarks/gpu.sh 4", at_once, seconds)
         write_markdown(results.path.with_suffix(".md"), found)
 
 
@@ -448,14 +458,19 @@ def kill_and_resume(results: Results, size: str, inputs: Path) -> None:
     results.check_time()
     settings = [{"script": script, "size": size} for script in ("unet", "sd21")]
     missing = [each for each in settings if results.misses(each)]
+    until = time.monotonic() + results.seconds_left(2 * LIMIT)
     with ThreadPoolExecutor(2 if ON_GPU else 1) as pool:
-        found = [*pool.map(lambda each: kill_once(each["script"], size, inputs), missing)]
+        found = [*pool.map(lambda each: kill_once(each["script"], size, inputs, until), missing)]
     for each, measured in zip(missing, found):
         results.keep(each, measured, started)
 
 
-def kill_once(script: str, size: str, inputs: Path) -> Result:
-    """How far a run that is killed and resumed is from one that is not."""
+def kill_once(script: str, size: str, inputs: Path, until: float) -> Result:
+    """How far a run that is killed and resumed is from one that is not.
+
+    Args:
+        until: The time, of `time.monotonic`, at which what still runs is killed for good.
+    """
     prepare_inputs(script, size, inputs)
     precision = "fp16" if ON_GPU else "no"
     with tempfile.TemporaryDirectory(dir=inputs) as folder:
@@ -468,12 +483,12 @@ def kill_once(script: str, size: str, inputs: Path) -> Result:
             return [sys.executable, f"train_lift_{script}.py", *common_flags(script, size, inputs), *flags]
 
         def interrupt() -> int:
-            step = run_until(lambda rows: len(rows) >= 12, command(killed), killed)
-            run_until(lambda rows: False, command(killed), killed)
+            step = run_until(lambda rows: len(rows) >= 12, command(killed), killed, until)
+            run_until(lambda rows: False, command(killed), killed, until)
             return step
 
         with ThreadPoolExecutor(2 if ON_GPU else 1) as pool:
-            other = pool.submit(run_until, lambda rows: False, command(whole), whole)
+            other = pool.submit(run_until, lambda rows: False, command(whole), whole, until)
             step = interrupt()
             other.result()
         ends = [run / "model_index.json" for run in (whole, killed)]
@@ -484,13 +499,13 @@ def kill_once(script: str, size: str, inputs: Path) -> Result:
         return {"killed after step": step} | compare(whole, killed)
 
 
-def run_until(enough: Callable[[list[Result]], bool], command: list[str], output: Path) -> int:
-    """Start a training and kill it once it has logged enough, if it ever has; returns the last step it logged."""
+def run_until(enough: Callable[[list[Result]], bool], command: list[str], output: Path, until: float) -> int:
+    """Start a training and kill it once it has logged enough, or at a time; returns the last step it logged."""
     path = output / "metrics.jsonl"
     with (output.parent / f"{output.name}.txt").open("wb") as printed:
         process = subprocess.Popen(command, cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            if enough(read_metrics(path)):
+            if enough(read_metrics(path)) or time.monotonic() > until:
                 process.send_signal(signal.SIGKILL)
             time.sleep(0.05)
     rows = read_metrics(path)
@@ -510,7 +525,11 @@ def run_tests(results: Results, size: str, inputs: Path) -> None:
     settings, started = {"tests": TESTS}, time.time()
     if results.misses(settings):
         environment = {"ACCELERATE_USE_CPU": "false"}
-        finished = run_python("-m", "pytest", "-q", "-rf", "--numprocesses", "4", *TESTS.split(), **environment)
+        command, seconds = ("-m", "pytest", "-q", "-rf", "--numprocesses", "4"), results.seconds_left(2 * LIMIT)
+        try:
+            finished = run_python(*command, *TESTS.split(), seconds=seconds, **environment)
+        except subprocess.TimeoutExpired as error:
+            return results.keep(settings, {"error": str(error)}, started)
         print(finished.stdout[-5000:], flush=True)
         last = finished.stdout.strip().rpartition("\n")[2]
         results.keep(settings, {"result" if finished.returncode == 0 else "error": last}, started)

@@ -46,7 +46,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -297,10 +297,10 @@ def identify(cell: dict[str, Any]) -> tuple:
     return tuple(cell[name] for name in SETTINGS)
 
 
-def measure(cells: list[dict[str, Any]], inputs: Path, warmup: int, seconds: float) -> list[dict[str, Any]]:
+def measure(cells: list[dict[str, Any]], inputs: Path, warmup: int, seconds: float) -> Iterator[dict[str, Any]]:
     """Run cells side by side, in processes of their own, which time their steps in turns.
 
-    Returns:
+    Yields:
         What was measured of each. Of one that did not end well, the "error", its last line; the end of its output is
         printed, unless it was that the GPU's memory is too small.
     """
@@ -312,14 +312,11 @@ def measure(cells: list[dict[str, Any]], inputs: Path, warmup: int, seconds: flo
             commands.append([sys.executable, __file__, "--in_process", json.dumps(options)])
         environment = {**KEEP_MEMORY, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(cells[0]["threads"])}
         started = time.time()
-        ended = run_in_turns(commands, Path.cwd(), environment, seconds)
-        found = []
-        for number, finished in enumerate(ended):
+        for number, finished in enumerate(run_in_turns(commands, Path.cwd(), environment, seconds)):
             measured = read_measured(finished, Path(folder) / str(number), identify(cells[number]))
             if "error" not in measured:
                 measured["seconds to the end of the first step"] = measured.pop("first step ended") - started
-            found.append(measured)
-        return found
+            yield measured
 
 
 def read_measured(finished: subprocess.CompletedProcess, folder: Path, name: object) -> dict[str, Any]:
@@ -334,7 +331,7 @@ def read_measured(finished: subprocess.CompletedProcess, folder: Path, name: obj
     if finished.returncode == 0:
         return json.loads((folder / "measured.json").read_text())
     last = finished.stdout.strip().rpartition("\n")[2] or f"exit code {finished.returncode}"
-    if FITS_NOT in last:
+    if FITS_NOT in last and "--train_batch_size" in last:  # a step, and no grid of samples or cache
         return {"error": FITS_NOT, "message": last}
     print(f"{name} ended with\n{finished.stdout[-3000:]}", file=sys.stderr, flush=True)
     return {"error": last}
@@ -360,7 +357,7 @@ def run_cells(
     """Measure the cells that the file has not yet; returns the file's and the wanted ones, each once.
 
     Args:
-        path: The JSON file, if there is one. It is written whenever cells are done.
+        path: The JSON file, if there is one. It is written whenever a cell is done.
         command: Is kept with the cells that are measured now.
         at_once: Cells that start side by side.
         seconds: They have to end.
@@ -376,8 +373,8 @@ def run_cells(
             prepare_inputs(cell["script"], cell["size"], inputs)
         for cell, found in zip(cells, measure(cells, inputs, warmup, seconds)):
             known[identify(cell)] = cell | {"command": command} | found
-        if path:
-            write_json(path, list(known.values()))
+            if path:
+                write_json(path, list(known.values()))
     return list(known.values())
 
 

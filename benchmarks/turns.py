@@ -16,11 +16,13 @@ import os
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 
 TURN = "LIFT_BENCHMARK_TURN"  # in a process's environment: the folder by which it waits
 PAUSE = 0.05  # seconds
+STARTS = 0.6  # of the seconds: how long processes may start
 
 
 def wait_for_turn() -> None:
@@ -34,19 +36,22 @@ def wait_for_turn() -> None:
 
 
 def run_in_turns(
-    commands: list[list[str]], folder: Path, environment: dict[str, str], seconds: float
-) -> list[subprocess.CompletedProcess]:
+    commands: list[list[str]], folder: Path, environment: dict[str, str], seconds: float, timed: bool = True
+) -> Iterator[subprocess.CompletedProcess]:
     """Start the commands at once; each has its turn when all are ready, in their order, and ends with it.
 
     Args:
         folder: Where they are started.
         environment: Theirs, beside this process's own.
-        seconds: After which those that have not ended are killed.
+        seconds: After which those that have not ended are killed; those that are not ready after [`STARTS`] of them
+            are killed then, so that the others are timed.
+        timed: Whether they wait for a turn.
 
-    Returns:
-        What each has printed, errors among it, and its exit code.
+    Yields:
+        What each has printed, errors among it, and its exit code, in their order and as soon as it has ended.
     """
-    deadline = time.monotonic() + seconds
+    started = time.monotonic()
+    deadline = started + seconds
     with tempfile.TemporaryDirectory() as turns:
         processes: list[tuple[subprocess.Popen, Path]] = []
         try:
@@ -57,17 +62,19 @@ def run_in_turns(
                 with (turn / "output.txt").open("wb") as output:
                     process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
                 processes.append((process, turn))
-            while any(starts(*each) for each in processes) and time.monotonic() < deadline:
+            while timed and any(starts(*each) for each in processes) and time.monotonic() < started + STARTS * seconds:
                 time.sleep(PAUSE)
-            for process, turn in processes:
+            for process, turn in processes if timed else ():
+                if starts(process, turn):
+                    process.kill()
+            for command, (process, turn) in zip(commands, processes):
                 (turn / "go").touch()
                 end_by(process, deadline)
+                text = (turn / "output.txt").read_text(encoding="utf-8", errors="replace")
+                yield subprocess.CompletedProcess(command, process.wait(), text)
         finally:
             for process, _ in processes:
                 process.kill()
-        texts = [(turn / "output.txt").read_text(encoding="utf-8", errors="replace") for _, turn in processes]
-    ended = zip(commands, processes, texts)
-    return [subprocess.CompletedProcess(command, process.wait(), text) for command, (process, _), text in ended]
 
 
 def starts(process: subprocess.Popen, turn: Path) -> bool:

@@ -160,7 +160,8 @@ def test_gpu_benchmark_finds_the_largest_batch_that_fits(tmp_path, monkeypatch):
 
     def run_wave(runs: list[gpu.Run], *where) -> list[dict]:
         tried.append([(run.gibibytes, run.settings["batch"]) for run in runs])
-        rows = [{"images_per_second": float(speed)} for speed in (1, 2, 3, 4)]
+        steps = {"1": 9.0, "4": 9.0, "8": 9.0, "12": 0.1, "16": 3.0, "20": 5.0}  # it waits for its turn in step 9
+        rows = [{"step": int(number), "images_per_second": speed} for number, speed in steps.items()]
         fits = [run.settings["batch"] < run.gibibytes / 2 for run in runs]
         return [{"rows": rows} if each else {"error": step.FITS_NOT} for each in fits]
 
@@ -187,6 +188,49 @@ def test_gpu_benchmark_finds_the_largest_batch_that_fits(tmp_path, monkeypatch):
     assert found[12, 4]["images per second"] == 4 and found[12, 8]["error"] == step.FITS_NOT
 
 
+def test_gpu_benchmark_takes_no_other_error_for_a_lack_of_memory(tmp_path, monkeypatch):
+    """It says nothing of the batch: neither half of it is tried, nor is it kept as a result."""
+    tried = []
+
+    def run_wave(runs: list[gpu.Run], *where) -> list[dict]:
+        tried.extend(run.settings["batch"] for run in runs)
+        return [{"error": "exit code -9"} for _ in runs]
+
+    monkeypatch.setattr(gpu, "run_wave", run_wave)
+    monkeypatch.setattr(gpu, "prepare_inputs", lambda *options: None)
+    monkeypatch.setattr(gpu, "MEMORY", {2: (gpu.Case("sd21", "bk_tiny", "", {12: 1}),)})
+    for _ in range(2):
+        gpu.measure_memory(2, gpu.Results(tmp_path / "memory.json", 1), "tiny", tmp_path)
+    assert tried == [1, 1]
+    texts = "the sample grid does not fit the GPU: CUDA", "--train_batch_size 4 does not fit the GPU: CUDA"
+    ends = [subprocess.CompletedProcess([], 1, text) for text in texts]
+    assert [step.is_measured(step.read_measured(end, tmp_path, "a run")) for end in ends] == [False, True]
+
+
+def test_a_slice_ends_soon_after_its_minutes(tmp_path, monkeypatch):
+    results = gpu.Results(tmp_path / "memory.json", 8)
+    assert results.seconds_left() == gpu.LIMIT
+    results.started -= 7.5 * 60
+    assert 100 < results.seconds_left() < 115
+    monkeypatch.setattr(gpu, "TESTS", "tests/no_such_tests.py")
+    monkeypatch.setattr(gpu.Results, "seconds_left", lambda results, most: 0.1)
+    gpu.run_tests(results, "tiny", tmp_path)
+    assert "timed out after 0.1 seconds" in results.found[0]["error"]
+
+
+def test_gpu_benchmark_goes_on_with_stored_steps(tmp_path, monkeypatch):
+    """Where the folder of the results is a new one."""
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "stored")
+    wanted = step.list_cells(
+        step.parse_args(["--script", "dit", "--cache", "latents", "--batch", "2", "--steps", "2", "--size", "tiny"])
+    )
+    step.write_json(tmp_path / "stored" / "steps.json", [cell | {"error": step.FITS_NOT} for cell in wanted])
+    monkeypatch.setattr(gpu, "GRIDS", ("--script dit --cache latents --batch 32",))
+    monkeypatch.setattr(step, "measure", None)  # all is there
+    gpu.time_steps(gpu.Results(tmp_path / "new" / "steps.json", 1), "tiny", tmp_path)
+    assert json.loads((tmp_path / "new" / "steps.json").read_text())[0]["error"] == step.FITS_NOT
+
+
 def test_gpu_benchmark_adds_estimates(tmp_path):
     settings = {"script": "unet", "device": "NVIDIA H200", "flags": "--mixed_precision bf16", "batch": 32}
     results = gpu.Results(tmp_path / "memory.json", 1)
@@ -210,13 +254,23 @@ def test_processes_start_side_by_side_and_are_timed_in_turns(tmp_path):
     log = tmp_path / "log.txt"
     commands = [[sys.executable, "-c", code, str(log), name] for name in "abc"]
     commands += [[sys.executable, "-c", "raise SystemExit('error: it ended early')"]]
-    ended = turns.run_in_turns(commands, ROOT, {}, 60)
+    ended = list(turns.run_in_turns(commands, ROOT, {}, 60))
     assert log.read_text().split() == ["start"] * 3 + ["a", "a", "b", "b", "c", "c"]
     assert [each.returncode for each in ended] == [0, 0, 0, 1]
     assert [each.stdout.strip() for each in ended] == ["said a", "said b", "said c", "error: it ended early"]
     endless = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"]
-    (killed,) = turns.run_in_turns([endless], ROOT, {}, 2)
-    assert killed.returncode == -signal.SIGKILL and killed.stdout == "here\n"
+    for timed in (True, False):
+        (killed,) = turns.run_in_turns([endless], ROOT, {}, 2, timed)
+        assert killed.returncode == -signal.SIGKILL and killed.stdout == "here\n"
+
+
+def test_one_slow_start_takes_no_turn_from_the_others(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, 'benchmarks'); from turns import wait_for_turn; wait_for_turn(); print('done')"
+    )
+    commands = [[sys.executable, "-c", "import time; time.sleep(60)"], [sys.executable, "-c", code]]
+    slow, ready = turns.run_in_turns(commands, ROOT, {}, 5)
+    assert slow.returncode == -signal.SIGKILL and (ready.returncode, ready.stdout) == (0, "done\n")
 
 
 def test_step_benchmark_keeps_other_cells_where_one_fails(tmp_path, monkeypatch, capsys):
