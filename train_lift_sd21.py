@@ -362,7 +362,8 @@ def size_multiple(student: UNet2DConditionModel, vae: AutoencoderKL) -> int:
 
 def is_pruned(student: UNet2DConditionModel, teacher: UNet2DConditionModel, recipe: dict) -> bool:
     """Whether the student starts from the largest of the teacher's channels, in layers that are the teacher's."""
-    return "width" in recipe and "blocks" not in recipe and is_narrower(student, teacher)
+    narrower = student.num_parameters() < teacher.num_parameters() and is_narrower(student, teacher)
+    return narrower and "blocks" not in recipe
 
 
 def fill_student(

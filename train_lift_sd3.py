@@ -399,7 +399,10 @@ def build_student(
     if args.kd_loss == "none" or args.lambda_kd_feat == 0:
         recipe = {**recipe, "features": []}
     if "features" not in recipe:
-        pairs = [list(pair) for pair in recipe.get("blocks", {}).items() if pair[0].startswith("transformer_blocks.")]
+        both = range(min(student.config.num_layers, teacher.config.num_layers))
+        same = [f"transformer_blocks.{index}" for index in both]
+        blocks = recipe.get("blocks", dict(zip(same, same)))
+        pairs = [list(pair) for pair in blocks.items() if pair[0].startswith("transformer_blocks.")]
         recipe = {**recipe, "features": pairs}
     with model_errors_end(mismatch, FEATURES_REMEDY):
         pair_features(student, teacher, recipe["features"], example_inputs(student, args.max_sequence_length), item=1)

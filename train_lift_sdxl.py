@@ -200,6 +200,7 @@ def koala_student(depths: list[int], mid: bool = False) -> dict:
             features.append([down, down])
         features.append([up, source])
     config = {"layers_per_block": 1, "transformer_layers_per_block": depths}
+    config["reverse_transformer_layers_per_block"] = None  # which a teacher like SSD-1B has
     if mid:
         blocks["mid_block"] = "mid_block"
         features.append(["mid_block", "mid_block"])
@@ -397,7 +398,8 @@ def size_multiple(student: UNet2DConditionModel, vae: AutoencoderKL) -> int:
 
 def is_pruned(student: UNet2DConditionModel, teacher: UNet2DConditionModel, recipe: dict) -> bool:
     """Whether the student starts from the largest of the teacher's channels, in layers that are the teacher's."""
-    return "width" in recipe and "blocks" not in recipe and is_narrower(student, teacher)
+    narrower = student.num_parameters() < teacher.num_parameters() and is_narrower(student, teacher)
+    return narrower and "blocks" not in recipe
 
 
 def fill_student(

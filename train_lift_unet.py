@@ -100,7 +100,8 @@ from lift_utils import FeatureModel, KDLoss, make_kd_loss, prediction_error
 
 logger = get_logger(__name__)
 
-EXPECTED = "pass a DDPM/DDIM pipeline or a UNet2DModel: a folder or a Hub id"
+PARTS = ("unet", "scheduler")  # of a pipeline of pixels
+EXPECTED = "pass a DDPM/DDIM pipeline, a folder or a Hub id, or the folder of a UNet2DModel"
 
 # A preset says what a JSON file says: {"width": fraction, "config": {overrides}, "blocks": {...}, "features": [...]}.
 # Of the CelebA-64 DDPM (78.7M parameters, blocks of 128, 256, 256, 256, 512) these keep 44.3M, 19.7M, 9.7M and 1.2M;
@@ -196,7 +197,12 @@ def load_teacher(source: TeacherSource, prediction_type: str) -> tuple[UNet2DMod
         unet, scheduler = load_weights(source, UNet2DModel), None
     else:
         pipeline = load_weights(source, DiffusionPipeline)
-        unet, scheduler = getattr(pipeline, "unet", None), pipeline.scheduler
+        unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
+        others = [name for name, part in pipeline.components.items() if part is not None and name not in PARTS]
+        if others:
+            kind = f"{type(pipeline).__name__} with a {others[0]}"
+            remedy = "pass a model of pixels, or see docs/adapting.md for others"
+            fail(f"--pretrained_teacher_model {source.path} is a {kind}; {remedy}")
     if not isinstance(unet, UNet2DModel):
         fail(f"--pretrained_teacher_model {source.path} holds no UNet2DModel; pass a pixel DDPM or DDIM pipeline")
     check_weights(unet.float(), f"--pretrained_teacher_model {source.path}: its unet")

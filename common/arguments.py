@@ -219,6 +219,8 @@ def check_args(args: argparse.Namespace) -> None:
         check_xformers()
     if args.offload_teacher and not (torch.cuda.is_available() or args.dry_run):
         fail("--offload_teacher needs a CUDA device to move the teacher to; drop it")
+    if args.offload_teacher and args.teacher_dtype == "nf4":
+        fail("--offload_teacher with --teacher_dtype nf4: 4-bit weights do not move; pass fp8, or drop one of them")
     if args.offload_teacher and args.compile:
         fail("--offload_teacher with --compile: its weights move while they are compiled; drop one of them")
     for flag, given in (("--use_8bit_adam", args.use_8bit_adam), ("--teacher_dtype nf4", args.teacher_dtype == "nf4")):

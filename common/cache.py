@@ -16,11 +16,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from common.checkpoints import flush
 from common.ending import outlive_signals
+from common.errors import fail
 from common.memory import fits_the_gpu
 
 import datasets
@@ -112,6 +114,8 @@ def cache_encodings(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     accelerator.wait_for_everyone()
+    if not all(path.exists() for path in shards.values()):
+        fail(f"--cache_dir {root.parent} lacks what other processes have written; pass one that all machines share")
     whole = datasets.concatenate_datasets([datasets.load_from_disk(str(path)) for path in shards.values()])
     return whole.with_transform(_from_bytes)
 
@@ -162,8 +166,9 @@ def _write_shard(path: Path, rows: list[bytes]) -> None:
 def _sweep(folder: Path) -> None:
     """Remove what killed runs have left of shards. What is young may be another run's that is being written."""
     for path in folder.glob(".rows-*"):
-        if path.stat().st_mtime < time.time() - 3600:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process sweeps, too
+            if path.stat().st_mtime < time.time() - 3600:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def identify(source: str, revision: str | None, parts: list[str], index: str = "model_index.json") -> dict[str, Any]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import fail, first_line
-from common.reporting import grid_path
 from common.train_state import RunningMeans
 
 import torch
@@ -64,7 +63,7 @@ class MetricsLog:
         if accelerator.is_main_process:
             rewind_metrics(self.path, first_step)
             for path in (output_dir / "samples").glob("step-*.png"):
-                if path > grid_path(output_dir, first_step):
+                if int(path.stem.removeprefix("step-")) > first_step:
                     path.unlink()
             accelerator.init_trackers("lift", flags)
         hidden = not accelerator.is_local_main_process

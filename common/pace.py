@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 
+from common.errors import fail
 from common.train_state import TrainState
 
 import torch
@@ -87,6 +88,9 @@ def describe_start(
         limit: How many of them are kept; `None` is all.
         grids: When they are due.
     """
+    if train_state.saved > steps:
+        by = "--max_train_steps or --num_train_epochs"
+        fail(f"{train_state.saved:,} steps are done, and {by} says {steps:,}; pass more, or a new --output_dir")
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
     if device == "cpu" and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true"):
         logger.warning("NO GPU WAS FOUND: this run is on the CPU. See nvidia-smi, or launch with --cpu")

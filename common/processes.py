@@ -16,7 +16,7 @@ import torch
 
 
 # While one of them reads the data, draws samples, or writes a checkpoint.
-TIMEOUT = timedelta(hours=3)
+TIMEOUT = timedelta(days=2)
 
 
 def check_connected(num_processes: int) -> None:

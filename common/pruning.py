@@ -37,8 +37,9 @@ def prune_width(
         accumulate: Puts gradients into a copy of the teacher; channels are then ranked by |weight · gradient| (Taylor)
             instead of by the magnitude of their weights.
     """
-    if teacher.config.time_embedding_type != "positional":
-        fail("--student_init can prune models with a positional time embedding only; pass --student_init random")
+    if teacher.config.time_embedding_type != "positional" or teacher.config.resnet_time_scale_shift != "default":
+        only = "models with a positional time embedding that is added, not scaled by"
+        fail(f"--student_init can prune {only}; pass --student_init random")
     pruned = copy.deepcopy(teacher).eval()
     importance = (
         tp.importance.GroupMagnitudeImportance() if accumulate is None else tp.importance.GroupTaylorImportance()

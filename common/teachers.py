@@ -70,7 +70,9 @@ def load_from(source: TeacherSource, load: Callable, **options: Any) -> Any:
             fail(f"--pretrained_teacher_model {path} is gated; {remedy}")
         if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
             fail(f"--pretrained_teacher_model {path} is not on the Hub, or private; {source.expected}")
-        fail(f"--pretrained_teacher_model {path} does not load: {first_line(error)} Remedy: {source.expected}")
+        variant = "pass --variant fp16 if its files have that in their names; else " * (source.variant is None)
+        remedy = f"{variant if 'no file named' in first_line(error) else ''}{source.expected}"
+        fail(f"--pretrained_teacher_model {path} does not load: {first_line(error)} Remedy: {remedy}")
 
 
 def causes_of(error: BaseException) -> list[BaseException]:

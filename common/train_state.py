@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 
 from lift_utils import FeatureModel
@@ -196,6 +197,10 @@ def load_train_state(output_dir: Path, resume_from: str | None, discard_later: b
         discard_later: Whether there may be newer ones, which the run will remove.
     """
     found = find_checkpoint(output_dir, resume_from, discard_later) if resume_from else None
+    steps = gather_object([found[1]["step"] if found else 0]) if resume_from else [0]
+    if len(set(steps)) > 1:  # each on a machine with a folder of its own, or one could not read it
+        folder = "--output_dir must be one folder for all processes, that all can read"
+        fail(f"--resume_from_checkpoint {resume_from}: processes find checkpoints of the steps {steps}; {folder}")
     if found is None:
         return 0
     tensors, state = found

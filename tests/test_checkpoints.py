@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import common.data
+import common.train_state
 from common.checkpoints import (
     find_checkpoint,
     flush,
@@ -460,6 +461,7 @@ def test_latest_is_of_the_course_the_run_took(tmp_path, limit):
         (FIRST, "checkpoint-1 is older than checkpoint-5, .*; pass latest, or --discard_later_checkpoints"),
         ([*LATEST, "--use_8bit_adam"], "latest is of AdamW; .*--use_8bit_adam"),
         (["--resume_from_checkpoint", "checkpoint-7"], "--resume_from_checkpoint checkpoint-7 is no folder"),
+        ([*LATEST, "--max_train_steps", 4], "5 steps are done, and --max_train_steps or .* says 4; pass more, or"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
@@ -468,6 +470,15 @@ def test_nothing_is_lost_by_the_wrong_flags(distil, whole, tmp_path, flags, mess
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as error:
         distil("student", "--max_train_steps", 6, *flags)
     assert "\n" not in str(error.value)
+    assert digest(folder) == digest(whole)
+
+
+def test_processes_go_on_from_one_checkpoint(distil, whole, tmp_path, monkeypatch):
+    """On two machines whose folders are not one, the other finds none."""
+    folder = shutil.copytree(whole, tmp_path / "student")
+    monkeypatch.setattr(common.train_state, "gather_object", lambda steps: [*steps, 0])
+    with pytest.raises(SystemExit, match=r"find checkpoints of the steps \[5, 0\]; --output_dir must be one"):
+        distil("student", "--max_train_steps", 6, *LATEST)
     assert digest(folder) == digest(whole)
 
 

@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LDMPipeline, UNet2DModel, VQModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fork_server import make_fork_server, start_run
 from tiny_models import (
+    TINY_UNET,
     save_dit_pipeline,
     save_pixart_pipeline,
     save_pixel_pipeline,
@@ -111,6 +112,13 @@ def save_pool(path: Path) -> None:
     torch.jit.script(Pool()).save(str(path))
 
 
+def save_ldm_pipeline(path: Path) -> None:
+    levels = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vqvae = VQModel(**levels, block_out_channels=[8, 8], norm_num_groups=4, latent_channels=3)
+    unet = UNet2DModel(**{**TINY_UNET, "in_channels": 3, "out_channels": 3})
+    LDMPipeline(vqvae, unet, DDIMScheduler(clip_sample=False)).save_pretrained(path)
+
+
 ALONE = "^--features ^--reference"  # for figures of evaluate.py that need neither
 PICTURES = {f"{index}.png": picture(index) for index in range(6)}
 COLOURED = {f"{index}.png": picture(index, 32, "RGB") for index in range(6)}
@@ -125,6 +133,8 @@ INPUTS: dict[str, Callable[[Path], Any] | dict | str | bytes] = {
     "dit": save_dit_pipeline,
     "sd3": save_sd3_pipeline,
     "sdxl": save_sdxl_pipeline,
+    "ldm": save_ldm_pipeline,
+    "scaled": partial(save_pixel_pipeline, resnet_time_scale_shift="scale_shift"),
     "learned_variance": partial(save_pixel_pipeline, out_channels=2),
     "two_channels": partial(save_pixel_pipeline, in_channels=2, out_channels=2),
     "conditional": partial(save_pixel_pipeline, num_class_embeds=10),
@@ -703,6 +713,8 @@ CASES = [
     (DIT, "--validation_classes unicorn", "is no class"),
     (DIT, "--validation_classes 1000", "is no class"),
     (CAPTIONED, "--lora_rank 2 --student_init random", "--lora_rank 2 trains adapters alone", "tensors are random"),
+    (UNET, "--pretrained_teacher_model {ldm}", "is a LDMPipeline with a vqvae; pass a model of pixels"),
+    (UNET, "--pretrained_teacher_model {scaled}", "--student_init can prune models", "that is added, not scaled by"),
     (SD, "--lora_rank 2 --student {shallow_json}", "--lora_rank 2 trains adapters alone", "tensors are random"),
     (SD3, "--share_backbone", "--share_backbone needs --lora_rank"),
     (SD3, "--share_backbone --lora_rank 2 --kd_loss none", "--share_backbone needs a --kd_loss with a teacher"),

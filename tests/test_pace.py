@@ -139,6 +139,17 @@ def test_a_student_is_taken_from_a_run_that_goes_on(distil, teacher, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_grids_of_steps_that_are_gone_are_removed(tmp_path):
+    """By their numbers: as texts, 250,000 comes after 1,000,000."""
+    (tmp_path / "samples").mkdir()
+    for step in (0, 250_000, 1_000_000, 1_250_000):
+        (tmp_path / "samples" / f"step-{step:06d}.png").touch()
+    flags = {"max_grad_norm": 1.0}
+    MetricsLog(tmp_path, Accelerator(cpu=True), flags, 2_000_000, 1_000_000, 8, RunningMeans()).progress_bar.close()
+    kept = {"step-000000.png", "step-250000.png", "step-1000000.png"}
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == kept
+
+
 def test_the_time_to_go_is_said_after_some_steps(tmp_path, capsys):
     accelerator = Accelerator(cpu=True)
     log = MetricsLog(tmp_path, accelerator, {"max_grad_norm": 1.0}, 100, 10, 8, RunningMeans())

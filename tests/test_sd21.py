@@ -340,6 +340,15 @@ def test_pruning_finds_the_channels_that_matter(linear):
     torch.testing.assert_close(student(*inputs).sample, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_narrower_json_student_starts_from_the_teachers_channels(distil, sd_teacher, tmp_path):
+    teacher, path = UNet2DConditionModel.from_pretrained(sd_teacher / "unet"), tmp_path / "student.json"
+    widths = [width // 2 for width in teacher.config.block_out_channels]
+    path.write_text(json.dumps({"config": {"block_out_channels": widths, "norm_num_groups": 4}}))
+    flags = ("--student", path, "--learning_rate", 0, "--max_train_steps", 1, "--lora_rank", 2)
+    ours, theirs = (each["conv_in.weight"].flatten(1) for each in (weights(distil(*flags)), weights(sd_teacher)))
+    assert len(ours) == widths[0] and all(any(torch.equal(row, other) for other in theirs) for row in ours)
+
+
 def test_json_student_with_blocks_and_features(distil, sd_teacher, tmp_path):
     """What a preset can say, a file can: here one level less, other weights fresh, features inside blocks."""
     recipe = {

@@ -632,6 +632,12 @@ def test_json_student_with_blocks_and_features(distil, sd3_teacher, tmp_path):
         assert copied == torch.equal(ours[key], theirs[source]) or key.endswith(".bias"), key
 
 
+def test_json_student_without_blocks_has_features_of_the_same_number(distil, tmp_path):
+    path = tmp_path / "student.json"
+    path.write_text(json.dumps({"config": {"num_layers": 2}}))
+    assert all(row["feat"] > 0 for row in metrics(distil("--student", path)))
+
+
 def test_features_are_the_image_tokens(sd3_teacher):
     teacher = SD3Transformer2DModel.from_pretrained(sd3_teacher / "transformer")
     with torch.device("meta"):

@@ -211,6 +211,16 @@ def test_presets_of_sdxl(full_size, preset):
         assert len(match_blocks(student, unet.state_dict(), recipe.get("blocks"))) == len(student.state_dict())
 
 
+@pytest.mark.parametrize("preset", ["koala_1b", "koala_700m", "extreme"])
+def test_a_teacher_that_is_thinned_itself_gives_the_same_students(preset):
+    """SSD-1B and Vega say the depths of their up blocks, which would not be those of the student."""
+    config = {**SDXL, "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1]}
+    ours, plain = (train_lift_sdxl.student_config(each, STUDENTS[preset]) for each in (config, SDXL))
+    with torch.device("meta"):
+        ours, plain = (UNet2DConditionModel.from_config(each).state_dict() for each in (ours, plain))
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in plain.items()}
+
+
 @pytest.mark.parametrize("preset", STUDENTS)
 def test_a_student_of_the_teachers_blocks_computes(teacher, preset):
     """The blocks come from where the map says, and what a thinned transformer keeps are its first."""

@@ -65,6 +65,16 @@ def source_of(folder: Path) -> TeacherSource:
     return TeacherSource(str(folder), None, None, "pass another")
 
 
+def test_weights_of_a_variant_alone(sd_teacher, tmp_path):
+    """As many repositories have them: what is missing is the flag."""
+    folder = Path(shutil.copytree(sd_teacher, tmp_path / "teacher"))
+    name = "diffusion_pytorch_model.safetensors"
+    (folder / "unet" / name).rename(folder / "unet" / name.replace(".safe", ".fp16.safe"))
+    with pytest.raises(SystemExit, match="Remedy: pass --variant fp16 if its files have that in their names;"):
+        load_part(source_of(folder), UNet2DConditionModel, "unet")
+    load_part(source_of(folder)._replace(variant="fp16"), UNet2DConditionModel, "unet")
+
+
 def to_bin(folder: Path, shards: int = 1) -> Path:
     """Replace the safetensors files of a pipeline or model by .bin files, as older repositories have them."""
     for path in folder.rglob("*.safetensors"):
