@@ -352,22 +352,30 @@ def difference(values: Values, row: str, other: str, figure: str = "fd_50") -> s
     return interval(figures_of(values[row], figure), figures_of(values[other], figure))
 
 
-def explain(experiment: Experiment, values: Values) -> str:
-    """The differences of other pairs, and which errors to the teacher the distance follows, as Markdown."""
+def explain(experiment: Experiment, values: Values, noise: float) -> str:
+    """The differences of other pairs, and which errors to the teacher the distance goes along with, as Markdown.
+
+    Args:
+        noise: The distance of white noise: rows beyond it have learned nothing that it measures.
+    """
     text = ""
     for pair in experiment.pairs:
         by_10, by_50 = (difference(values, *pair, figure) for figure in ("fd_10", "fd_50"))
         text += f"- `{pair[0]}` less `{pair[1]}`: {by_50} by 50 steps, {by_10} by 10\n"
     if experiment.teachers:
         return text
-    distances = [distance for found in values.values() for distance in figures_of(found, "fd_50")]
-    errors = np.array([error for found in values.values() for error in figures_of(found, "errors")])
     noisy = [at for at, timestep in enumerate(TIMESTEPS) if timestep >= 900]
-    ranks = [stats.spearmanr(distances, errors[:, at].mean(1)).statistic for at in (noisy, [0])]
-    return text + (
-        f"- Over the {len(distances)} runs, Spearman's correlation of the distance with the error to the teacher is "
-        f"{ranks[0]:+.2f} at t ≥ 900 and {ranks[1]:+.2f} at t = 0.\n"
-    )
+    for which, limit in (("", np.inf), (" of rows nearer than white noise", noise)):
+        means = {row: np.mean(figures_of(found, "fd_50")) for row, found in values.items()}
+        kept = [found for row, found in values.items() if means[row] < limit]
+        distances = [distance for found in kept for distance in figures_of(found, "fd_50")]
+        errors = np.array([error for found in kept for error in figures_of(found, "errors")])
+        ranks = [stats.spearmanr(distances, errors[:, at].mean(1)).statistic for at in (noisy, [0])]
+        text += (
+            f"- Over the {len(distances)} runs{which}, Spearman's correlation of the distance with the error to the "
+        )
+        text += f"teacher is {ranks[0]:+.2f} at t ≥ 900 and {ranks[1]:+.2f} at t = 0.\n"
+    return text
 
 
 def describe_teachers(experiment: Experiment, lines: dict[str, dict]) -> str:
@@ -456,7 +464,8 @@ def report(name: str, lines: dict[str, dict], results: Path) -> str:
         return f"## {name}\n\n{EXPERIMENTS[name]().question} Not finished.\n"
     text = f"## {name}\n\n{make_table(experiment, values)}"
     if experiment.pairs:
-        text += f"\n{explain(experiment, values)}"
+        bounds = json.loads((results / f"bounds-{SCALES[experiment.scale].side}.json").read_text())
+        text += f"\n{explain(experiment, values, bounds['white noise'])}"
     if experiment.teachers:
         text += f"\n{describe_teachers(experiment, lines)}"
     if experiment.search:

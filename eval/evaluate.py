@@ -391,10 +391,7 @@ def read_statistics(path: Path, extractor: Extractor) -> Statistics:
 
 def load_published(source: str) -> Statistics:
     """Download statistics that clean-fid publishes, of features by its Inception."""
-    parts = source.split(":")[1:]
-    if len(parts) != 3:
-        fail(f"--reference {source} is not clean-fid:NAME:RESOLUTION:SPLIT; pass e.g. clean-fid:cifar10:32:train")
-    name, resolution, split = parts
+    _, name, resolution, split = source.split(":")
     get = functools.partial(cleanfid.features.get_reference_statistics, name, resolution, split=split)
     try:
         mean, covariance = get(metric="FID")
@@ -446,6 +443,8 @@ def check_networks(args: argparse.Namespace) -> None:
     """
     source, compared = args.reference or "", set(args.metrics) - set(WITHOUT_REFERENCE)
     others = sorted(compared - set(OF_INCEPTION))  # each by a network of its own
+    if source.startswith("clean-fid:") and source.count(":") != 3:
+        fail(f"--reference {source} is not clean-fid:NAME:RESOLUTION:SPLIT; pass e.g. clean-fid:cifar10:32:train")
     if source.startswith("clean-fid:") and (args.features or others):
         wanted = f"--features {args.features}" if args.features else " ".join(others)
         remedy = "drop --features, and of --metrics all but " + " ".join(OF_INCEPTION)

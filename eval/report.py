@@ -461,9 +461,9 @@ def read_results(path: Path) -> dict:
 def find_rows(results: dict, comparison: Comparison, path: Path) -> dict[str, dict]:
     """The rows of results by name, first those of images without a model, then those of the models.
 
-    A model's row is found by the hash of its files. Of several, it is the one of images that were made as those of the
-    report; a single one may be of others, which a remark then says. Ends the process if there is no row of these
-    models, or not one that is meant.
+    A model's row is found by the hash of its files. Of several it is that of most images that were made as those of
+    the report; a single one may be of others, which a remark then says. Ends the process if there is no row of these
+    models, or none that is meant.
 
     Args:
         results: From [`read_results`].
@@ -474,16 +474,16 @@ def find_rows(results: dict, comparison: Comparison, path: Path) -> dict[str, di
     for name, digest in comparison.contents.items():
         rows = [row for row in results["rows"] if row["contents"] == digest]
         same = [row for row in rows if [row.get(setting) for setting in SETTINGS] == own]
-        if len(rows) > 1 and len(same) != 1:
+        if len(rows) > 1 and not same:
             names = ", ".join(row["name"] for row in rows)
             remedy = "pass --sampler, --num_inference_steps and --guidance_scale of one, or results with one of them"
-            fail(f"--results {path} has several rows of {name}, {names}, and {len(same)} made as here; {remedy}")
+            fail(f"--results {path} has several rows of {name}, {names}, and none is made as here; {remedy}")
         if rows and not same:
             made = ", ".join(f"{setting} {rows[0].get(setting)}" for setting in SETTINGS)
             remarks = [*rows[0]["remarks"], f"all quality: of images by {made}, unlike those shown here"]
             found[name] = {**rows[0], "remarks": remarks}
         elif rows:
-            found[name] = same[0]
+            found[name] = max(same, key=lambda row: row.get("images", 0))
     if not found:
         fail(f"--results {path} has no row of these models; measure images that generate.py made with them")
     return {row["name"]: row for row in results["rows"] if row["contents"] is None} | found

@@ -218,13 +218,20 @@ def test_a_slice_ends_soon_after_its_minutes(tmp_path, monkeypatch):
     assert "timed out after 0.1 seconds" in results.found[0]["error"]
 
 
+def test_tests_that_a_gpu_leaves_out_exist():
+    for test in gpu.CPU_ONLY:
+        path, _, name = test.partition("::")
+        assert path in gpu.TESTS and f"\ndef {name}(" in (ROOT / path).read_text()
+
+
 def test_gpu_benchmark_goes_on_with_stored_steps(tmp_path, monkeypatch):
     """Where the folder of the results is a new one."""
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "stored")
     wanted = step.list_cells(
         step.parse_args(["--script", "dit", "--cache", "latents", "--batch", "2", "--steps", "2", "--size", "tiny"])
     )
-    step.write_json(tmp_path / "stored" / "steps.json", [cell | {"error": step.FITS_NOT} for cell in wanted])
+    kept = {"error": step.FITS_NOT, "command": "benchmarks/gpu.sh 4"}
+    step.write_json(tmp_path / "stored" / "steps.json", [cell | kept for cell in wanted])
     monkeypatch.setattr(gpu, "GRIDS", ("--script dit --cache latents --batch 32",))
     monkeypatch.setattr(step, "measure", None)  # all is there
     gpu.time_steps(gpu.Results(tmp_path / "new" / "steps.json", 1), "tiny", tmp_path)

@@ -58,11 +58,14 @@ def test_runs_are_compared_by_seed_with_the_best_of_a_group(page, tmp_path):
     assert np.array(Image.open(tmp_path / "one.png").convert("L")).std() > 5  # something is drawn
     assert "Not finished" in page(lines[1:], EXPERIMENT) and "Spearman" not in text
 
+    (tmp_path / "bounds-16.json").write_text('{"real images": 0.1, "white noise": 8.0}')
     for line in lines:  # the error at the noisy end grows with the distance, that at the other end falls
         line["figures"]["errors"] = [1 / line["figures"]["fd_50"], *[line["figures"]["fd_50"]] * 10]
     text = page(lines, EXPERIMENT._replace(pairs=(("none", "rms"),)))
     assert "- `none` less `rms`: +5.00 (+2.52 to +7.48) by 50 steps, +10.00 (+5.03 to +14.97) by 10\n" in text
-    assert "Over the 9 runs" in text and "is +1.00 at t ≥ 900 and -1.00 at t = 0." in text
+    for which in ("9 runs", "6 runs of rows nearer than white noise"):
+        assert f"Over the {which}, Spearman's" in text
+    assert text.count("is +1.00 at t ≥ 900 and -1.00 at t = 0.") == 2
 
 
 def test_each_row_gets_a_learning_rate_between_two_worse_on_another_seed(page):

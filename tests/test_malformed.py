@@ -160,7 +160,7 @@ INPUTS: dict[str, Callable[[Path], Any] | dict | str | bytes] = {
     "broken": {"a.png": b"", "b.png": "text", "bag/c.png": b"\x89PNG"},
     "few_broken": {**PICTURES, "bad.png": b"\x89PNG no more"},
     "strings": {**COLOURED, "metadata.jsonl": rows(*({"kind": "bag"} for _ in range(6)))},
-    "numbers": {**COLOURED, "metadata.jsonl": rows({"kind": 3, "gap": None}, {"kind": 1000, "gap": 4})},
+    "numbers": {**COLOURED, "metadata.jsonl": rows({"kind": 3, "gap": None}, *[{"kind": 1000, "gap": 4}] * 5)},
     "dark": {f"{index:06d}.png": picture(index, 12, "RGB", high=200) for index in range(20)},
     "bright": {f"{index:06d}.png": picture(index, 12, "RGB", low=90) for index in range(20)},
     "mixed": {"a.png": picture(0, 12, "RGB"), "b.png": picture(1, 12, "RGB"), "wide.png": picture(2, 20, "RGB")},
@@ -781,7 +781,7 @@ CASES = [
     (DIT, "--train_data_dir {digits}", "--label_column label is not in the data"),
     (DIT, "--train_data_dir {strings} --label_column kind", "--label_column kind holds Value('string')"),
     (DIT, "--train_data_dir {numbers} --label_column kind", "the first 1000 in row 1; correct them"),
-    (DIT, "--train_data_dir {numbers} --label_column gap", "1 of 2 labels are none of the model's 0 to 999"),
+    (DIT, "--train_data_dir {numbers} --label_column gap", "1 of 6 labels are none of the model's 0 to 999"),
     # the output folder
     ((UNET, SD3), "--output_dir {file}", "cannot be written to"),
     (ALL, "--output_dir {file}/student", "cannot be written to"),
