@@ -371,10 +371,8 @@ def explain(experiment: Experiment, values: Values, noise: float) -> str:
         distances = [distance for found in kept for distance in figures_of(found, "fd_50")]
         errors = np.array([error for found in kept for error in figures_of(found, "errors")])
         ranks = [stats.spearmanr(distances, errors[:, at].mean(1)).statistic for at in (noisy, [0])]
-        text += (
-            f"- Over the {len(distances)} runs{which}, Spearman's correlation of the distance with the error to the "
-        )
-        text += f"teacher is {ranks[0]:+.2f} at t ≥ 900 and {ranks[1]:+.2f} at t = 0.\n"
+        text += f"- Over the {len(distances)} runs{which}, Spearman's correlation of the distance with the error to "
+        text += f"the teacher is {ranks[0]:+.2f} at t ≥ 900 and {ranks[1]:+.2f} at t = 0.\n"
     return text
 
 

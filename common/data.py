@@ -80,7 +80,9 @@ def load_images(
         if flag == "caption_column" and dataset.features[name] not in map(datasets.Value, ("string", "large_string")):
             fail(f"--{flag} {name} holds {dataset.features[name]}; pass a column of strings")
     dataset = undecode(dataset.select_columns(list(dict.fromkeys(columns.values()))), columns["image_column"])
-    return dataset if streaming else follow_files(dataset, columns["image_column"]), source
+    if dataset_name is not None and not streaming:  # of a folder `datasets` follows the files itself
+        dataset = follow_files(dataset, columns["image_column"])
+    return dataset, source
 
 
 def find_files(folder: Path) -> str:
