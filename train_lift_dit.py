@@ -1030,7 +1030,10 @@ def main(args: argparse.Namespace) -> None:
     sample = partial(stop.leave_together(sample_images), scheduler=sampler, **how)
     teacher_samples, passes = [], args.cache_teacher or 1
     if args.cache_teacher:
-        key = contents | {"scheduler": public_config(scheduler.config), "vae": identify_vae(source, args.vae)}
+        key = contents | {
+            "scheduler": public_config(scheduler.config),
+            "vae": [identify_vae(source, args.vae), str(dtype)],
+        }
         how = passes, args.seed, args.cache_teacher_dtype, source, ["transformer"], key
         how += partial(cache, batch_size=args.train_batch_size), device
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)

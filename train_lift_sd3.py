@@ -1010,7 +1010,7 @@ def main(args: argparse.Namespace) -> None:
     load_vae = partial(load_frozen, source, AutoencoderKL, "vae", device, torch.float32)
     teacher_samples, passes = [], args.cache_teacher or 1
     if args.cache_teacher:
-        key = contents | {"scheduler": public_config(scheduler.config), "text": [*text_encoders, layout.t5_tokens]}
+        key = contents | {"scheduler": public_config(scheduler.config), "text": [*text_encoders, *layout, str(dtype)]}
         how = passes, args.seed, args.cache_teacher_dtype, source, [*PARTS, *TEXT_PARTS], key
         how += partial(cache, batch_size=args.train_batch_size), device, partial(latent_shape, vae=vae_shape)
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)

@@ -955,7 +955,10 @@ def main(args: argparse.Namespace) -> None:
     sample = partial(stop.leave_together(sample_images), **how, accelerator=accelerator)
     teacher_samples, passes = [], args.cache_teacher or 1
     if args.cache_teacher:
-        key = contents | {"scheduler": public_config(scheduler.config), "vae": identify_vae(source, args.vae)}
+        key = contents | {
+            "scheduler": public_config(scheduler.config),
+            "vae": [identify_vae(source, args.vae), str(dtype)],
+        }
         how = passes, args.seed, args.cache_teacher_dtype, source, [*PARTS], key
         how += partial(cache, batch_size=args.train_batch_size), device, partial(latent_shape, vae=vae)
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)

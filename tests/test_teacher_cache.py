@@ -174,6 +174,14 @@ def test_what_shapes_a_prediction_makes_another_cache(distil, tmp_path, flags):
     assert len(shards(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("script", ["sd21", "dit", "sd3", "sdxl"])
+def test_another_precision_of_the_encoders_makes_another_cache(distil, tmp_path, script):
+    """A teacher of one precision predicts otherwise on latents of another."""
+    for precision in ("no", "bf16"):
+        distil(script, "--teacher_dtype", "fp32", "--mixed_precision", precision, output_dir=precision)
+    assert len(shards(tmp_path)) == 2
+
+
 def test_another_teacher_makes_another_cache(distil, teachers, tmp_path):
     distil("unet")
     other = shutil.copytree(teachers["unet"], tmp_path / "other-teacher")

@@ -769,7 +769,10 @@ def main(args: argparse.Namespace) -> None:
     load_vae = partial(load_frozen, source, AutoencoderKL, "vae", device, torch.float32)
     teacher_samples, passes = [], args.cache_teacher or 1
     if args.cache_teacher:
-        key = contents | {"scheduler": public_config(scheduler.config), "tokens": args.max_sequence_length}
+        key = contents | {
+            "scheduler": public_config(scheduler.config),
+            "tokens": [args.max_sequence_length, str(dtype)],
+        }
         how = passes, args.seed, args.cache_teacher_dtype, source, [*PARTS], key
         how += partial(cache, batch_size=args.train_batch_size), device
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
