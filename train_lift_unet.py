@@ -386,7 +386,8 @@ def make_dataset(
     column, mode = args.image_column, "L" if channels == 1 else "RGB"
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
     load = partial(load_examples, column=column, mode=mode, size=resolution)
-    unused = {"drop_labels": True, "drop_metadata": True}  # `datasets` keeps no image that metadata do not list
+    # `datasets` keeps no image that metadata do not list. They are read where they name the column alone.
+    unused = {"drop_labels": True, "drop_metadata": column == "image"}
     if args.streaming:
         stream, source = load_images(*folders, {"image_column": column}, streaming=True, **unused)
         how = args.image_column, args.max_unreadable, args.seed, args.shuffle_buffer, args.output_dir

@@ -164,7 +164,7 @@ def drop_unreadable(
     sizes = measure_images(dataset, column, num_workers)
     small = [min(image) for image in sizes if all(image) and _is_smaller(image, choose_size(*image, size))]
     if small:
-        than = f"{size} pixels" if isinstance(size, int) else "their bucket"
+        than = f"{size} pixels" if isinstance(size, int) else "the size of their shape"
         found = f"{len(small)} of {len(sizes)} images ({len(small) / len(sizes):.1%}) are smaller than {than}"
         logger.warning(f"{found} and will be enlarged; the smallest side is {min(small)}")
     unreadable = [index for index, image in enumerate(sizes) if not all(image)]
@@ -221,7 +221,7 @@ def report_unlisted(dataset: datasets.Dataset, column: str, source: str, problem
     """
     listed = {record["path"] for record in dataset[column]}
     folders = sorted(filter(os.path.isdir, {os.path.dirname(path) for path in listed}))  # not inside archives
-    found = (os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder)))
+    found = (os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder)) if name[0] != ".")
     suffixes = tuple(ImageFolder.EXTENSIONS)
     unlisted = [path for path in found if path.lower().endswith(suffixes) and path not in listed]
     if unlisted:

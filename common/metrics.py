@@ -63,7 +63,8 @@ class MetricsLog:
         if accelerator.is_main_process:
             rewind_metrics(self.path, first_step)
             for path in (output_dir / "samples").glob("step-*.png"):
-                if int(path.stem.removeprefix("step-")) > first_step:
+                step = path.stem.removeprefix("step-")
+                if step.isdecimal() and int(step) > first_step:
                     path.unlink()
             accelerator.init_trackers("lift", flags)
         hidden = not accelerator.is_local_main_process

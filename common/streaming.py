@@ -270,8 +270,7 @@ class StreamLoader:
         parts = f"{shards:,} shards of this process, {self.num_workers} data workers"
         logger.info(f"{dataset.source} is streamed: {parts}")
         order = dataset.source, dataset.seed, dataset.shuffle_buffer, world, max(1, self.num_workers)
-        digest = hashlib.sha256(repr((*order, dataset.stream.num_shards)).encode()).hexdigest()
-        self.folder = dataset.folder / digest[:16]
+        self.folder = dataset.folder / hashlib.sha256(repr(order).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return 0
@@ -280,7 +279,7 @@ class StreamLoader:
         """All batches after the first `done`, without end. Of those no image is decoded, but in a batch a worker."""
         if done and not self.folder.exists():
             again = f"no bookmark is of this order, so all before batch {done:,} is read again"
-            same = "--seed, --shuffle_buffer, --dataloader_num_workers, number of processes and data"
+            same = "--seed, --shuffle_buffer, --dataloader_num_workers and number of processes"
             logger.warning(f"{self.dataset.source}: {again}; to go on in the run's order, pass its {same}")
         if not done:
             forget_bookmarks(self.folder, self.rank)

@@ -748,7 +748,8 @@ def save_manifest(manifest: dict, args: argparse.Namespace) -> None:
         saved = read_manifest(folder, "--output_dir")
         for key in sorted(manifest.keys() | saved.keys()):
             new, old = manifest.get(key), saved.get(key)
-            if key in ("model", "device", "num_images") or new == old:
+            older = key == "variant" and key not in saved  # of a version that did not write it
+            if key in ("model", "device", "num_images") or new == old or older:
                 continue
             files = {"contents": f"--model {args.model}", "prompts": f"--prompt_file {args.prompt_file}"}
             name = f"{files[key]}: its {key}" if key in files else f"--{key}"

@@ -332,9 +332,11 @@ def encode(pipeline: DiffusionPipeline, images: list[Image.Image], flags: argpar
     """Resize images to the model's size and encode them: pixels or latents, float32 (N, C, h, w) on the CPU."""
     vae, config = getattr(pipeline, "vae", None), generate.denoiser(pipeline).config
     channels = config.in_channels if vae is None else vae.config.in_channels
-    side = flags.resolution or config.sample_size * (vae_factor(vae) if vae else 1)
+    factor = 1 if vae is None or flags.resolution else vae_factor(vae)
+    sides = flags.resolution or config.sample_size
+    height, width = (factor * side for side in ((sides, sides) if isinstance(sides, int) else sides))
     mode = "L" if channels == 1 else "RGB"
-    pixels = [pil_to_tensor(image.convert(mode).resize((side, side), Image.Resampling.BICUBIC)) for image in images]
+    pixels = [pil_to_tensor(image.convert(mode).resize((width, height), Image.Resampling.BICUBIC)) for image in images]
     clean = torch.stack(pixels).float() / 127.5 - 1
     if vae is None:
         return clean

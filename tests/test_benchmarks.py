@@ -276,7 +276,7 @@ def test_one_slow_start_takes_no_turn_from_the_others(tmp_path):
         "import sys; sys.path.insert(0, 'benchmarks'); from turns import wait_for_turn; wait_for_turn(); print('done')"
     )
     commands = [[sys.executable, "-c", "import time; time.sleep(60)"], [sys.executable, "-c", code]]
-    slow, ready = turns.run_in_turns(commands, ROOT, {}, 5)
+    slow, ready = turns.run_in_turns(commands, ROOT, {}, 10)
     assert slow.returncode == -signal.SIGKILL and (ready.returncode, ready.stdout) == (0, "done\n")
 
 

@@ -142,8 +142,11 @@ def test_metadata_leave_no_image_out(load, tmp_path):
     (tmp_path / "images").mkdir()
     for number in range(3):
         halves().save(tmp_path / "images" / f"{number}.png")
-    (tmp_path / "images" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a caption"}\n')
+    metadata = tmp_path / "images" / "metadata.jsonl"
+    metadata.write_text('{"file_name": "1.png", "text": "a caption"}\n')
     assert len(load("--train_data_dir", tmp_path / "images")) == 3
+    metadata.write_text('{"picture_file_name": "1.png"}\n{"picture_file_name": "2.png"}\n')
+    assert len(load("--train_data_dir", tmp_path / "images", "--image_column", "picture")) == 2
 
 
 def test_of_splits_only_train_is_used(load, tmp_path):

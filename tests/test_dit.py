@@ -286,6 +286,7 @@ def test_images_that_metadata_leave_out_are_named(distil, articles, tmp_path):
     """`datasets` drops them in silence."""
     folder = Path(shutil.copytree(articles, tmp_path / "images"))
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+    (folder / Path(files[0]).with_name("._hidden.png")).touch()  # as macOS leaves them on other systems' disks
     lines = [json.dumps({"file_name": name, "label": number % 10}) for number, name in enumerate(files[2:])]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     with pytest.raises(SystemExit, match=f"2 of {len(files)} images have no label: .*{files[0]}, .*{files[1]};"):

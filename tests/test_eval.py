@@ -1183,6 +1183,17 @@ def test_a_row_of_the_report_is_of_images_that_were_made_alike(tmp_path):
         find(ten, {**ten, "sampler": "ddpm"})
 
 
+def test_report_of_images_that_are_not_square(write_report, tmp_path):
+    for seed, name in enumerate(("teacher", "student")):
+        torch.manual_seed(seed)
+        DDPMPipeline(UNet2DModel(**{**TINY_UNET, "sample_size": [16, 24]}), DDPMScheduler()).save_pretrained(
+            tmp_path / name
+        )
+    folder = write_report(tmp_path / "teacher", [tmp_path / "student"])
+    assert json.loads((folder / "report.json").read_text())["errors"].keys() == {"student"}
+    assert {path.name for path in folder.glob("*.png")} >= {"samples.png", "errors.png", "groups.png"}
+
+
 def test_other_predictions_are_not_shown(write_report, sd_teacher, prompt_file, tmp_path):
     student = save_sd_pipeline(tmp_path / "velocity", prediction_type="v_prediction")
     folder = write_report(sd_teacher, [student], "--prompt_file", prompt_file)

@@ -144,9 +144,10 @@ def test_grids_of_steps_that_are_gone_are_removed(tmp_path):
     (tmp_path / "samples").mkdir()
     for step in (0, 250_000, 1_000_000, 1_250_000):
         (tmp_path / "samples" / f"step-{step:06d}.png").touch()
+    (tmp_path / "samples" / "step-1250000 (copy).png").touch()
     flags = {"max_grad_norm": 1.0}
     MetricsLog(tmp_path, Accelerator(cpu=True), flags, 2_000_000, 1_000_000, 8, RunningMeans()).progress_bar.close()
-    kept = {"step-000000.png", "step-250000.png", "step-1000000.png"}
+    kept = {"step-000000.png", "step-250000.png", "step-1000000.png", "step-1250000 (copy).png"}
     assert {path.name for path in (tmp_path / "samples").iterdir()} == kept
 
 

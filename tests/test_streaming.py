@@ -194,8 +194,6 @@ def test_bookmarks_of_other_data_do_not_count(shards, tmp_path, monkeypatch):
     whole = numbers_of(StreamLoader(open_stream(folder, tmp_path / "run"), 4, 0, CPU).batches_from(0), 9)
     loader = StreamLoader(open_stream(folder, tmp_path / "run"), 4, 0, CPU)
     assert set(flat(whole)) == set(range(20, 40)) and numbers_of(loader.batches_from(5), 4) == whole[5:]
-    shutil.copy(shards / "000.tar", folder / "more.tar")
-    assert StreamLoader(open_stream(folder, tmp_path / "run"), 4, 0, CPU).folder != loader.folder
 
 
 def test_there_are_no_more_workers_than_shards(shards, tmp_path):
