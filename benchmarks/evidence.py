@@ -144,14 +144,15 @@ def draws_experiment() -> Experiment:
 
 def fresh_experiment() -> Experiment:
     """Losses whose rows elsewhere have a teacher cached for eight draws, each of which comes three times."""
-    rows = {"none, rms": {**NO_TEACHER["none, rms"], "learning_rate": 0.002}}
+    rows = {"none, rms at 0.002": {**NO_TEACHER["none, rms"], "learning_rate": 0.002}}
     for loss in ("mse", "place"):
-        for name, cache in (("8 draws", CACHED), ("live", {})):
-            rows[f"{loss}, {name}"] = {"kd_loss": loss, "learning_rate": 0.008, **cache}
+        rows[f"{loss}, 8 draws at 0.008"] = {**LOSSES[loss], "learning_rate": 0.008}
+        for rate in (0.004, 0.008, 0.016):
+            rows[f"{loss}, live at {rate:g}"] = {"kd_loss": loss, "learning_rate": rate}
     question = "Does a student of 1.6 % of the teacher learn more from noise that is always new, in 6,000 steps?"
-    compared = ("mse, live",), ("none, rms",)
-    pairs = tuple((f"{loss}, live", f"{loss}, 8 draws") for loss in ("mse", "place"))
-    pairs += tuple(("place, live", other) for other in ("mse, live", "none, rms"))
+    compared = tuple(row for row in rows if row.startswith("mse, live")), ("none, rms at 0.002",)
+    pairs = tuple((f"{loss}, live at 0.008", f"{loss}, 8 draws at 0.008") for loss in ("mse", "place"))
+    pairs += tuple(("place, live at 0.008", other) for other in ("mse, live at 0.008", "none, rms at 0.002"))
     return Experiment(question, rows, (0, 1, 2), LONG, compared, pairs=pairs)
 
 
