@@ -51,7 +51,7 @@ from common.cache import cache_encodings
 from common.card import write_model_card
 from common.checkpoints import prepare_output
 from common.classes import find_wrong_label, number_classes, number_labels, read_classes
-from common.costs import dtype_of, estimate_activations, profile_forward
+from common.costs import NO_ENCODING, dtype_of, estimate_activations, estimate_image_encoding, profile_forward
 from common.data import (
     choose_samples,
     drop_unreadable,
@@ -950,18 +950,24 @@ def print_dry_run(
         cached = args.cache_teacher, outputs, args.cache_teacher_dtype, teacher_macs
         print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, processes)
     live = args.kd_loss != "none" and args.cache_teacher is None
-    encoders = 0 if args.cache_latents or args.vae == "none" else vae.num_parameters()
-    encoder_bytes = dtype_of(args.mixed_precision).itemsize * encoders
+    encoding = NO_ENCODING
+    if args.vae != "none":
+        batch = args.encoding_batch_size if args.cache_latents else args.train_batch_size
+        resolution = student.config.sample_size * vae_factor(vae)
+        encoding = estimate_image_encoding(vae, dtype_of(args.mixed_precision), resolution, batch)
+    if args.cache_latents:
+        print(f"beforehand, the VAE, batch {batch}: {encoding.peak / 2**20:,.1f} MiB")
+        encoding = NO_ENCODING
     held = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if live else 0
     accumulates = args.gradient_accumulation_steps > 1
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     whole = count_whole(make_student(), teacher, held) if args.fsdp else None
     spread = {"processes": processes, "whole": whole}
-    memory = estimate_memory(activations, count, held, *settings, None, encoder_bytes, features, **spread)
+    memory = estimate_memory(activations, count, held, *settings, None, encoding, features, **spread)
     print_memory_estimate(*memory, processes)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if live else 0, *how, processes)
+    print_time_estimate(macs, teacher_macs if live else 0, *how, processes, encoding.macs)
     print(json.dumps(public_config(student.config), indent=2))
 
 

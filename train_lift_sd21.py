@@ -54,7 +54,15 @@ from common.captions import (
 )
 from common.card import write_model_card
 from common.checkpoints import prepare_output
-from common.costs import dtype_of, estimate_activations, profile_forward
+from common.costs import (
+    NO_ENCODING,
+    dtype_of,
+    estimate_activations,
+    estimate_image_encoding,
+    estimate_text_encoding,
+    profile_forward,
+    together,
+)
 from common.data import (
     choose_samples,
     drop_unreadable,
@@ -764,12 +772,18 @@ def print_dry_run(
     macs, *activations = estimate_activations(make_student, *how, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
     trained = sum(parameter.numel() for parameter in trained_parameters(make_student()))
-    encoder_bytes = 0
-    if not args.cache_latents:
-        config = load_from(source, CLIPTextConfig.from_pretrained, subfolder="text_encoder")
-        with torch.device("meta"):
-            encoders = vae.num_parameters() + CLIPTextModel(config).num_parameters()
-        encoder_bytes = dtype_of(args.mixed_precision).itemsize * encoders
+    config = load_from(source, CLIPTextConfig.from_pretrained, subfolder="text_encoder")
+    with torch.device("meta"):
+        text_encoder = CLIPTextModel(config)
+    batch = args.encoding_batch_size if args.cache_latents else args.train_batch_size
+    dtype = dtype_of(args.mixed_precision)
+    encoding = together(
+        estimate_image_encoding(vae, dtype, args.resolution, batch),
+        estimate_text_encoding(text_encoder, dtype, config.max_position_embeddings),
+    )
+    if args.cache_latents:
+        print(f"beforehand, VAE and text encoder at once, batch {batch}: {encoding.peak / 2**20:,.1f} MiB")
+        encoding = NO_ENCODING
     features = count_features(teacher, recipe["features"], inputs)
     live = args.kd_loss != "none" and args.cache_teacher is None
     on_device = live and not args.offload_teacher
@@ -779,11 +793,11 @@ def print_dry_run(
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     whole = count_whole(make_student(), teacher, held) if args.fsdp else None
     spread = {"processes": processes, "whole": whole}
-    memory = estimate_memory(activations, *parameters, *settings, trained, encoder_bytes, features, **spread)
+    memory = estimate_memory(activations, *parameters, *settings, trained, encoding, features, **spread)
     print_memory_estimate(*memory, processes)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if live else 0, *how, processes)
+    print_time_estimate(macs, teacher_macs if live else 0, *how, processes, encoding.macs, args.lora_rank > 0)
     cached = args.cache_teacher, inputs["sample"].numel(), args.cache_teacher_dtype, teacher_macs
     print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, processes)
     print(json.dumps(public_config(student.config), indent=2))

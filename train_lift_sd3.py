@@ -57,7 +57,15 @@ from common.captions import (
 )
 from common.card import write_model_card
 from common.checkpoints import prepare_output
-from common.costs import dtype_of, estimate_activations, profile_forward
+from common.costs import (
+    NO_ENCODING,
+    dtype_of,
+    estimate_activations,
+    estimate_image_encoding,
+    estimate_text_encoding,
+    profile_forward,
+    together,
+)
 from common.data import (
     choose_samples,
     drop_unreadable,
@@ -91,8 +99,8 @@ from common.sd3_text import (
     TextLayout,
     cache_text,
     check_text_widths,
-    count_text_parameters,
     join_text,
+    load_text_skeleton,
     load_tokenizer,
     report_long_captions,
     tokenize,
@@ -908,29 +916,34 @@ def print_dry_run(
     print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
     if args.student_depth is not None:
         print("the sizes are those of evenly spaced blocks: a run chooses them by their influence on its data")
-    width = dtype_of(args.mixed_precision).itemsize
-    encoders = {"vae": 4 * vae.num_parameters()}
-    encoders |= {name: width * count_text_parameters(source, name) for name in text_encoders}
+    batch = args.encoding_batch_size if args.cache_latents else args.train_batch_size
+    encodings = {"vae": estimate_image_encoding(vae, torch.float32, args.resolution, batch)}
+    for name in text_encoders:
+        model = load_text_skeleton(source, name)
+        tokens = args.max_sequence_length if name == T5 else model.config.max_position_embeddings
+        encodings[name] = estimate_text_encoding(model, dtype_of(args.mixed_precision), tokens)
+    encoding = together(*encodings.values())
     if args.cache_latents:
-        largest = max(encoders, key=encoders.get)
-        print(f"beforehand, one encoder at a time: {encoders[largest] / 2**20:,.1f} MiB for the {largest}")
+        most = max(encodings, key=lambda name: encodings[name].peak)
+        size = f"{encodings[most].peak / 2**20:,.1f} MiB"
+        print(f"beforehand, one encoder at a time, batch {batch}: {size} for the {most}")
+        encoding = NO_ENCODING
     trained = sum(parameter.numel() for parameter in trained_parameters(make_student()))
     held = count + trained if args.lora_rank else count
     held = trained if args.share_backbone else held
     live = args.kd_loss != "none" and args.cache_teacher is None
     on_device = live and not args.offload_teacher
     teacher_held = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if on_device else 0
-    encoder_bytes = 0 if args.cache_latents else sum(encoders.values())
     features = count_features(teacher, recipe["features"], inputs, item=1)
     accumulates = args.gradient_accumulation_steps > 1
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     whole = count_whole(make_student(), teacher, teacher_held) if args.fsdp else None
     spread = {"processes": processes, "whole": whole}
-    memory = estimate_memory(activations, held, teacher_held, *settings, trained, encoder_bytes, features, **spread)
+    memory = estimate_memory(activations, held, teacher_held, *settings, trained, encoding, features, **spread)
     print_memory_estimate(*memory, processes)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if live else 0, *how, processes)
+    print_time_estimate(macs, teacher_macs if live else 0, *how, processes, encoding.macs, args.lora_rank > 0)
     cached = args.cache_teacher, inputs["hidden_states"].numel(), args.cache_teacher_dtype, teacher_macs
     print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, processes)
     print(json.dumps(public_config(student.config), indent=2))

@@ -55,7 +55,15 @@ from common.captions import (
 )
 from common.card import write_model_card
 from common.checkpoints import prepare_output
-from common.costs import dtype_of, estimate_activations, profile_forward
+from common.costs import (
+    NO_ENCODING,
+    dtype_of,
+    estimate_activations,
+    estimate_image_encoding,
+    estimate_text_encoding,
+    profile_forward,
+    together,
+)
 from common.data import (
     choose_samples,
     choose_size,
@@ -515,15 +523,18 @@ def tokenize(tokenizers: list[CLIPTokenizer], captions: list[str]) -> torch.Tens
     return torch.stack(padded, dim=1)
 
 
+def vae_dtype(vae: AutoencoderKL, dtype: torch.dtype) -> torch.dtype:
+    """What the VAE computes in. SDXL's own overflows in float16."""
+    return torch.float32 if dtype == torch.float16 and vae.config.force_upcast else dtype
+
+
 class Encoders:
     """The frozen VAE, if asked for, and text encoders, in the precision of the run, on its device."""
 
     def __init__(self, source: TeacherSource, vae: AutoencoderKL | None, device: torch.device, dtype: torch.dtype):
         self.device, self.vae = device, None
         if vae is not None:
-            # SDXL's own VAE overflows in float16.
-            upcast = dtype == torch.float16 and vae.config.force_upcast
-            self.vae = freeze(copy.deepcopy(vae), device, torch.float32 if upcast else dtype)
+            self.vae = freeze(copy.deepcopy(vae), device, vae_dtype(vae, dtype))
         self.models = [load_frozen(source, kind, name, device, dtype) for name, kind in TEXT_ENCODERS.items()]
 
     @torch.no_grad()
@@ -858,14 +869,17 @@ def print_dry_run(
     macs, *activations = estimate_activations(make_student, *how, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
     trained = sum(parameter.numel() for parameter in trained_parameters(make_student()))
-    encoder_bytes = 0
-    if not args.cache_latents:
-        encoders = vae.num_parameters()
-        for name, kind in TEXT_ENCODERS.items():
-            config = load_from(source, CLIPTextConfig.from_pretrained, subfolder=name)
-            with torch.device("meta"):
-                encoders += kind(config).num_parameters()
-        encoder_bytes = dtype_of(args.mixed_precision).itemsize * encoders
+    dtype = dtype_of(args.mixed_precision)
+    batch = args.encoding_batch_size if args.cache_latents else args.train_batch_size
+    encoding = estimate_image_encoding(vae, vae_dtype(vae, dtype), args.resolution, batch)
+    for name, kind in TEXT_ENCODERS.items():
+        config = load_from(source, CLIPTextConfig.from_pretrained, subfolder=name)
+        with torch.device("meta"):
+            text_encoder = kind(config)
+        encoding = together(encoding, estimate_text_encoding(text_encoder, dtype, config.max_position_embeddings))
+    if args.cache_latents:
+        print(f"beforehand, VAE and text encoders at once, batch {batch}: {encoding.peak / 2**20:,.1f} MiB")
+        encoding = NO_ENCODING
     features = count_features(teacher, recipe["features"], inputs)
     live = args.kd_loss != "none" and args.cache_teacher is None
     on_device = live and not args.offload_teacher
@@ -875,11 +889,11 @@ def print_dry_run(
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     whole = count_whole(make_student(), teacher, held) if args.fsdp else None
     spread = {"processes": processes, "whole": whole}
-    memory = estimate_memory(activations, *parameters, *settings, trained, encoder_bytes, features, **spread)
+    memory = estimate_memory(activations, *parameters, *settings, trained, encoding, features, **spread)
     print_memory_estimate(*memory, processes)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if live else 0, *how, processes)
+    print_time_estimate(macs, teacher_macs if live else 0, *how, processes, encoding.macs, args.lora_rank > 0)
     cached = args.cache_teacher, inputs["sample"].numel(), args.cache_teacher_dtype, teacher_macs
     print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, processes)
     print(json.dumps(public_config(student.config), indent=2))

@@ -93,8 +93,8 @@ def estimate(script: str, teacher: Path, flags: str) -> dict:
         "FLOPs": number(r" are ([\d.e+]+) FLOPs"),
         "hours": {card: float(time.replace(",", "")) for card, time in hours},
     }
-    if "beforehand" in text:
-        found["GiB beforehand"] = round(number(r"beforehand, .*: ([\d.,]+) MiB") / 1024, 1)
+    if "\nbeforehand" in text:
+        found["GiB beforehand"] = round(number(r"\nbeforehand, .*: ([\d.,]+) MiB") / 1024, 1)
     return found
 
 

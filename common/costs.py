@@ -13,16 +13,18 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import recursively_apply
+from diffusers import ModelMixin
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 
 # What Diffusers recomputes as one piece under gradient checkpointing.
@@ -198,3 +200,56 @@ def estimate_activations(
     recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     model.enable_gradient_checkpointing(recompute)
     return macs // batch_size, profile_forward(model, dtype, **inputs)[1], largest
+
+
+class Encoding(NamedTuple):
+    """What it costs to encode images and captions, without gradients; see [`estimate_image_encoding`]."""
+
+    weights: int = 0  # bytes of the encoders
+    working_set: int = 0  # bytes beside them, while a batch of images is encoded
+    macs: int = 0  # multiply-accumulates of an image and its caption
+
+    @property
+    def peak(self) -> int:
+        """Bytes of weights and working set."""
+        return self.weights + self.working_set
+
+
+NO_ENCODING = Encoding()
+
+
+def estimate_image_encoding(vae: ModelMixin, dtype: torch.dtype, resolution: int, batch_size: int) -> Encoding:
+    """What the VAE costs, whose encoder computes.
+
+    It holds most at the end of its first block, all of it as large as the images and as wide as the block: what the
+    block was given and, if there was a layer before, its last layer; what that layer's convolutions give; the sum of
+    these two; and the sum scaled. tests/test_costs.py counts them.
+
+    Args:
+        vae: In float32; its weights are not read.
+        dtype: What it computes in.
+        resolution: Of square images, in pixels.
+        batch_size: Images at a time.
+    """
+    full_size = 3 + min(vae.config.layers_per_block, 2)
+    elements = full_size * vae.config.block_out_channels[0] * batch_size * resolution**2
+    image = torch.zeros(1, vae.config.in_channels, resolution, resolution, device="meta")
+    macs, *_ = profile_forward(vae.encoder, sample=image)
+    return Encoding(vae.num_parameters() * dtype.itemsize, elements * dtype.itemsize, macs)
+
+
+def estimate_text_encoding(model: PreTrainedModel, dtype: torch.dtype, tokens: int) -> Encoding:
+    """What a text encoder costs. Its working set does not count: it is small beside the weights.
+
+    Args:
+        model: On the meta device.
+        dtype: What it computes in.
+        tokens: Of a caption, with what fills it up.
+    """
+    macs, *_ = profile_forward(model, input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"))
+    return Encoding(model.num_parameters() * dtype.itemsize, 0, macs)
+
+
+def together(*encodings: Encoding) -> Encoding:
+    """What encoders cost that are in memory at once."""
+    return Encoding(*map(sum, zip(*encodings)))

@@ -8,7 +8,7 @@
 # specific language governing permissions and limitations under the License.
 """What will a run hold in memory and on the disk, and how long will it take?"""
 
-from common.costs import dtype_of
+from common.costs import NO_ENCODING, Encoding, dtype_of
 from common.sharding import Whole
 
 
@@ -28,7 +28,7 @@ def estimate_memory(
     use_ema: bool,
     keeps_gradients: bool,
     trained: int | None = None,
-    encoder_bytes: int = 0,
+    encoders: Encoding = NO_ENCODING,
     features: int = 0,
     processes: int = 1,
     whole: Whole | None = None,
@@ -48,7 +48,7 @@ def estimate_memory(
         use_ema: Whether there is a moving average of the trained weights.
         keeps_gradients: Whether gradients are held during the forward pass, too: those of the micro-batches before.
         trained: Parameters that learn, if not all of the student's; those that do not are held like the teacher's.
-        encoder_bytes: Weights of what encodes images and captions in every step.
+        encoders: What encodes images and captions in every step.
         features: Elements of the teacher's features of one image.
         processes: That train together, each on a device of its own.
         whole: What is whole for a while where `--fsdp` spreads student and teacher over them, see [`count_whole`];
@@ -69,7 +69,7 @@ def estimate_memory(
         "teacher weights": teacher_bytes,
     }
     always = {name: size // (processes if whole else 1) for name, size in held.items()}
-    always["encoders' weights"] = encoder_bytes
+    always["encoders' weights"] = encoders.weights
     gradients = {} if keeps_gradients else {"gradients (fp32)": always.pop("gradients (fp32)")}
     batch = f"student activations, batch {batch_size}"
     # The feature term has both models' features in float32. The backward pass begins with the gradients of them all.
@@ -92,6 +92,7 @@ def estimate_memory(
         begins[weights] = max(whole.weights, whole.teacher)
         for moment in later:
             moment |= {weights: whole.weights, unspread: whole.gradients}
+    moments["while images are encoded"] = {"working set of the VAE": encoders.working_set}  # and nothing is whole
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return moment, always | moments[moment]
 
@@ -114,10 +115,13 @@ def print_time_estimate(
     checkpointing: bool,
     mixed_precision: str | None,
     processes: int = 1,
+    encoder_macs: int = 0,
+    adapters: bool = False,
 ) -> None:
     """Print what each process computes, and how long that takes where a card reaches a share of its peak.
 
-    A backward pass counts as two forward passes. Encoders, and what processes send each other, are not counted.
+    A backward pass counts as two forward passes, for the gradients of inputs and weights. With adapters it counts as
+    one, since few weights have gradients. What processes send each other is not counted.
 
     Args:
         student_macs: Multiply-accumulates of a forward pass on one image.
@@ -127,11 +131,15 @@ def print_time_estimate(
         checkpointing: Whether the student's forward pass runs twice.
         mixed_precision: "fp16", "bf16", "no" or `None`.
         processes: That take a step together, each with as many images.
+        encoder_macs: Of what encodes an image and its caption in every step, as if all of it computed in the precision
+            of the run. A VAE in float32 takes longer.
+        adapters: Whether the student's own weights are frozen.
     """
-    passes = 4 if checkpointing else 3
-    flops = 2 * steps * images * (passes * student_macs + teacher_macs)
+    passes = (2 if adapters else 3) + checkpointing
+    flops = 2 * steps * images * (passes * student_macs + teacher_macs + encoder_macs)
+    whose = "student, teacher and encoders" if encoder_macs else "student and teacher"
     each = f" of each of {processes} processes, without what they send" if processes > 1 else ""
-    print(f"time{each}, estimated: {steps:,} steps of {images} images are {flops:.2e} FLOPs of student and teacher")
+    print(f"time{each}, estimated: {steps:,} steps of {images} images are {flops:.2e} FLOPs of {whose}")
     for card, seconds in _seconds_by_card(flops, mixed_precision).items():
         hours = seconds / 3600
         print(f"  {card:<40}{hours:>12,.{1 if hours >= 1 else 3}f} h")

@@ -93,11 +93,11 @@ def check_text_widths(source: TeacherSource, names: list[str], config: dict) -> 
         fail(f"{takes}, its T5 gives {configs[T5].d_model}; pass --no_t5")
 
 
-def count_text_parameters(source: TeacherSource, name: str) -> int:
-    """Parameters of a text encoder, from its config alone."""
+def load_text_skeleton(source: TeacherSource, name: str) -> PreTrainedModel:
+    """A text encoder on the meta device, from its config alone."""
     config = _load_config(source, name)
     with torch.device("meta"):
-        return TEXT_ENCODERS[name].model(config).num_parameters()
+        return TEXT_ENCODERS[name].model(config)
 
 
 def _check_folder(source: TeacherSource, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Fixtures that the tests of the scripts share: real images, a small teacher, and two ways to run a script."""
+"""What the tests share: real images, a small teacher, two ways to run a script, and a count of the memory."""
 
 import contextlib
 import importlib
@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import common.card
 from common.checkpoints import unlock_output
@@ -20,6 +22,9 @@ from common.checkpoints import unlock_output
 import psutil
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fashion
 import tiny_models
@@ -158,6 +163,37 @@ def costs_here(monkeypatch) -> None:
         "measure_costs",
         lambda models, args: {name: report.measure_cost(model, args, 1) for name, model in models.items()},
     )
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that live, and the most that were at once, from when it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, weakref.ref] = {}
+        self.most = 0
+
+    def add(self, *tensors: torch.Tensor) -> None:
+        for tensor in tensors:
+            storage = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
+            if storage.nbytes() >= 1024:  # the others are many, and little together
+                self.storages[id(storage)] = weakref.ref(storage, partial(self._forget, id(storage)))
+
+    def _forget(self, key: int, _: weakref.ref) -> None:
+        del self.storages[key]
+
+    def now(self) -> int:
+        return sum(ref().nbytes() for ref in [*self.storages.values()])  # FSDP2 empties and refills them
+
+    def __torch_dispatch__(
+        self, func: Callable, types: tuple[type, ...], values: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        outputs = func(*values, **(kwargs or {}))
+        known = len(self.storages)
+        self.add(*(each for each in tree_leaves((outputs, values)) if isinstance(each, torch.Tensor)))
+        if len(self.storages) > known:
+            self.most = max(self.most, self.now())
+        return outputs
 
 
 def run_file(*arguments, cwd: Path = ROOT, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:

@@ -3,15 +3,34 @@
 import re
 from functools import partial
 
-from common.costs import dtype_of, estimate_activations, profile_forward
-from common.estimates import estimate_memory, print_memory_estimate
+from common.costs import (
+    Encoding,
+    _EfficientAttention,
+    _put_on_fake_gpu,
+    dtype_of,
+    estimate_activations,
+    estimate_image_encoding,
+    estimate_text_encoding,
+    profile_forward,
+    together,
+)
+from common.estimates import estimate_memory, print_memory_estimate, print_time_estimate
 from common.students import count_features
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
-from full_models import SD21
+from conftest import LiveBytes
+from diffusers import (
+    AutoencoderKL,
+    DiTTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from full_models import SD21, make_vae
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import train_lift_dit
 import train_lift_sd3
@@ -198,3 +217,91 @@ def test_after_the_backward_pass_gradients_count(capsys):
     text = capsys.readouterr().out
     assert "memory at its peak, after the backward pass, estimated" in text
     assert re.findall(r"(\S+) MiB", text) == ["4.0", "8.0", "4.0", "4.0", "20.0"]
+
+
+# ------------------------------------------------------------------------------------------------------------ encoders
+
+
+def make_small_vae(layers: int) -> AutoencoderKL:
+    levels = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    return AutoencoderKL(block_out_channels=[64, 64], layers_per_block=layers, norm_num_groups=8, **levels)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.float32, 3), (torch.bfloat16, 3)])
+def test_a_vae_that_encodes_holds_what_the_estimate_says(layers, dtype, batch):
+    vae = make_small_vae(layers)
+    estimate = estimate_image_encoding(vae, dtype, 96, batch)
+    torch.nn.Module.to(vae, dtype)
+    images, live = torch.zeros(batch, 3, 96, 96, dtype=dtype), LiveBytes()
+    live.add(*vae.parameters())
+    weights = live.now()
+    with torch.no_grad(), live:
+        vae.encode(images)
+    assert live.most - weights == pytest.approx(estimate.working_set, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "resolution", "dtype", "size"),
+    [(4, 1024, torch.float32, 10_240), (32, 256, torch.float16, 2560), (4, 512, torch.float16, 1280)],
+)
+def test_the_published_vae_holds_five_tensors_of_full_size(batch, resolution, dtype, size):
+    with torch.device("meta"):
+        vae = make_vae(4).requires_grad_(False)
+    estimate = estimate_image_encoding(vae, dtype, resolution, batch)
+    assert estimate.working_set == size * 2**20
+    assert estimate.weights == vae.num_parameters() * dtype.itemsize
+    torch.nn.Module.to(vae, dtype)
+    with FakeTensorMode(), torch.no_grad():
+        _put_on_fake_gpu(vae)
+        images, live = torch.empty(batch, 3, resolution, resolution, dtype=dtype, device="cuda"), LiveBytes()
+        with _EfficientAttention(), live:
+            vae.encode(images)
+    assert live.most == pytest.approx(estimate.working_set, rel=0.02)
+
+
+def test_multiply_accumulates_of_encoders_are_those_of_an_image_and_its_caption():
+    vae = make_small_vae(1)
+    one, several = (estimate_image_encoding(vae, torch.float32, 64, batch) for batch in (1, 8))
+    assert one.macs == several.macs and 8 * one.working_set == several.working_set
+    convolutions = [module for module in vae.encoder.down_blocks[0].modules() if isinstance(module, torch.nn.Conv2d)]
+    assert one.macs > 64 * 64 * sum(module.weight.numel() for module in convolutions[:2])  # at the full resolution
+    config = CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    with torch.device("meta"):
+        model = CLIPTextModel(config)
+    text = estimate_text_encoding(model, torch.float16, 77)
+    products = 2 * 77 * 77 * 32  # of queries with keys, and of their scores with values
+    assert text == (2 * model.num_parameters(), 0, 2 * (77 * (4 * 32 * 32 + 2 * 32 * 64) + products))
+    assert together(one, text) == tuple(map(sum, zip(one, text)))
+
+
+@pytest.mark.parametrize("keeps_gradients", [False, True])
+def test_encoding_is_a_moment_of_its_own(keeps_gradients):
+    how = {"mixed_precision": "fp16", "use_8bit_adam": False, "use_ema": False, "keeps_gradients": keeps_gradients}
+    estimate = partial(estimate_memory, (100, 50), student=10, teacher_bytes=20, batch_size=2, **how)
+    moment, parts = estimate(encoders=Encoding(7, 200, 1))
+    gradients = {"gradients (fp32)": 40} if keeps_gradients else {}  # of the micro-batches before
+    held = {"trained weights (fp32)": 40, "optimizer moments": 80, "teacher weights": 20, "encoders' weights": 7}
+    assert moment == "while images are encoded"
+    assert {name: size for name, size in parts.items() if size} == {**held, **gradients, "working set of the VAE": 200}
+    moment, parts = estimate(encoders=Encoding(7, 100, 1))
+    assert moment == "while a block is recomputed" and parts["encoders' weights"] == 7
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "adapters", "passes"), [(False, False, 3), (True, False, 4), (False, True, 2), (True, True, 3)]
+)
+def test_frozen_layers_compute_no_gradients_of_their_weights(capsys, checkpointing, adapters, passes):
+    print_time_estimate(1000, 500, 8, 100, checkpointing, "fp16", adapters=adapters)
+    flops = 2 * 100 * 8 * (passes * 1000 + 500)
+    assert f"100 steps of 8 images are {flops:.2e} FLOPs of student and teacher\n" in capsys.readouterr().out
+
+
+def test_encoders_that_run_in_every_step_take_time(capsys):
+    hours = []
+    for encoder_macs in (0, 3500):
+        print_time_estimate(10**9, 5 * 10**8, 8, 10**6, False, "fp16", encoder_macs=encoder_macs * 10**6)
+        text = capsys.readouterr().out
+        hours.append(float(re.search(r"RTX 3060.* ([\d.,]+) h", text)[1]))
+    assert "FLOPs of student, teacher and encoders\n" in text
+    assert hours[1] == pytest.approx(2 * hours[0], rel=0.1)

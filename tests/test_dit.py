@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -828,6 +829,13 @@ def test_dry_run_needs_no_weights(run, dit_teacher, tmp_path, capsys):
     for fact in (f"student: {ours:,} parameters", f"teacher: {theirs:,}", f"{ours / theirs:.2%}", "MACs", "MiB"):
         assert fact in text
     assert '"num_layers": 2' in text and not (tmp_path / "none").exists()
+    assert "FLOPs of student, teacher and encoders" in text and "beforehand" not in text
+    run("train_lift_dit", *flags, "--student_depth", 2, "--cache_latents")
+    text = capsys.readouterr().out
+    assert re.search(r"^beforehand, the VAE, batch 16: [\d.]+ MiB$", text, re.M) and "and encoders" not in text
+    (tmp_path / "pixels.json").write_text(json.dumps({"config": {**TINY_DIT, "in_channels": 3, "out_channels": 3}}))
+    run("train_lift_dit", "--kd_loss", "none", "--student", tmp_path / "pixels.json", "--vae", "none", "--dry_run")
+    assert "encoders" not in capsys.readouterr().out
 
 
 def test_classes_of_the_grid_by_number_and_name(distil, monkeypatch):

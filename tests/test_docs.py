@@ -12,6 +12,7 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import scale
 from conftest import ROOT
 from full_models import SD3_MEDIUM, save_ddpm, save_dit, save_sd3, save_sd21, save_sdxl
 
@@ -63,6 +64,9 @@ def test_a_documented_command_runs(run, teachers, tmp_path, monkeypatch, capsys,
     text = capsys.readouterr().out
     assert re.search(r"student: [\d,]+ parameters, [\d,]+ MACs", text) and re.search(r"sum +[\d,.]+ MiB", text)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)  # a dry run leaves nothing behind
+    if "--lora_rank" in flags:  # these aim at 12 GB, where the data are encoded too
+        held = [re.search(rf"^{moment}.* ([\d,.]+) MiB", text, re.M)[1] for moment in ("beforehand", "  sum")]
+        assert max(scale.MARGIN * float(each.replace(",", "")) * 2**20 for each in held) + scale.CONTEXT < 12 * 2**30
 
 
 def test_the_pages_have_commands_of_every_script():

@@ -8,13 +8,9 @@ import json
 import os
 import re
 import socket
-import weakref
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from common.costs import estimate_activations
+from common.costs import Encoding, estimate_activations
 from common.estimates import estimate_memory, print_cache_estimate
 from common.sharding import Whole, count_whole
 from common.teacher_weights import count_bytes
@@ -24,15 +20,13 @@ import pytest
 import scale
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import ROOT
+from conftest import ROOT, LiveBytes
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from full_models import save_sd21
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train_lift_sd3
 import train_lift_sd21
@@ -64,37 +58,6 @@ MODELS = {
     "sd21": (UNet2DConditionModel, SD, train_lift_sd21.example_inputs),
     "sd3": (SD3Transformer2DModel, SD3, lambda model: train_lift_sd3.example_inputs(model, 8)),
 }
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that live, and the most that were at once, from when it is entered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, weakref.ref] = {}
-        self.most = 0
-
-    def add(self, *tensors: torch.Tensor) -> None:
-        for tensor in tensors:
-            storage = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
-            if storage.nbytes() >= 1024:  # the others are many, and little together
-                self.storages[id(storage)] = weakref.ref(storage, partial(self._forget, id(storage)))
-
-    def _forget(self, key: int, _: weakref.ref) -> None:
-        del self.storages[key]
-
-    def now(self) -> int:
-        return sum(ref().nbytes() for ref in [*self.storages.values()])  # FSDP2 empties and refills them
-
-    def __torch_dispatch__(
-        self, func: Callable, types: tuple[type, ...], values: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        outputs = func(*values, **(kwargs or {}))
-        known = len(self.storages)
-        self.add(*(each for each in tree_leaves((outputs, values)) if isinstance(each, torch.Tensor)))
-        if len(self.storages) > known:
-            self.most = max(self.most, self.now())
-        return outputs
 
 
 def make(name: str, layers: int | None = None) -> torch.nn.Module:
@@ -238,7 +201,7 @@ def test_blocks_within_blocks_come_on_their_own():
 
 
 SETTINGS = {"student": 800, "teacher_bytes": 1600, "batch_size": 2, "mixed_precision": "fp16", "use_8bit_adam": False}
-SETTINGS |= {"use_ema": True, "keeps_gradients": False, "encoder_bytes": 7}
+SETTINGS |= {"use_ema": True, "keeps_gradients": False, "encoders": Encoding(7)}
 
 
 def test_what_is_spread_is_divided_and_the_rest_is_not():

@@ -707,7 +707,12 @@ def test_dry_run_needs_no_weights(run, sd_teacher, tmp_path, capsys):
     single = shown("--student", "bk_tiny", "--gradient_accumulation_steps", 1)[1]  # by default gradients accumulate
     assert parts["gradients (fp32)"] == parts["trained weights (fp32)"] and "gradients (fp32)" not in single
 
-    cached = shown("--student", "bk_tiny", "--cache_latents")[1]
+    assert "FLOPs of student, teacher and encoders" in text and "beforehand" not in text
+    size = 4 * pipeline.vae.config.block_out_channels[0] * 32 * 32  # of a VAE with a layer per block
+    text, cached = shown("--student", "bk_tiny", "--cache_latents", "--encoding_batch_size", 8)
+    assert "FLOPs of student and teacher\n" in text
+    beforehand = re.search(r"^beforehand, VAE and text encoder at once, batch 8: ([\d.]+) MiB$", text, re.M)
+    assert float(beforehand[1]) == pytest.approx((4 * encoders + 8 * 4 * size) / 2**20, abs=0.06)
     assert "encoders' weights" not in cached
     assert cached["sum"] == pytest.approx(parts["sum"] - parts["encoders' weights"], abs=0.11)
     lora = shown("--student", "bk_tiny", "--lora_rank", 2)[1]
@@ -719,6 +724,12 @@ def test_dry_run_needs_no_weights(run, sd_teacher, tmp_path, capsys):
     assert saving[activations] < parts[activations]
     assert "teacher weights" not in shown("--student", "bk_tiny", "--kd_loss", "none")[1]
     assert not (tmp_path / "none").exists()
+
+    config = teacher / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"block_out_channels": [256, 8, 16]}))
+    text, parts = shown("--student", "bk_tiny", "--mixed_precision", "fp16")
+    assert "memory at its peak, while images are encoded" in text
+    assert parts["working set of the VAE"] == 64 * 4 * 256 * 32 * 32 * 2 / 2**20
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

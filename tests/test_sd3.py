@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -669,11 +670,18 @@ def test_dry_run_tells_sizes_and_stops(run, sd3_teacher, tmp_path, capsys):
         lines = [line.rsplit(maxsplit=2) for line in text.splitlines() if line.startswith("  ") and "MiB" in line]
         return {name.strip(): float(size.replace(",", "")) for name, size, _ in lines}
 
+    def beforehand(batch: int) -> float:
+        run("train_lift_sd3", "--pretrained_teacher_model", sd3_teacher, "--dry_run", "--encoding_batch_size", batch)
+        line = rf"^beforehand, one encoder at a time, batch {batch}: ([\d.]+) MiB for the vae$"
+        return float(re.search(line, capsys.readouterr().out, re.M)[1])
+
     assert "encoders' weights" not in dry_run()
     pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_teacher)
     texts = sum(getattr(pipeline, name).num_parameters() for name in TEXT_ENCODERS)
     weights = dry_run("--no-cache_latents", "--mixed_precision", "bf16")["encoders' weights"]
     assert weights == pytest.approx((4 * pipeline.vae.num_parameters() + 2 * texts) / 2**20, abs=0.06)
+    size = 4 * 4 * pipeline.vae.config.block_out_channels[0] * 32 * 32 / 2**20  # of an image, in float32
+    assert beforehand(64) - beforehand(1) == pytest.approx(63 * size, abs=0.11)
     assert dry_run("--lambda_kd_feat", 0).keys() < dry_run().keys() >= {"features of both models and gradients"}
     two, one = dry_run("--lora_rank", 2), dry_run("--lora_rank", 2, "--share_backbone")
     frozen = two.pop("frozen weights of the student")
