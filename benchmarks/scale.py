@@ -190,7 +190,8 @@ CUDA context, and what NCCL holds for itself.
 SMALLEST = f"""The fewest GPUs that take the student at the batch of its page, of 12 or 24 GB, or else of 48 or 80.
 They have room for {MARGIN} times the estimate, which is the most that was
 [measured](../../docs/evidence.md#on-a-gpu) on one GPU, and for 1 GiB of the CUDA context. One GPU has 8-bit Adam where
-it has to. A smaller batch, LoRA and `--cache_teacher` take less: see the pages of the targets."""
+it has to. A smaller batch, LoRA and `--cache_teacher` take less: see the pages of the targets. What is held
+beforehand, while the data are encoded, is not counted: for SDXL on 12 GB pass `--encoding_batch_size 1`."""
 COMMUNICATION = """Bytes that each of N processes sends in a step. A collective passes shares around a ring, so that
 each process sends (N - 1)/N of what it is about. P are the student's parameters, in float32; T are the bytes of the
 teacher's weights.
