@@ -118,7 +118,8 @@ MEMORY = {
         Case(
             "sdxl",
             "koala_700m, LoRA",
-            "--mixed_precision fp16 --cache_latents --use_ema --gradient_checkpointing --lora_rank 16",
+            "--mixed_precision fp16 --cache_latents --encoding_batch_size 1 --use_ema --gradient_checkpointing"
+            " --lora_rank 16",
             {12: 4},
         ),
     ),
