@@ -194,17 +194,16 @@ def load_teacher(source: TeacherSource, prediction_type: str) -> tuple[UNet2DMod
         prediction_type: What a U-Net without a scheduler is taken to predict.
     """
     if Path(source.path).is_dir() and not (Path(source.path) / "model_index.json").exists():
-        unet, scheduler = load_weights(source, UNet2DModel), None
+        parts = {"unet": load_weights(source, UNet2DModel)}
     else:
-        pipeline = load_weights(source, DiffusionPipeline)
-        unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
-        others = [name for name, part in pipeline.components.items() if part is not None and name not in PARTS]
-        if others:
-            kind = f"{type(pipeline).__name__} with a {others[0]}"
-            remedy = "pass a model of pixels, or see docs/adapting.md for others"
-            fail(f"--pretrained_teacher_model {source.path} is a {kind}; {remedy}")
+        parts = load_weights(source, DiffusionPipeline).components
+    unet, scheduler = parts.get("unet"), parts.get("scheduler")
     if not isinstance(unet, UNet2DModel):
         fail(f"--pretrained_teacher_model {source.path} holds no UNet2DModel; pass a pixel DDPM or DDIM pipeline")
+    others = [name for name, part in parts.items() if part is not None and name not in PARTS]
+    if others:
+        remedy = "pass a model of pixels, or see docs/adapting.md for others"
+        fail(f"--pretrained_teacher_model {source.path} has a {others[0]} beside its UNet2DModel; {remedy}")
     check_weights(unet.float(), f"--pretrained_teacher_model {source.path}: its unet")
     if scheduler is None:
         logger.warning(f"{source.path} has no scheduler: assuming 1000 linear steps that predict {prediction_type}")

@@ -164,7 +164,7 @@ def drop_unreadable(
     sizes = measure_images(dataset, column, num_workers)
     small = [min(image) for image in sizes if all(image) and _is_smaller(image, choose_size(*image, size))]
     if small:
-        than = f"{size} pixels" if isinstance(size, int) else "the size of their shape"
+        than = f"{size} pixels" if isinstance(size, int) else "their bucket"
         found = f"{len(small)} of {len(sizes)} images ({len(small) / len(sizes):.1%}) are smaller than {than}"
         logger.warning(f"{found} and will be enlarged; the smallest side is {min(small)}")
     unreadable = [index for index, image in enumerate(sizes) if not all(image)]

@@ -180,10 +180,11 @@ class LiveBytes(TorchDispatchMode):
                 self.storages[id(storage)] = weakref.ref(storage, partial(self._forget, id(storage)))
 
     def _forget(self, key: int, _: weakref.ref) -> None:
-        del self.storages[key]
+        self.storages.pop(key, None)
 
     def now(self) -> int:
-        return sum(ref().nbytes() for ref in [*self.storages.values()])  # FSDP2 empties and refills them
+        alive = [ref() for ref in [*self.storages.values()]]  # other threads end some meanwhile
+        return sum(storage.nbytes() for storage in alive if storage is not None)  # FSDP2 empties and refills them
 
     def __torch_dispatch__(
         self, func: Callable, types: tuple[type, ...], values: tuple = (), kwargs: dict[str, Any] | None = None

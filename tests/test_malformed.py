@@ -713,7 +713,7 @@ CASES = [
     (DIT, "--validation_classes unicorn", "is no class"),
     (DIT, "--validation_classes 1000", "is no class"),
     (CAPTIONED, "--lora_rank 2 --student_init random", "--lora_rank 2 trains adapters alone", "tensors are random"),
-    (UNET, "--pretrained_teacher_model {ldm}", "is a LDMPipeline with a vqvae; pass a model of pixels"),
+    (UNET, "--pretrained_teacher_model {ldm}", "has a vqvae beside its UNet2DModel; pass a model of pixels"),
     (UNET, "--pretrained_teacher_model {scaled}", "--student_init can prune models", "that is added, not scaled by"),
     (SD, "--lora_rank 2 --student {shallow_json}", "--lora_rank 2 trains adapters alone", "tensors are random"),
     (SD3, "--share_backbone", "--share_backbone needs --lora_rank"),
