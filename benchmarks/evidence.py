@@ -369,7 +369,7 @@ def explain(experiment: Experiment, values: Values, noise: float) -> str:
     for which, limit in (("", np.inf), (" of rows nearer than white noise", noise)):
         means = {row: np.mean(figures_of(found, "fd_50")) for row, found in values.items()}
         kept = [found for row, found in values.items() if means[row] < limit]
-        if not kept:
+        if not kept or (len(kept) == len(values) and limit < np.inf):  # nothing to say, or nothing new
             continue
         distances = [distance for found in kept for distance in figures_of(found, "fd_50")]
         errors = np.array([error for found in kept for error in figures_of(found, "errors")])
