@@ -78,7 +78,7 @@ from common.estimates import estimate_memory, print_cache_estimate, print_memory
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
-from common.pruning import prune_width
+from common.pruning import is_pruned, prune_width
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
 from common.reporting import autocast_of, gather_samples, grid_path, sample_grid, sample_models, save_grid, share_of
 from common.sharding import clip_gradients, count_whole, gather_model, prepare
@@ -87,7 +87,6 @@ from common.students import (
     check_groups,
     count_features,
     fill_from_blocks,
-    is_narrower,
     match_blocks,
     narrow_widths,
     pair_features,
@@ -334,7 +333,7 @@ def build_student(
     if args.student_init == "teacher":
         with model_errors_end(mismatch, "pass another preset, correct the JSON file, or pass --student_init random"):
             match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
-    if args.lora_rank and not (args.student_init == "teacher" and is_pruned(student, teacher, recipe)):
+    if args.lora_rank and not is_pruned(student, teacher, recipe, args.student_init):
         check_adapted(args.lora_rank, student, teacher, recipe.get("blocks"), args.student_init)
     check_sizes(student, vae, args.resolution, args.group_size if args.kd_loss == "place" else None)
     check_forward(student, example_inputs(student), mismatch)
@@ -368,17 +367,11 @@ def size_multiple(student: UNet2DConditionModel, vae: AutoencoderKL) -> int:
     return vae_factor(vae) * 2 ** (len(student.config.block_out_channels) - 1)
 
 
-def is_pruned(student: UNet2DConditionModel, teacher: UNet2DConditionModel, recipe: dict) -> bool:
-    """Whether the student starts from the largest of the teacher's channels, in layers that are the teacher's."""
-    narrower = student.num_parameters() < teacher.num_parameters() and is_narrower(student, teacher)
-    return narrower and "blocks" not in recipe
-
-
 def fill_student(
     student: UNet2DConditionModel, teacher: UNet2DConditionModel, recipe: dict, student_init: str
 ) -> None:
     """Put the teacher's weights into the student as `--student_init` and the recipe say."""
-    if student_init == "random" or not is_pruned(student, teacher, recipe):
+    if not is_pruned(student, teacher, recipe, student_init):
         return fill_from_blocks(student, teacher, recipe.get("blocks"), random=student_init == "random")
     side = 2 ** len(teacher.config.block_out_channels)
     sample = torch.zeros(1, teacher.config.in_channels, side, side)

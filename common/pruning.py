@@ -13,10 +13,24 @@ import math
 from collections.abc import Callable
 
 from common.errors import fail
+from common.students import is_narrower
 
 import torch
 import torch_pruning as tp
 from diffusers.models.attention_processor import Attention
+
+
+def is_pruned(student: torch.nn.Module, teacher: torch.nn.Module, recipe: dict, student_init: str) -> bool:
+    """Whether `--student_init` fills the student with the largest of the teacher's channels, by [`prune_width`].
+
+    Args:
+        student: It may be on the meta device, as the teacher.
+        teacher: Of the same layers, or others.
+        recipe: What a preset or a JSON file says of the student.
+        student_init: "teacher" or "random".
+    """
+    narrower = student.num_parameters() < teacher.num_parameters() and is_narrower(student, teacher)
+    return student_init == "teacher" and narrower and "blocks" not in recipe
 
 
 def prune_width(

@@ -22,6 +22,7 @@ from common.checkpoints import unlock_output
 import psutil
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -94,6 +95,19 @@ def teachers(teacher, sd_teacher, tmp_path_factory) -> dict[str, Path]:
     sd3 = tiny_models.save_sd3_pipeline(tmp_path_factory.mktemp("sd3"))
     sdxl = tiny_models.save_sdxl_pipeline(tmp_path_factory.mktemp("sdxl"))
     return {"unet": teacher, "sd21": sd_teacher, "dit": dit, "sd3": sd3, "sdxl": sdxl}
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[torch.Tensor]:
+    """What autoencoders have decoded so far: the latents of each call."""
+    calls, decode = [], AutoencoderKL.decode
+
+    def spied(vae, latents, *arguments, **options):
+        calls.append(latents)
+        return decode(vae, latents, *arguments, **options)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", spied)
+    return calls
 
 
 @pytest.fixture
