@@ -820,6 +820,8 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         return print_dry_run(student_shape, teacher_shape, vae_shape, recipe, source, args)
     scheduler, tokenizer = load_noise_schedule(source, sampler), load_tokenizer(source)
+    # What training does without, such as a safety checker: the end needs it, and must not be the first to load it.
+    load_weights(source, DiffusionPipeline, **dict.fromkeys(PARTS))
 
     # ---- output
     output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)

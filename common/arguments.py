@@ -163,7 +163,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     logs.add_argument("--validation_steps", type=int, help="steps between sample grids (default: half an hour)")
     logs.add_argument("--push_to_hub", action="store_true", help="upload the student (log in first: hf auth login)")
     logs.add_argument("--hub_model_id", help="repository to push to (default: the output folder's name)")
-    logs.add_argument("--hub_private_repo", action="store_true", help="make that repository private")
+    logs.add_argument("--hub_private_repo", action="store_true", help="make it private (else: as your account has it)")
     logs.add_argument(
         "--license", help="of the student, as the Hub calls it, e.g. apache-2.0 (default: the teacher's)"
     )

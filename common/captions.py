@@ -112,7 +112,8 @@ def read_prompts(given: list[str] | None) -> list[str] | None:
         if not Path(value).is_file():
             fail(f"{subject} is no file; {remedy}, or prompts that do not end in .txt")
         try:
-            lines = [line.strip() for line in Path(value).read_text(encoding="utf-8-sig").splitlines()]
+            # Not by splitlines(), which also splits at separators that captions of the Web hold.
+            lines = [line.strip() for line in Path(value).read_text(encoding="utf-8-sig").split("\n")]
         except (OSError, UnicodeDecodeError) as error:
             fail(f"{subject} cannot be read: {first_line(error)}; {remedy}")
         if not any(lines):

@@ -15,11 +15,13 @@ from common.errors import fail, first_line
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import auth_check, create_repo, model_info, upload_folder
 
 
 def save_with_variant(pipeline: DiffusionPipeline, output_dir: Path, fp16_variant: bool) -> None:
     """Save a pipeline in float32, and where asked for its fp16 variant beside that; its models change in place."""
+    for path in output_dir.glob("*/*.fp16.*"):
+        path.unlink()  # it would be an earlier student's
     models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     for model in models:
         model.float()
@@ -40,21 +42,32 @@ def create_hub_repo(repo_id: str | None, output_dir: Path, private: bool) -> str
 
     Args:
         repo_id: `--hub_model_id`; `None` for the output folder's name.
+        private: Else it is what its owner's default is.
     """
     repo_id = repo_id or output_dir.resolve().name
     try:
-        return create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        auth_check(repo_id, write=True)  # one that exists may be another's
+        public = private and not model_info(repo_id).private
     except Exception as error:  # without a connection, an error of whichever HTTP library the client is built on
         remedy = "log in with `hf auth login`, or check --hub_model_id"
-        fail(f"--push_to_hub cannot create {repo_id}: {first_line(error)}; {remedy}")
+        fail(f"--push_to_hub cannot create or write to {repo_id}: {first_line(error)}; {remedy}")
+    if public:
+        remedy = "make it private in its settings, or pass another --hub_model_id"
+        fail(f"--hub_private_repo: {repo_id} is there already and is public; {remedy}")
+    return repo_id
 
 
 def push_to_hub(output_dir: Path, repo_id: str) -> None:
-    """Upload the finished pipeline without checkpoints, logs and hidden files. The token is the one of the login."""
-    ignored = ["checkpoint-*", ".*", "logs/*"]
-    text = "End of training"
+    """Upload the finished pipeline without checkpoints, logs and hidden files. The token is the one of the login.
+
+    The repository keeps none of the weights that it had in the same folders: variants and shards of another student.
+    """
+    options = {"commit_message": "End of training", "ignore_patterns": ["checkpoint-*", ".*", "logs/*"]}
+    parts = {path.parent.name for path in output_dir.glob("*/*.safetensors")}
+    options["delete_patterns"] = [f"{part}/*.safetensors*" for part in sorted(parts)]
     try:
-        upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=text, ignore_patterns=ignored)
+        upload_folder(repo_id=repo_id, folder_path=output_dir, **options)
     except Stopped as stopped:
         print(f"{stopped.received.name}: the student is saved, but not uploaded; --resume_from_checkpoint latest does")
         raise

@@ -140,7 +140,7 @@ def test_a_changed_text_is_another_content_in_a_cache(load, texts, tmp_path):
 
 @pytest.mark.parametrize("script", [train_lift_sd21, train_lift_sd3, train_lift_sdxl])
 def test_prompts_come_from_files_and_the_command(script, tmp_path):
-    (tmp_path / "a.txt").write_bytes("\ufeffa bag\r\n\r\n a coat \r\n".encode())
+    (tmp_path / "a.txt").write_bytes("\ufeffa bag\r\n\r\n a coat\u2028in red \r\n".encode())
 
     def prompts(*values) -> list[str] | None:
         return script.parse_args(["--dry_run", *values]).validation_prompts
@@ -149,6 +149,6 @@ def test_prompts_come_from_files_and_the_command(script, tmp_path):
     assert prompts("--validation_prompts", "", str(tmp_path / "a.txt"), "a.txt file") == [
         "",
         "a bag",
-        "a coat",
+        "a coat\u2028in red",
         "a.txt file",
     ]

@@ -23,8 +23,11 @@ FLAGS = [
 ]
 
 
+STALE = ["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors.index.json"]
+
+
 class Hub(BaseHTTPRequestHandler):
-    """The upload API: create, preupload, LFS and commit. `.safetensors` and `.png` go through LFS."""
+    """The upload API: create, check, preupload, LFS and commit. `.safetensors` and `.png` go through LFS."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -37,6 +40,13 @@ class Hub(BaseHTTPRequestHandler):
             server.found_at_creation = sorted(path.name for path in server.watched.rglob("*") if path.is_file())
             name = f"{wanted.get('organization') or 'someone'}/{wanted['name']}"
             return self.answer({"url": f"{server.url}/{name}", "name": name})
+        if self.command == "GET" and self.path.endswith("/auth-check/write"):
+            return self.answer({})
+        if self.command == "GET" and "/tree/" in self.path:
+            return self.answer([{"type": "file", "path": path, "size": 1, "oid": "1" * 40} for path in server.there])
+        if self.command == "GET" and self.path.startswith("/api/models/"):
+            name = self.path.removeprefix("/api/models/")
+            return self.answer({"_id": "1", "id": name, "modelId": name, "private": server.private, "siblings": []})
         if self.path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
         if "/preupload/" in self.path:
@@ -78,13 +88,19 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def start_hub():
-    """`start_hub(watched, refuse="commit", status=403)` starts a server that turns away paths with that in them."""
+    """`start_hub(watched, refuse="commit", status=403)` starts a server that turns away paths with that in them.
+
+    The repositories that are there already are private or not.
+    """
     servers = []
 
-    def start(watched: Path, refuse: str | None = None, status: int = 403) -> ThreadingHTTPServer:
+    def start(
+        watched: Path, refuse: str | None = None, status: int = 403, private: bool = True
+    ) -> ThreadingHTTPServer:
         server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
         server.url = f"http://127.0.0.1:{server.server_port}"
-        server.watched, server.refuse, server.status = watched, refuse, status
+        server.watched, server.refuse, server.status, server.private = watched, refuse, status, private
+        server.there = []
         server.requests, server.commits, server.storage, server.storage_headers = [], [], {}, []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
@@ -130,18 +146,21 @@ def pushed(start_hub, teacher, images, tmp_path_factory):
     (folder / ".notes").mkdir(parents=True)
     (folder / ".notes" / "private.txt").write_text("nobody's business")
     server = start_hub(folder)
+    server.there = [".gitattributes", *STALE, "unet/diffusion_pytorch_model.safetensors", "notes/own.safetensors"]
     finished = push(server, teacher, images, folder, "--hub_model_id", "someone/tiny-digits", "--hub_private_repo")
     assert finished.returncode == 0, finished.stdout
     return server, finished, folder
 
 
 def uploaded(server) -> dict[str, bytes]:
-    """The files of the one commit, by their path in the repository."""
+    """The files that the one commit adds, by their path in the repository."""
     (commit,) = server.commits
     assert commit[0]["key"] == "header"
     files = {}
     for line in commit[1:]:
         value = line["value"]
+        if line["key"] == "deletedFile":
+            continue
         if line["key"] == "lfsFile":
             content = server.storage[value["oid"]]
             assert hashlib.sha256(content).hexdigest() == value["oid"] and len(content) == value["size"]
@@ -175,6 +194,12 @@ def test_the_pipeline_arrives_byte_for_byte(pushed):
     assert any(path.endswith(".safetensors") for path in files) and len(server.storage) >= 3
     card = files["README.md"].decode()
     assert card.startswith("---\n") and 'from_pretrained("someone/tiny-digits")' in card
+
+
+def test_another_students_weights_do_not_stay_on_the_hub(pushed):
+    """What loads a variant or shards would load them."""
+    (commit,) = pushed[0].commits
+    assert [line["value"]["path"] for line in commit if line["key"] == "deletedFile"] == STALE
 
 
 def test_checkpoints_logs_and_hidden_files_stay_here(pushed):
@@ -273,7 +298,8 @@ def test_a_refused_login_ends_before_the_first_step(start_hub, teacher, images, 
     server = start_hub(folder, refuse="/api/", status=401)
     finished = push(server, teacher, images, folder)  # the repository is named after the folder
     message = one_error(finished.stdout, finished)
-    assert "--push_to_hub cannot create digits" in message and "401" in message and "hf auth login" in message
+    assert "--push_to_hub cannot create or write to digits" in message
+    assert "401" in message and "hf auth login" in message
     assert json.loads(server.requests[0][2])["name"] == "digits"
     assert not (folder / "metrics.jsonl").exists() and not list(folder.glob("checkpoint-*"))
 
@@ -282,29 +308,48 @@ CREATE = """
 import sys
 from pathlib import Path
 from common.hub import create_hub_repo
-for name in sys.argv[1:]:
+for name in sys.argv[2:]:
     try:
-        print(create_hub_repo(name, Path("student"), private=False))
+        print(create_hub_repo(name, Path("student"), private=sys.argv[1] == "private"))
     except SystemExit as error:
         print(error)
 """
+
+
+def create(url: str, folder: Path, *arguments: str) -> list[str]:
+    """What the creation of repositories prints: a line of each."""
+    finished = subprocess.run(
+        [sys.executable, "-c", CREATE, *arguments],
+        **{"cwd": ROOT, "env": {**dict(environment(url, folder), PATH="")}, "text": True, "timeout": 100},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    lines = finished.stdout.splitlines()
+    assert len(lines) == len(arguments) - 1, finished.stdout
+    return lines
 
 
 @pytest.mark.parametrize("reachable", [True, False])
 def test_names_and_connections(start_hub, tmp_path, reachable):
     server = start_hub(tmp_path)
     url = server.url if reachable else "http://127.0.0.1:9"
-    finished = subprocess.run(
-        [sys.executable, "-c", CREATE, "digits", "team/digits", "no spaces", "a/b/c"],
-        **{"cwd": ROOT, "env": {**dict(environment(url, tmp_path), PATH="")}, "text": True, "timeout": 100},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    lines = finished.stdout.splitlines()
-    assert len(lines) == 4, finished.stdout
+    lines = create(url, tmp_path, "default", "digits", "team/digits", "no spaces", "a/b/c")
     if reachable:
         assert lines[:2] == ["someone/digits", "team/digits"]
-        wanted = [json.loads(body) for _, _, body in server.requests]
-        assert not any(want.get("private") or want.get("visibility") == "private" for want in wanted)
+        wanted = [json.loads(body) for name, _, body in server.requests if name.startswith("POST")]
+        assert len(wanted) == 2 and not any({"private", "visibility"} & want.keys() for want in wanted)
         lines = lines[2:]
     assert all(line.startswith("error: --push_to_hub cannot create ") and "--hub_model_id" in line for line in lines)
+
+
+def test_a_repository_of_others_and_a_public_one_are_refused_before_a_run(start_hub, tmp_path):
+    url = start_hub(tmp_path, refuse="/auth-check/write").url  # a token that may only read
+    (line,) = create(url, tmp_path, "default", "team/digits")
+    assert line.startswith("error: --push_to_hub cannot create or write to team/digits") and "403" in line
+    url = start_hub(tmp_path, private=False).url
+    assert create(url, tmp_path, "default", "team/digits") == ["team/digits"]
+    (line,) = create(url, tmp_path, "private", "team/digits")
+    assert line == (
+        "error: --hub_private_repo: team/digits is there already and is public; "
+        "make it private in its settings, or pass another --hub_model_id"
+    )

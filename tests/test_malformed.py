@@ -435,6 +435,7 @@ FLOW = {
     INDEX: {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
     SCHEDULE: make_flow,
 }
+SAFETY = ["stable_diffusion", "StableDiffusionSafetyChecker"]  # which no step needs
 TEXTLESS = {f"{kind}{number}": NULL for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
 
 # Scripts, what is wrong with the teacher, further flags, and what the line says.
@@ -491,6 +492,7 @@ DAMAGED_TEACHERS = [
     (SD, {INDEX: {"tokenizer": ...}}, "", "with no tokenizer; pass"),
     (SD, {"tokenizer": None}, "", "lacks files of its tokenizer; pass"),
     (SD3, {"tokenizer": None}, "", "lacks its tokenizer; pass"),
+    (SD, {INDEX: {"safety_checker": SAFETY}}, "", "does not load", "no file named model.safetensors"),
     (SD, {"text_encoder": None}, "", "no file named model.safetensors"),
     (SD, {"text_encoder": None}, "--cache_latents", "no file named model.safetensors"),
     (SD3, {"text_encoder": None}, "", "text_encoder"),

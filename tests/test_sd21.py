@@ -12,6 +12,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from common.hub import save_with_variant
 from common.pruning import prune_width
 from common.students import is_narrower, pair_features
 from common.teachers import TeacherSource
@@ -505,6 +506,8 @@ def test_fp16_variant_loads(distil):
         assert part.dtype == torch.float16
     half_image = generate(folder, variant="fp16", torch_dtype=torch.float16)
     assert np.abs(half_image - generate(folder)).max() < 0.1
+    save_with_variant(pipeline, folder, fp16_variant=False)  # another student, in the same folder
+    assert not list(folder.rglob("*.fp16.*")) and (folder / "unet" / "diffusion_pytorch_model.safetensors").exists()
 
 
 # ---------------------------------------------------------------------------------------------- noise, time and target
