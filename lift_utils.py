@@ -66,8 +66,8 @@ def lift_place_loss(
             each channel of each sample one group (LIFT).
         norm: "l1" or "l2", the distance of the lines from (1, 0) in the coarse term.
         weighting: "adaptive" for `1 - min(1, mean|slope - 1| + mean|intercept|)`, always an L1 distance and averaged
-            over all processes of a distributed run (of equal batch sizes); "constant" for 1; or a number in [0, 1].
-            Under gradient accumulation it is one weight per micro-batch.
+            over all processes of a distributed run, which must call this together with batches of one size; "constant"
+            for 1; or a number in [0, 1]. Under gradient accumulation it is one weight per micro-batch.
         group_by: "error" groups elements of similar squared error, "position" groups neighbours in memory.
         eps: Added to the student's variance.
         reduction: "mean", or "sum" for the sum over a sample's elements averaged over the batch (C · N · mean).

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from common.attention import check_xformers
 from common.errors import fail, first_line
-from common.ranges import RANGES
+from common.ranges import ANY, RANGES
 
 import torch
 from safetensors import SafetensorError
@@ -175,8 +175,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
 def check_values(args: argparse.Namespace) -> None:
     """Refuse numbers out of their [`RANGES`], and empty strings."""
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value not in RANGES[name]:
-            fail(f"--{name} {value} is out of range; pass {RANGES[name]}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value not in RANGES.get(name, ANY):
+            fail(f"--{name} {value} is out of range; pass {RANGES.get(name, ANY)}")
         # An empty prompt is one, and asks for an image without guidance.
         if value == "" or (isinstance(value, list) and "" in value and name != "validation_prompts"):
             fail(f'--{name} "" is empty; pass a value, or drop the flag')

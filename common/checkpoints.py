@@ -13,6 +13,7 @@ then renamed to `checkpoint-<step>`. A kill at any instant leaves whole checkpoi
 """
 
 import atexit
+import errno
 import hashlib
 import json
 import os
@@ -37,6 +38,8 @@ except ModuleNotFoundError:
 
 # What a whole checkpoint has at least.
 FILES = {"state.json", "optimizer.safetensors"}
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what file systems without locks answer
 
 # Output folders that this process locks, with whether it makes them; and the locks, open for as long as it holds them.
 FOLDERS: list[tuple[Path, bool]] = []
@@ -76,7 +79,10 @@ def lock_output(output_dir: Path) -> None:
     except BlockingIOError:
         mine = False
     except OSError as error:
-        fail(f"--output_dir {output_dir} cannot be written to: {error.strerror}; pass another folder")
+        if error.errno not in NO_LOCKS:
+            fail(f"--output_dir {output_dir} cannot be written to: {error.strerror}; pass another folder")
+        print(f"--output_dir {output_dir} is on a file system without locks: start no second run there", flush=True)
+        mine = True
     if not mine:
         holder = path.read_text().strip() if path.exists() else ""
         remedy = "wait until that ends, or pass another folder"

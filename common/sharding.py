@@ -14,6 +14,8 @@ the optimizer and the average hold for it. A block's weights come together for i
 
 from typing import NamedTuple, TypeVar
 
+from common.errors import fail
+
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
@@ -41,16 +43,21 @@ def _find_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
 def shard(model: FeatureModel, device: torch.device) -> None:
     """Spread a model over all processes, in place. What it trains starts as it is on the first of them.
 
+    The run ends where it has none of the [`BLOCKS`].
+
     Args:
         model: With its weights on any device.
         device: Where the shares go.
     """
+    blocks = _find_blocks(model.model)
+    if not blocks:  # all of its weights would come together at once, as without the flag
+        remedy = "add the class of its blocks to BLOCKS in common/sharding.py, or drop the flag"
+        fail(f"--fsdp knows no block of a {type(model.model).__name__}; {remedy}")
     mesh = init_device_mesh(device.type, (PartialState().num_processes,))
     for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
         whole = parameter.data.to(device)
         torch.distributed.broadcast(whole, 0)
         parameter.data.copy_(whole)
-    blocks = _find_blocks(model.model)
     projections = [module for module in model.projections if [*module.parameters()]]
     # Samples are drawn by the model alone, so it is the root, not what captures its features. And it lets go of its
     # weights after each forward pass: when averaged ones take their place, it must not keep the old ones.

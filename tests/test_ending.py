@@ -1,6 +1,7 @@
 """Nothing hangs, no NaN is silent, nothing is lost: how a run ends by an error, by a signal, and by a full disk."""
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -191,6 +192,7 @@ def test_every_number_has_a_range(script, monkeypatch):
     numbers = [action for action in parsers[0]._actions if action.type in (int, float)]
     assert len(numbers) >= 5
     for action in numbers:
+        assert action.dest in RANGES, action.dest
         assert action.default is None or action.default in RANGES[action.dest], action.dest
 
 
@@ -249,6 +251,18 @@ def test_a_signal_while_the_folder_is_locked_leaves_nothing(tmp_path, monkeypatc
     assert (tmp_path / "student" / ".lock").exists()
     checkpoints.unlock_output()
     assert not (tmp_path / "student").exists()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    """As scratch folders of clusters may be."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoints.fcntl, "lockf", refuse)
+    checkpoints.lock_output(tmp_path)
+    assert "without locks: start no second run there" in capsys.readouterr().out
+    assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
 
 
 def test_a_signal_stops_the_sampling_and_saves(start, run, command, tmp_path):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from common.ending import Stopped, StopSignals
 from common.metrics import read_metrics
 from common.reporting import share_of
+from common.sharding import shard
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from conftest import ALONE, ROOT, TWO_PROCESSES, run_file, run_several
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+
+from lift_utils import FeatureModel
 
 
 SCRIPTS = {
@@ -222,3 +225,9 @@ def test_engines_of_the_accelerate_config_are_refused(run, command, tmp_path, mo
     says = f"the accelerate config asks for {engine}, .* set distributed_type to MULTI_GPU there, and pass --fsdp"
     with pytest.raises(SystemExit, match=says):
         run(*command("unet", tmp_path / "student", 4))
+
+
+def test_a_model_of_unknown_blocks_is_refused():
+    """Nothing of it would be spread during a pass."""
+    with pytest.raises(SystemExit, match="--fsdp knows no block of a Linear; add the class of its blocks to BLOCKS"):
+        shard(FeatureModel(torch.nn.Linear(2, 2), []), torch.device("cpu"))
