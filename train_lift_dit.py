@@ -828,9 +828,8 @@ def sample_images(
         vae: In float32, on the device.
         scheduler: The teacher's.
     """
-    training, config, count, device = transformer.training, transformer.config, len(classes), accelerator.device
+    config, count, device = transformer.config, len(classes), accelerator.device
     mine = share_of(count, accelerator)
-    transformer.eval()
     seed_step(seed)  # samplers may draw noise of their own
     latents = torch.randn(count, config.in_channels, config.sample_size, config.sample_size)[mine].to(device)
     labels = [classes[row] for row in mine] + [config.num_embeds_ada_norm] * len(mine)
@@ -845,7 +844,6 @@ def sample_images(
         latents = scheduler.step(guided, step, latents).prev_sample
     latents = latents / vae.config.scaling_factor
     images = torch.cat([vae.decode(image).sample for image in latents.split(1)])  # one by one: decoding takes memory
-    transformer.train(training)
     pixels = (images / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
     return gather_samples(DiTPipeline.numpy_to_pil(pixels), count)
 

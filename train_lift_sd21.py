@@ -657,15 +657,14 @@ def sample_images(
         scheduler: The teacher's.
         text: Embeddings of the empty caption and of the prompts, (1 + N, 77, D).
     """
-    training, count = unet.training, len(text) - 1
+    count = len(text) - 1
     mine = share_of(count, accelerator)
     text = text[[0, *(1 + row for row in mine)]].to(accelerator.device)
     shape = (count, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))[mine].to(accelerator.device)
-    pipeline = StableDiffusionPipeline(
-        vae, None, None, unet.eval(), scheduler, None, None, requires_safety_checker=False
-    )
+    pipeline = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
+    seed_step(seed)  # samplers may draw noise of their own
     with autocast_of(unet, accelerator):
         latents = pipeline(
             prompt_embeds=text[1:],
@@ -677,7 +676,6 @@ def sample_images(
         ).images
     latents = latents.float() / vae.config.scaling_factor
     images = torch.cat([vae.decode(image).sample for image in latents.split(1)])  # one by one: decoding takes memory
-    unet.train(training)
     return gather_samples(pipeline.image_processor.postprocess(images), count)
 
 

@@ -786,11 +786,12 @@ def sample_images(
         scheduler: The teacher's.
         text: Embeddings and pooled embeddings of the empty caption and of the prompts, (1 + N, ...).
     """
-    training, count, side = transformer.training, len(text[0]) - 1, resolution // vae_factor(vae)
+    count, side = len(text[0]) - 1, resolution // vae_factor(vae)
     shape, mine = (count, transformer.config.in_channels, side, side), share_of(count, accelerator)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))[mine].to(accelerator.device)
-    pipeline = StableDiffusion3Pipeline(transformer.eval(), scheduler, vae, None, None, None, None, None, None)
+    pipeline = StableDiffusion3Pipeline(transformer, scheduler, vae, None, None, None, None, None, None)
     pipeline.set_progress_bar_config(disable=True)
+    seed_step(seed)  # samplers may draw noise of their own
     # In float32: the pipeline keeps the latents in the embeddings' dtype.
     rows = [0, *(1 + row for row in mine)]
     text, pooled = (embeddings[rows].to(accelerator.device).float() for embeddings in text)
@@ -809,7 +810,6 @@ def sample_images(
         ).images
     latents = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
     images = torch.cat([vae.decode(image).sample for image in latents.split(1)])  # one by one: decoding takes memory
-    transformer.train(training)
     return gather_samples(pipeline.image_processor.postprocess(images), count)
 
 

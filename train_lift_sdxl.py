@@ -746,14 +746,15 @@ def sample_images(
         scheduler: The teacher's.
         text: Embeddings of no caption and of the prompts: "text", (1 + N, 77, D), and "pooled", (1 + N, P).
     """
-    training, count = unet.training, len(text["text"]) - 1
+    count = len(text["text"]) - 1
     mine = share_of(count, accelerator)
     rows = [0, *(1 + row for row in mine)]
     text = {name: given[rows].to(accelerator.device) for name, given in text.items()}
     shape = (count, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))[mine].to(accelerator.device)
-    pipeline = StableDiffusionXLPipeline(vae, None, None, None, None, unet.eval(), scheduler)
+    pipeline = StableDiffusionXLPipeline(vae, None, None, None, None, unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
+    seed_step(seed)  # samplers may draw noise of their own
     with autocast_of(unet, accelerator):
         latents = pipeline(
             prompt_embeds=text["text"][1:],
@@ -767,7 +768,6 @@ def sample_images(
         ).images
     latents = latents.float() / vae.config.scaling_factor
     images = torch.cat([vae.decode(image).sample for image in latents.split(1)])  # one by one: decoding takes memory
-    unet.train(training)
     return gather_samples(pipeline.image_processor.postprocess(images), count)
 
 

@@ -526,8 +526,6 @@ def sample_images(
     accelerator: Accelerator,
 ) -> list[Image.Image]:
     """Samples by DDIM from the noise that the seed fixes, the same for every model, whatever its precision."""
-    training = unet.training
-    unet.eval()
     sampler = DDIMScheduler.from_config(scheduler.config)
     sampler.set_timesteps(num_inference_steps)
     shape = count, unet.config.in_channels, *image_size(unet)
@@ -535,7 +533,6 @@ def sample_images(
     images = images[share_of(count, accelerator)].to(accelerator.device)
     for step in sampler.timesteps:
         images = sampler.step(unet(images, step).sample.float(), step, images).prev_sample
-    unet.train(training)
     pixels = (images / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
     return gather_samples(DDIMPipeline.numpy_to_pil(pixels), count)
 

@@ -164,9 +164,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     logs.add_argument("--push_to_hub", action="store_true", help="upload the student (log in first: hf auth login)")
     logs.add_argument("--hub_model_id", help="repository to push to (default: the output folder's name)")
     logs.add_argument("--hub_private_repo", action="store_true", help="make it private (else: as your account has it)")
-    logs.add_argument(
-        "--license", help="of the student, as the Hub calls it, e.g. apache-2.0 (default: the teacher's)"
-    )
+    logs.add_argument("--license", help="of the student, an id of the Hub, e.g. apache-2.0 (default: the teacher's)")
     logs.add_argument("--dry_run", action="store_true", help="estimate sizes, MACs, memory and hours, and stop")
     logs.add_argument("--num_processes", type=int, help="with --dry_run: estimate for so many processes, not one")
     return {"models": models, "data": data, "distillation": kd, "training": training, "logging": logs}
@@ -223,6 +221,8 @@ def check_args(args: argparse.Namespace) -> None:
         fail("--offload_teacher with --teacher_dtype nf4: 4-bit weights do not move; pass fp8, or drop one of them")
     if args.offload_teacher and args.compile:
         fail("--offload_teacher with --compile: its weights move while they are compiled; drop one of them")
+    if args.teacher_dtype == "fp8" and args.compile and args.cache_teacher is None:
+        fail("--teacher_dtype fp8 with --compile: layers that cast their weights do not compile; drop one of them")
     for flag, given in (("--use_8bit_adam", args.use_8bit_adam), ("--teacher_dtype nf4", args.teacher_dtype == "nf4")):
         if given and importlib.util.find_spec("bitsandbytes") is None:
             fail(f"{flag} needs bitsandbytes; pip install bitsandbytes, or drop the flag")

@@ -14,8 +14,10 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+from common.errors import first_line
 from common.memory import fits_the_gpu
 from common.processes import TIMEOUT
 
@@ -127,15 +129,21 @@ class StopSignals:
 
         return checked
 
-    def attempt(self, work: Callable, **options: Any) -> None:
-        """Do `work`, part of which a signal may end. Where there are several processes, the run then goes on."""
+    def attempt(self, work: Callable, step: int) -> None:
+        """Do `work`, part of which a signal may end. Where there are several processes, the run then goes on.
+
+        One that does not fit the GPU ends the run before the first step, and where other processes wait for its part.
+        """
         remedy = "pass fewer --validation_prompts, --validation_classes or --num_validation_images"
         try:
-            with fits_the_gpu("the sample grid", remedy):
-                work(**options)
+            with fits_the_gpu("the sample grid", remedy) if step == 0 or not self.alone else nullcontext():
+                work(step=step)
         except Stopped:
             if self.alone:
                 raise
+        except torch.OutOfMemoryError as error:
+            print(f"step {step} has no sample grid, which does not fit the GPU: {first_line(error)}", flush=True)
+        torch.cuda.empty_cache()  # a grid takes other sizes than a step
 
 
 def outlive_signals(worker: int) -> None:

@@ -35,7 +35,7 @@ class Due:
     """
 
     def __init__(self, steps: int | None, agree: Callable[[bool], bool]):
-        self.steps, self.agree, self.since = steps, agree, time.monotonic()
+        self.steps, self.agree, self.since, self.late = steps, agree, time.monotonic(), False
 
     def now(self, step: int, bad: torch.Tensor | None = None) -> bool:
         """Whether it is due after this step.
@@ -45,9 +45,10 @@ class Due:
         """
         by_clock = self.steps is None
         late = self.agree(time.monotonic() - self.since >= INTERVAL) if by_clock else step % self.steps == 0
-        if not late or (bad is not None and bad):
+        self.late = self.late or late
+        if not self.late or (bad is not None and bad):
             return False
-        self.since = time.monotonic()
+        self.since, self.late = time.monotonic(), False
         return True
 
     def __str__(self) -> str:

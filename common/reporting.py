@@ -40,17 +40,20 @@ def sample_models(
     """Samples of the teacher, the student and the student with averaged weights, by the names that a grid shows.
 
     Args:
-        sample: From a model to its samples, the same noise for every model.
+        sample: From a model in eval mode to its samples, the same noise for every model.
         teacher: `None` where there is none any more: its samples are those that it has left.
         teacher_samples: Empty at first. It keeps the teacher's samples, which do not change, between calls.
     """
     if teacher is not None and not teacher_samples:
         teacher_samples += sample(teacher)
-    samples = {"teacher": teacher_samples} if teacher_samples else {}
-    samples["student"] = sample(student)
-    if ema is not None and ema.optimization_step:  # before the first step they are the student's
-        with averaged_weights(ema, trained_parameters(student)):
-            samples["EMA student"] = sample(student)
+    samples, training = {"teacher": teacher_samples} if teacher_samples else {}, student.training
+    try:  # a run may go on without samples
+        samples["student"] = sample(student.eval())
+        if ema is not None and ema.optimization_step:  # before the first step they are the student's
+            with averaged_weights(ema, trained_parameters(student)):
+                samples["EMA student"] = sample(student)
+    finally:
+        student.train(training)
     return samples
 
 

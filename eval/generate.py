@@ -132,6 +132,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=int,
         help="tokens of T5, as in the model's training (default: the pipeline's, 256 for Stable Diffusion 3)",
     )
+    parser.add_argument("--no_t5", action="store_true", help="leave T5 out, of a checkpoint that was trained so")
     parser.add_argument(
         "--dtype", default="float32", choices=tuple(DTYPES), help="dtype of the weights, but the VAE's"
     )
@@ -258,6 +259,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
         # Missing parts must be passed as None, e.g. the text encoders of Stable Diffusion 3. The safety checker is not
         # loaded: the images that it paints black would count against the model.
         absent = [name for name, part in parts.items() if part == [None, None] or name == "safety_checker"]
+        if args.no_t5:
+            absent += find_t5(parts, f"{flag} {source}")
         options = {"revision": args.revision, "variant": args.variant}
         options["torch_dtype"] = {"default": DTYPES[args.dtype], "vae": DTYPES[args.vae_dtype]}
         if checkpoint is not None:
@@ -296,6 +299,14 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
     pipeline.scheduler = make_sampler(pipeline, args.sampler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def find_t5(parts: dict[str, list], subject: str) -> list[str]:
+    """The names of T5 and its tokenizer in a Stable Diffusion 3, which does without them. Others end the process."""
+    names = [name for name in ("text_encoder_3", "tokenizer_3") if name in parts]
+    if not names:
+        fail(f"--no_t5 is for Stable Diffusion 3, which {subject} is not; drop it")
+    return names
 
 
 def as_checkpoint(args: argparse.Namespace, flag: str) -> Path | None:
@@ -732,6 +743,7 @@ def make_manifest(
         "contents": digest_model(args),
         "pipeline": type(pipeline).__name__,
         **{flag: getattr(args, flag) for flag in (*flags, "resolution", "resize", "max_sequence_length")},
+        "no_t5": args.no_t5 or None,  # as a manifest of an earlier version has it
         "vae_dtype": args.vae_dtype if hasattr(pipeline, "vae") else None,
         "scheduler": {"class": type(pipeline.scheduler).__name__, **scheduler},
         **({condition_of(pipeline): conditions} if conditions else {}),

@@ -369,8 +369,11 @@ def prediction_kind(pipeline: DiffusionPipeline) -> tuple:
     config, kind = generate.denoiser(pipeline).config, type(pipeline).__name__.replace("DDIM", "DDPM")
     side = None if hasattr(pipeline, "text_encoder") else config.sample_size
     conditions = ("num_embeds_ada_norm", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim")
-    predicts = pipeline.scheduler.config.get("prediction_type")
-    return kind, predicts, config.in_channels, side, *(config.get(key) for key in conditions)
+    predicts, with_t5 = (
+        pipeline.scheduler.config.get("prediction_type"),
+        bool(getattr(pipeline, "text_encoder_3", None)),
+    )
+    return kind, predicts, config.in_channels, side, with_t5, *(config.get(key) for key in conditions)
 
 
 def error_groups(student: torch.Tensor, teacher: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -233,6 +233,24 @@ def test_tokens_of_t5_count(sample, sd3, prompt_file):
     assert manifest(sample(*flags, name="default"))["max_sequence_length"] == 256
 
 
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
+
+
+def test_t5_can_be_left_out(sample, sd3, prompt_file, tmp_path):
+    """A checkpoint's other parts are its teacher's, which has T5 even if the student was trained without."""
+    whole, flags = save_sd3_pipeline(tmp_path / "whole", num_layers=2), ("--prompt_file", prompt_file)
+    with_t5, without, expected = (
+        sample("--model", *which, *flags, name=name)
+        for name, which in (("with", [whole]), ("without", [whole, "--no_t5"]), ("expected", [sd3]))
+    )
+    assert np.array_equal(read(without), read(expected)) and np.abs(read(with_t5) - read(without)).max() > 1
+    with pytest.raises(SystemExit, match="--no_t5 is True but was None for the images in "):
+        sample("--model", whole, "--no_t5", *flags, name="with")
+    pipelines = [StableDiffusion3Pipeline.from_pretrained(whole, **options) for options in ({}, NO_T5)]
+    kinds = [report.prediction_kind(pipeline) for pipeline in pipelines]
+    assert kinds[0] != kinds[1] and kinds[0][0] == kinds[1][0]  # predictions of other conditions do not compare
+
+
 def test_learned_variance_is_used(sample, models):
     """`ddpm` on a DiT scales its noise by the variance that the model predicts; `as_saved`, DDIM here, adds none."""
     learned = read(sample(*models["dit"], "--guidance_scale", 1))

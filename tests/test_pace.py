@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline, UNet2DModel
+
+import train_lift_unet
 
 
 SHORT = (
@@ -46,7 +49,8 @@ def distil(run, teacher, images, folder):
 
 def test_due_by_steps_or_by_the_clock(monkeypatch):
     by_steps = Due(3, lambda late: late)
-    assert [step for step in range(1, 10) if by_steps.now(step)] == [3, 6, 9]
+    found = [step for step in range(1, 13) if by_steps.now(step, bad=torch.tensor(float(step in (6, 7))))]
+    assert found == [3, 8, 9, 12]
     clock = SimpleNamespace(monotonic=lambda: clock.time, time=0.0)
     monkeypatch.setattr(pace, "time", clock)
     by_clock, found = Due(None, lambda late: late), []
@@ -56,6 +60,28 @@ def test_due_by_steps_or_by_the_clock(monkeypatch):
             found.append(step)
     assert found == [6]
     assert str(by_steps) == "every 3 steps" and str(by_clock) == "every 30 minutes"
+
+
+def test_a_grid_that_does_not_fit_the_gpu(distil, folder, monkeypatch, capsys):
+    """Before the first step it ends the run, which has lost nothing; later the run goes on without it."""
+    sample_images, calls = train_lift_unet.sample_images, []
+
+    def sample(model, *arguments, fits: int, **options):
+        assert not model.training
+        calls.append(model)
+        if len(calls) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return sample_images(model, *arguments, **options)
+
+    monkeypatch.setattr(train_lift_unet, "sample_images", partial(sample, fits=0))
+    with pytest.raises(SystemExit, match=r"^error: the sample grid does not fit the GPU: .* Remedy: pass fewer"):
+        distil("none", "--max_train_steps", 2)
+    calls.clear()
+    monkeypatch.setattr(train_lift_unet, "sample_images", partial(sample, fits=2))  # the teacher and the student
+    run = distil("first", "--max_train_steps", 2, "--validation_steps", 1)
+    assert "step 1 has no sample grid, which does not fit the GPU: CUDA out of memory" in capsys.readouterr().out
+    assert [path.name for path in (run / "samples").iterdir()] == ["step-000000.png"]
+    assert (run / "model_index.json").exists() and calls[-1].training and len(calls) == 4
 
 
 def test_epochs_in_place_of_steps():

@@ -180,6 +180,7 @@ def test_a_cache_of_a_narrower_teacher_is_another_one(distil, source_of, tmp_pat
         ("unet", ["--offload_teacher"], "--offload_teacher needs a CUDA device to move the teacher to; drop it"),
         ("dit", ["--offload_teacher", "--dry_run", "--student", "d7"], "--offload_teacher does not go with a DiT"),
         ("unet", ["--offload_teacher", "--dry_run", "--compile"], "--offload_teacher with --compile"),
+        ("unet", ["--teacher_dtype", "fp8", "--compile"], "--teacher_dtype fp8 with --compile"),
         ("unet", ["--offload_teacher", "--dry_run", "--teacher_dtype", "nf4"], "--offload_teacher with --teacher_dt"),
         (
             "sd3",

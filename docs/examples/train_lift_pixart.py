@@ -377,15 +377,16 @@ class Encoders:
     """The frozen VAE, if asked for, and text encoder, in the precision of the run, on its device."""
 
     def __init__(self, source: TeacherSource, device: torch.device, dtype: torch.dtype, vae: bool = True):
-        self.device, self.dtype = device, dtype
-        self.vae = load_frozen(source, AutoencoderKL, "vae", device, dtype) if vae else None
-        safe = torch.bfloat16 if dtype == torch.float16 else dtype  # T5 overflows in float16
+        self.device = device
+        half = dtype == torch.float16  # in which T5 and SDXL's VAE, which is PixArt's, overflow
+        self.vae = load_frozen(source, AutoencoderKL, "vae", device, torch.float32 if half else dtype) if vae else None
+        safe = torch.bfloat16 if half else dtype
         self.text_encoder = load_frozen(source, T5EncoderModel, "text_encoder", device, safe)
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Mean and standard deviation of the scaled latents, (B, 2, C, h, w), of uint8 images (B, 3, H, W)."""
-        images = (images.to(self.device).float() / 127.5 - 1).to(self.dtype)
+        images = (images.to(self.device).float() / 127.5 - 1).to(self.vae.dtype)
         latents = self.vae.encode(images).latent_dist
         return torch.stack([latents.mean, latents.std], dim=1) * self.vae.config.scaling_factor
 
@@ -586,14 +587,15 @@ def sample_images(
         scheduler: The teacher's.
         text: Of the empty caption and of the prompts: "text", (1 + N, L, D), and "mask", (1 + N, L).
     """
-    training, count = transformer.training, len(text["mask"]) - 1
+    count = len(text["mask"]) - 1
     mine = share_of(count, accelerator)
     rows = [0, *(1 + row for row in mine)]
     embeddings, mask = (text[name][rows].to(accelerator.device) for name in ("text", "mask"))
     shape = (count, transformer.config.in_channels, transformer.config.sample_size, transformer.config.sample_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))[mine].to(accelerator.device)
-    pipeline = PixArtSigmaPipeline(None, None, vae, transformer.eval(), scheduler)
+    pipeline = PixArtSigmaPipeline(None, None, vae, transformer, scheduler)
     pipeline.set_progress_bar_config(disable=True)
+    seed_step(seed)  # samplers may draw noise of their own
     with autocast_of(transformer, accelerator):
         latents = pipeline(
             negative_prompt=None,
@@ -609,7 +611,6 @@ def sample_images(
         ).images
     latents = latents.float() / vae.config.scaling_factor
     images = torch.cat([vae.decode(image).sample for image in latents.split(1)])  # one by one: decoding takes memory
-    transformer.train(training)
     return gather_samples(pipeline.image_processor.postprocess(images), count)
 
 
@@ -696,7 +697,7 @@ def print_dry_run(
     batch = args.encoding_batch_size if args.cache_latents else args.train_batch_size
     dtype = dtype_of(args.mixed_precision)
     encoding = together(
-        estimate_image_encoding(vae, dtype, args.resolution, batch),
+        estimate_image_encoding(vae, torch.float32 if dtype == torch.float16 else dtype, args.resolution, batch),
         estimate_text_encoding(text_encoder, dtype, tokens),
     )
     if args.cache_latents:
