@@ -51,7 +51,14 @@ from common.cache import cache_encodings
 from common.card import write_model_card
 from common.checkpoints import prepare_output
 from common.classes import find_wrong_label, number_classes, number_labels, read_classes
-from common.costs import NO_ENCODING, dtype_of, estimate_activations, estimate_image_encoding, profile_forward
+from common.costs import (
+    NO_ENCODING,
+    dtype_of,
+    estimate_activations,
+    estimate_decoding,
+    estimate_image_encoding,
+    profile_forward,
+)
 from common.data import (
     choose_samples,
     drop_unreadable,
@@ -948,11 +955,12 @@ def print_dry_run(
         cached = args.cache_teacher, outputs, args.cache_teacher_dtype, teacher_macs
         print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, processes)
     live = args.kd_loss != "none" and args.cache_teacher is None
-    encoding = NO_ENCODING
+    encoding, decoding = NO_ENCODING, 0
     if args.vae != "none":
         batch = args.encoding_batch_size if args.cache_latents else args.train_batch_size
         resolution = student.config.sample_size * vae_factor(vae)
         encoding = estimate_image_encoding(vae, dtype_of(args.mixed_precision), resolution, batch)
+        decoding = estimate_decoding(vae, resolution)
     if args.cache_latents:
         print(f"beforehand, the VAE, batch {batch}: {encoding.peak / 2**20:,.1f} MiB")
         encoding = NO_ENCODING
@@ -960,7 +968,7 @@ def print_dry_run(
     accumulates = args.gradient_accumulation_steps > 1
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     whole = count_whole(make_student(), teacher, held) if args.fsdp else None
-    spread = {"processes": processes, "whole": whole}
+    spread = {"processes": processes, "whole": whole, "decoding": decoding}
     memory = estimate_memory(activations, count, held, *settings, None, encoding, features, **spread)
     print_memory_estimate(*memory, processes)
     images = args.train_batch_size * args.gradient_accumulation_steps

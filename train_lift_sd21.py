@@ -58,6 +58,7 @@ from common.costs import (
     NO_ENCODING,
     dtype_of,
     estimate_activations,
+    estimate_decoding,
     estimate_image_encoding,
     estimate_text_encoding,
     profile_forward,
@@ -783,7 +784,7 @@ def print_dry_run(
     accumulates = args.gradient_accumulation_steps > 1
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     whole = count_whole(make_student(), teacher, held) if args.fsdp else None
-    spread = {"processes": processes, "whole": whole}
+    spread = {"processes": processes, "whole": whole, "decoding": estimate_decoding(vae, args.resolution)}
     memory = estimate_memory(activations, *parameters, *settings, trained, encoding, features, **spread)
     print_memory_estimate(*memory, processes)
     images = args.train_batch_size * args.gradient_accumulation_steps

@@ -238,6 +238,21 @@ def estimate_image_encoding(vae: ModelMixin, dtype: torch.dtype, resolution: int
     return Encoding(vae.num_parameters() * dtype.itemsize, elements * dtype.itemsize, macs)
 
 
+def estimate_decoding(vae: ModelMixin, resolution: int) -> int:
+    """Bytes of a VAE that decodes one image, as the sample grids do: its weights and its working set, in float32.
+
+    It holds most in the first layer of its last block, all of it as large as the image: what that is given, as wide as
+    the block before, and what normalisation and activation make of it; or what it is given and four tensors of its own
+    width. tests/test_costs.py counts them.
+
+    Args:
+        vae: Its weights are not read.
+        resolution: Of a square image, in pixels.
+    """
+    width, before = [*vae.config.block_out_channels, vae.config.block_out_channels[0]][:2]
+    return 4 * (vae.num_parameters() + max(3 * before, before + 4 * width) * resolution**2)
+
+
 def estimate_text_encoding(model: PreTrainedModel, dtype: torch.dtype, tokens: int) -> Encoding:
     """What a text encoder costs. Its working set does not count: it is small beside the weights.
 

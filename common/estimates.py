@@ -32,8 +32,9 @@ def estimate_memory(
     features: int = 0,
     processes: int = 1,
     whole: Whole | None = None,
+    decoding: int = 0,
 ) -> tuple[str, dict[str, int]]:
-    """What a training step holds on one process when it holds most: that moment's name, and the bytes by part.
+    """What a training holds on one process when it holds most: that moment's name, and the bytes by part.
 
     On a GPU, 1.02 to 1.11 of it was allocated, in the runs of docs/evidence.md.
 
@@ -53,6 +54,7 @@ def estimate_memory(
         processes: That train together, each on a device of its own.
         whole: What is whole for a while where `--fsdp` spreads student and teacher over them, see [`count_whole`];
             `None` without. One process has nobody to spread to.
+        decoding: Bytes of what decodes the samples of a grid.
     """
     width = dtype_of(mixed_precision).itemsize
     trained = student if trained is None else trained
@@ -93,6 +95,7 @@ def estimate_memory(
         for moment in later:
             moment |= {weights: whole.weights, unspread: whole.gradients}
     moments["while images are encoded"] = {"working set of the VAE": encoders.working_set}  # and nothing is whole
+    moments["while samples are decoded"] = {"VAE that decodes and its working set (fp32)": decoding}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return moment, always | moments[moment]
 

@@ -9,6 +9,7 @@ from common.costs import (
     _put_on_fake_gpu,
     dtype_of,
     estimate_activations,
+    estimate_decoding,
     estimate_image_encoding,
     estimate_text_encoding,
     profile_forward,
@@ -260,6 +261,32 @@ def test_the_published_vae_holds_five_tensors_of_full_size(batch, resolution, dt
     assert live.most == pytest.approx(estimate.working_set, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("widths", "layers"), [([64, 64], 1), ([64, 64], 2), ([32, 64], 1), ([64, 32], 1), ([64, 256], 2)]
+)
+def test_a_vae_that_decodes_holds_what_the_estimate_says(widths, layers):
+    count = len(widths)
+    levels = {"down_block_types": ["DownEncoderBlock2D"] * count, "up_block_types": ["UpDecoderBlock2D"] * count}
+    vae = AutoencoderKL(block_out_channels=widths, layers_per_block=layers, norm_num_groups=8, **levels)
+    side, live = 96 // 2 ** (count - 1), LiveBytes()
+    live.add(*vae.parameters())
+    with torch.no_grad(), live:
+        vae.decode(torch.zeros(1, 4, side, side))
+    assert live.most == pytest.approx(estimate_decoding(vae, 96), rel=0.02)
+
+
+def test_the_published_vae_decodes_in_three_tensors_of_double_width():
+    with torch.device("meta"):
+        vae = make_vae(4).requires_grad_(False)
+    assert estimate_decoding(vae, 1024) == 4 * (vae.num_parameters() + 3 * 256 * 1024**2)
+    with FakeTensorMode(), torch.no_grad():
+        _put_on_fake_gpu(vae)
+        latents, live = torch.empty(1, 4, 128, 128, device="cuda"), LiveBytes()
+        with _EfficientAttention(), live:
+            vae.decode(latents)
+    assert live.most == pytest.approx(estimate_decoding(vae, 1024), rel=0.06)
+
+
 def test_multiply_accumulates_of_encoders_are_those_of_an_image_and_its_caption():
     vae = make_small_vae(1)
     one, several = (estimate_image_encoding(vae, torch.float32, 64, batch) for batch in (1, 8))
@@ -286,6 +313,17 @@ def test_encoding_is_a_moment_of_its_own(keeps_gradients):
     assert {name: size for name, size in parts.items() if size} == {**held, **gradients, "working set of the VAE": 200}
     moment, parts = estimate(encoders=Encoding(7, 100, 1))
     assert moment == "while a block is recomputed" and parts["encoders' weights"] == 7
+
+
+def test_decoding_is_a_moment_of_its_own():
+    how = {"mixed_precision": "fp16", "use_8bit_adam": False, "use_ema": False, "keeps_gradients": False}
+    moment, parts = estimate_memory((100, 50), student=10, teacher_bytes=20, batch_size=2, decoding=300, **how)
+    held = {"trained weights (fp32)": 40, "optimizer moments": 80, "teacher weights": 20}
+    assert moment == "while samples are decoded"
+    assert {name: size for name, size in parts.items() if size} == {
+        **held,
+        "VAE that decodes and its working set (fp32)": 300,
+    }
 
 
 @pytest.mark.parametrize(
