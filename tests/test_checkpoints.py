@@ -32,6 +32,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from conftest import ROOT, run_file
+from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
 import train_lift_unet
@@ -166,6 +167,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distil, whole, tmp_path, monk
     assert any(tensor.dtype == torch.uint8 for tensor in tensors.values()) == ("--use_8bit_adam" in flags)
     assert len({row["lr"] for row in rows(whole)}) > (3 if "cosine" in flags else 0)
     assert len({row["loss"] for row in rows(whole)}) == steps and all("feat" in row for row in rows(whole))
+
+
+def test_projections_of_features_learn(whole):
+    first, last = (load_file(whole / f"checkpoint-{step}" / "projections.safetensors") for step in (1, 5))
+    assert first and not any(torch.equal(first[name], last[name]) for name in first)
 
 
 def test_skipped_batches_are_not_decoded(distil, monkeypatch):
@@ -438,6 +444,34 @@ def test_a_lower_learning_rate_is_obeyed(distil):
         max((after[key] - before[key]).abs().max() for key in after) for before, after in itertools.pairwise(weights)
     ]
     assert 0 < moved[1] < 0.05 * moved[0]  # the first step after the resume already is a small one
+
+
+def test_optimizer_and_average_obey_their_flags(distil):
+    """Three steps, by the checkpoints: AdamW on a clipped gradient, with decay of the weights, and their average."""
+    flags = ("--learning_rate", 0.01, "--max_grad_norm", 1e-3, "--adam_weight_decay", 0.5, "--ema_decay", 0.05)
+    betas = ("--adam_beta1", 0.6, "--adam_beta2", 0.8, "--adam_epsilon", 1e-5)
+    folder = distil("student", "--max_train_steps", 3, *flags, *betas)
+    steps = [folder / f"checkpoint-{step}" for step in (1, 2, 3)]
+    weights, averages = (
+        [load_file(step / model / "diffusion_pytorch_model.safetensors") for step in steps]
+        for model in ("unet", "unet_ema")
+    )
+    moments = [load_file(step / "optimizer.safetensors") for step in steps]
+    first, second = (
+        torch.cat([value.flatten() for name, value in moments[0].items() if name.endswith(kind)])
+        for kind in (".exp_avg", ".exp_avg_sq")
+    )
+    assert first.norm().item() == pytest.approx(0.4 * 1e-3, rel=1e-3)  # a share of the gradient, and of its square
+    assert second.sum().item() == pytest.approx(0.2 * 1e-3**2, rel=1e-3)
+    names = [name for name, _ in UNet2DModel.from_pretrained(steps[0] / "unet").named_parameters()]
+    for index, name in enumerate(names):  # the model's parameters come before the projections'
+        first, second = (
+            moments[2][f"{index}.{kind}"] / (1 - beta**3) for kind, beta in (("exp_avg", 0.6), ("exp_avg_sq", 0.8))
+        )
+        expected = (1 - 0.01 * 0.5) * weights[1][name] - 0.01 * first / (second.sqrt() + 1e-5)
+        torch.testing.assert_close(weights[2][name], expected, rtol=1e-5, atol=1e-7)
+        average = 0.05 * averages[1][name] + 0.95 * weights[2][name]
+        torch.testing.assert_close(averages[2][name], average, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("limit", [None, 1, 2])
