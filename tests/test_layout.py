@@ -113,7 +113,7 @@ def test_the_scripts_have_the_same_functions_in_the_same_order():
 
 
 def test_what_the_scripts_repeat_is_the_same_text():
-    """The loop, the set-up around it, and how noise is added."""
+    """The loop, the set-up around it, how noise is added, and what both latent U-Nets draw and lose."""
     assert len(SCRIPTS) >= 4
     stretches = (
         ("# ---- output", "# ---- data"),
@@ -129,6 +129,10 @@ def test_what_the_scripts_repeat_is_the_same_text():
         assert len(set(texts.values())) == 1, texts.keys()
     noise = {ast.unparse(functions(path)["add_noise"]) for path in SCRIPTS if "sd3" not in path.name}
     assert len(noise) == 1
+    for name in ("compute_losses", "make_draws"):
+        bodies = (functions(ROOT / f"train_lift_{script}.py")[name].body for script in ("sd21", "sdxl"))
+        ours, theirs = (list(map(ast.unparse, body)) for body in bodies)
+        assert ours == theirs, name
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)

@@ -27,6 +27,7 @@ from diffusers import (
 import train_lift_dit
 import train_lift_sd3
 import train_lift_sd21
+import train_lift_sdxl
 import train_lift_unet
 from lift_utils import FeatureModel, make_kd_loss
 from tiny_models import TINY_DIT, TINY_SD3, TINY_UNET
@@ -50,7 +51,7 @@ def record_inputs(model: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
 
     def record(module, arguments, named):
         bound = signature.bind(*arguments, **named).arguments
-        calls.append({name: value for name, value in bound.items() if torch.is_tensor(value)})
+        calls.append({name: value for name, value in bound.items() if name != "return_dict"})
 
     model.register_forward_pre_hook(record, with_kwargs=True)
     return calls
@@ -95,18 +96,19 @@ class Step:
         torch.manual_seed(SEED)
         self.loss, self.logs = compute_losses(self.student, self.teacher, batch, progress, **values)
         ((self.inputs,), (theirs,)) = calls
-        assert self.inputs.keys() == theirs.keys()
-        assert all(torch.equal(value, theirs[name]) for name, value in self.inputs.items())
+        torch.testing.assert_close(self.inputs, theirs, rtol=0, atol=0)
         torch.manual_seed(SEED)  # for the plain step, which draws the same
 
     def check_inputs(self, **expected: torch.Tensor) -> None:
         """The models got these inputs; embeddings and noisy images up to the rounding of float32."""
-        assert self.inputs.keys() == expected.keys()
+        inputs = dict(self.inputs)
+        inputs |= inputs.pop("added_cond_kwargs", {})
+        assert inputs.keys() == expected.keys()
         for name, value in expected.items():
             if value.is_floating_point():
-                torch.testing.assert_close(self.inputs[name].double(), value.double(), rtol=RELATIVE, atol=RELATIVE)
+                torch.testing.assert_close(inputs[name].double(), value.double(), rtol=RELATIVE, atol=RELATIVE)
             else:
-                assert torch.equal(self.inputs[name], value)
+                assert torch.equal(inputs[name], value)
 
     def outputs(self) -> tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """The plain student's output, the teacher's, and the pairs of their features, in float64."""
@@ -298,32 +300,37 @@ def test_pixel_step(kind, group_size, reduction, widths):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("kind", "group_size"), KINDS)
-def test_sd21_step(kind, group_size, prediction_type):
+@pytest.mark.parametrize("script", [train_lift_sd21, train_lift_sdxl], ids=["sd21", "sdxl"])
+def test_latent_unet_step(script, kind, group_size, prediction_type):
     """MSE of noise or velocity + L + the MSE of paired blocks, one of them by a 1x1 convolution."""
     torch.manual_seed(0)
     config = {"sample_size": 8, "block_out_channels": [8, 16, 16], "attention_head_dim": [1, 2, 2]}
     config |= {"down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"], "norm_num_groups": 4}
     config |= {"up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2, "cross_attention_dim": 16}
+    if script is train_lift_sdxl:  # which takes pooled embeddings and an image's size, too
+        config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+        config |= {"projection_class_embeddings_input_dim": 20 + 6 * 4}
     teacher = UNet2DConditionModel(**config, layers_per_block=1)
     pairs = [("down_blocks.0", "down_blocks.0"), ("up_blocks.2", "up_blocks.2"), ("conv_in", "up_blocks.1")]
     projections = [torch.nn.Identity(), torch.nn.Identity(), torch.nn.Conv2d(8, 16, 1)]
     step = Step(near(teacher), teacher, pairs, projections)
 
-    args = train_lift_sd21.parse_args(["--dry_run", "--kd_loss", kind])
-    batch = {"moments": torch.randn(4, 2, 2, 4, 8, 8).abs(), "text": torch.randn(4, 77, 16)}
-    no_text = torch.randn(77, 16)
+    args = script.parse_args(["--dry_run", "--kd_loss", kind])
+    own = {"text": torch.randn(4, 77, 16), "pooled": torch.randn(4, 20)}
+    batch = {"moments": torch.randn(4, 2, 2, 4, 8, 8).abs(), **own, "time_ids": 32 * torch.rand(4, 6)}
+    no_text = {"text": torch.randn(77, 16), "pooled": torch.randn(20)}
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     step.run(
-        train_lift_sd21.compute_losses,
+        script.compute_losses,
         batch,
         0.25,
         inputs_of=inputs_of(
-            train_lift_sd21,
+            script,
             (4, 8, 8),
             {"steps": 1000, "random_flip": True, "caption_dropout": 0.5},
             scheduler=DDPMScheduler(**betas, prediction_type=prediction_type),
             encoders=None,
-            no_text=no_text,
+            no_text=no_text if script is train_lift_sdxl else no_text["text"],
         ),
         kd_loss=make_loss(args),
         lambdas=(args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat),
@@ -333,10 +340,14 @@ def test_sd21_step(kind, group_size, prediction_type):
     timesteps = torch.randint(1000, (4,))
     dropped = (torch.rand(4, 1, 1) < 0.5).flatten().tolist()
     assert True in dropped and False in dropped
-    text = torch.stack([no_text if drop else own for drop, own in zip(dropped, batch["text"])])
+    texts = {
+        name: torch.stack([no_text[name] if drop else rows[sample] for sample, drop in enumerate(dropped)])
+        for name, rows in own.items()
+    }
     kept = kept_signal(0.00085, 0.012, 1000, power=2)[timesteps]
     noisy = add_noise(latents, noise, kept)
-    step.check_inputs(sample=noisy, timestep=timesteps, encoder_hidden_states=text)
+    added = {"text_embeds": texts["pooled"], "time_ids": batch["time_ids"]} if script is train_lift_sdxl else {}
+    step.check_inputs(sample=noisy, timestep=timesteps, encoder_hidden_states=texts["text"], **added)
 
     prediction, teacher_prediction, features = step.outputs()
     target = noise if prediction_type == "epsilon" else velocity(latents, noise, kept)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import STEADY, copy_script, launch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from full_models import SDXL, make_vae
 from PIL import Image
 from safetensors.torch import load_file
@@ -274,6 +274,7 @@ def test_buckets_train_alike_live_and_cached(distil, tmp_path):
     (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ("--train_data_dir", tmp_path / "images", "--aspect_ratio_buckets", "32,32;16,48")
     flags += ("--cache_dir", tmp_path / "cache", "--train_batch_size", 2, *STEADY)
+    flags += ("--random_flip", "--caption_dropout", 0.5, "--lambda_kd_feat", 0)
     live = distil(*flags, output_dir=tmp_path / "live")
     cached = distil(*flags, "--cache_latents", output_dir=tmp_path / "cached")
     losses = [[row["loss"] for row in metrics(folder)] for folder in (live, cached)]
@@ -324,24 +325,6 @@ def test_samples_are_the_pipelines(teacher, run):
     assert np.asarray(ours).std() > 1
 
 
-@pytest.mark.parametrize("share", [0, 1])
-def test_a_dropped_caption_leaves_the_size(share):
-    """Student and teacher get no caption together, in both embeddings, and are still told of the image."""
-    rows = {"text": torch.randn(3, 24, 32), "pooled": torch.randn(3, 20), "time_ids": torch.rand(3, 6)}
-    batch = {"moments": torch.randn(3, 1, 2, 4, 8, 8), **rows}
-    no_text = {"text": torch.full((24, 32), 7.0), "pooled": torch.full((20,), 8.0)}
-
-    def draw(count: int, device: torch.device, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
-        return train_lift_sdxl.make_draws(count, device, shape, 1000, random_flip=False, caption_dropout=share)
-
-    inputs, target = train_lift_sdxl.make_inputs(batch, DDPMScheduler(), None, no_text, draw)
-    added = inputs["added_cond_kwargs"]
-    expected = ({**rows, **no_text} if share else rows)["text"].expand(3, 24, 32)
-    assert torch.equal(inputs["encoder_hidden_states"], expected) and target.shape == (3, 4, 8, 8)
-    assert torch.equal(added["text_embeds"], no_text["pooled"].expand(3, 20) if share else rows["pooled"])
-    assert torch.equal(added["time_ids"], rows["time_ids"])
-
-
 def test_velocity_teachers_train(distil, tmp_path, monkeypatch):
     errors, add_noise = [], train_lift_sdxl.add_noise
 
@@ -365,8 +348,12 @@ def test_a_vae_that_overflows_stays_in_float32(teacher, upcast, dtype):
     vae.register_to_config(force_upcast=upcast)
     encoders = train_lift_sdxl.Encoders(source, vae, CPU, torch.float16)
     assert encoders.vae.dtype == dtype and encoders.models[1].dtype == torch.float16 and vae.dtype == torch.float32
-    moments = encoders.encode_images(torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8))
-    assert moments.shape == (2, 2, 4, 8, 8) and torch.isfinite(moments).all()
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = vae.encode(images / 127.5 - 1).latent_dist
+    expected = 0.18215 * torch.stack([expected.mean, expected.std], dim=1)
+    tolerance = 1e-5 if upcast else 1e-2
+    torch.testing.assert_close(encoders.encode_images(images).float(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_another_vae_is_used_and_saved(distil, tmp_path):
