@@ -1,6 +1,8 @@
 """The controls beside LIFT and PLACE: the root mean square, min-SNR weights, features alone, no teacher."""
 
+import importlib
 import json
+import math
 import re
 
 from common.teachers import min_snr_weights
@@ -10,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
-from lift_utils import make_kd_loss, prediction_error
+from lift_utils import lift_place_loss, make_kd_loss, prediction_error
 
 
 SHORT = (
@@ -72,6 +74,17 @@ def test_groups_take_no_weights():
             make_kd_loss(kind)(*predictions, 0.0, torch.ones(2))
 
 
+def test_schedules_weigh_the_coarse_and_the_fine_term():
+    """A quarter of the run is done."""
+    weights = {"constant": (1, 1), "linear": (1, 0.25), "cosine": (1, (1 - math.cos(math.pi / 4)) / 2)}
+    weights |= {"coarse_only": (1, 0), "fine_only": (0, 1)}
+    predictions = torch.randn(2, 2, 4, 8, 8)
+    parts = lift_place_loss(*predictions)
+    for weighting, (coarse, fine) in weights.items():
+        loss, _ = make_kd_loss("place", weighting=weighting)(*predictions, 0.25)
+        torch.testing.assert_close(loss, coarse * parts.coarse + fine * parts.fine)
+
+
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -118,18 +131,29 @@ def test_features_alone(distil):
     assert "conv_in.weight" in changed and "conv_out.weight" not in changed  # which no feature depends on
 
 
-@pytest.mark.parametrize("script", ["sd21", "dit", "sd3"])
-def test_the_other_scripts_take_them(run, sd_teacher, captioned, articles, tmp_path, script):
-    from tiny_models import save_dit_pipeline, save_sd3_pipeline
+@pytest.mark.parametrize("script", ["sd21", "dit", "sd3", "sdxl"])
+def test_the_other_scripts_take_them(run, teachers, captioned, articles, tmp_path, monkeypatch, script):
+    """The weights of min-SNR are the flag's, and are on both terms: weights of 0 leave nothing of them."""
+    module = importlib.import_module(f"train_lift_{script}")
+    compute_losses = module.compute_losses
 
-    place, data, *flags = {
-        "sd21": (sd_teacher, captioned, "--student", "bk_small", "--validation_prompts", "a bag", "--snr_gamma", 5),
-        "dit": (tmp_path / "dit", articles, "--keep_blocks", "1,3", "--snr_gamma", 5),
-        "sd3": (tmp_path / "sd3", captioned, "--student", "half", "--no_t5", "--validation_prompts", "a bag"),
+    def spied(*arguments, inputs_of, **values):
+        assert values["task_loss"] == "rms"
+        if script != "sd3":
+            given, scheduler = values["snr_weights"], inputs_of.keywords["scheduler"]
+            assert torch.equal(given, min_snr_weights(scheduler, 5.0, torch.device("cpu")))
+            _, logs = compute_losses(*arguments, inputs_of, **{**values, "snr_weights": torch.zeros_like(given)})
+            assert logs["task"] == logs["kd"] == 0
+        return compute_losses(*arguments, inputs_of, **values)
+
+    monkeypatch.setattr(module, "compute_losses", spied)
+    data, *flags = {
+        "sd21": (captioned, "--student", "bk_small", "--validation_prompts", "a bag", "--snr_gamma", 5),
+        "dit": (articles, "--keep_blocks", "1,3", "--snr_gamma", 5),
+        "sd3": (captioned, "--student", "half", "--no_t5", "--validation_prompts", "a bag"),
+        "sdxl": (captioned, "--student", "extreme", "--validation_prompts", "a bag", "--snr_gamma", 5),
     }[script]
-    if script != "sd21":
-        {"dit": save_dit_pipeline, "sd3": save_sd3_pipeline}[script](place, num_layers=4)
-    source = ("--pretrained_teacher_model", place, "--train_data_dir", data, "--lambda_kd_feat", 0)
+    source = ("--pretrained_teacher_model", teachers[script], "--train_data_dir", data, "--lambda_kd_feat", 0)
     where = ("--output_dir", tmp_path / "student", "--cache_dir", tmp_path / "cache")
     run(f"train_lift_{script}", *source, *where, *SHORT, *flags, "--kd_loss", "rms", "--task_loss", "rms")
     row = json.loads((tmp_path / "student" / "metrics.jsonl").read_text().splitlines()[0])
