@@ -46,6 +46,7 @@ from tiny_models import (
     save_pixel_pipeline,
     save_sd3_pipeline,
     save_sd_pipeline,
+    save_sdxl_pipeline,
 )
 
 
@@ -123,7 +124,7 @@ def test_waits_buffers_and_scale(tmp_path):
 # ------------------------------------------------------------------------------------------------- devices and dtypes
 
 
-STUDENTS = {"unet": "0.5", "sd21": "whole", "sd3": "half"}
+STUDENTS = {"unet": "0.5", "sd21": "whole", "sd3": "half", "sdxl": "whole"}
 WORKING = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -151,6 +152,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         "sd21": partial(save_sd_pipeline, **blocks, **sizes),
         "dit": partial(save_dit_pipeline, num_layers=2),
         "sd3": partial(save_sd3_pipeline, num_layers=2),
+        "sdxl": partial(save_sdxl_pipeline, **blocks, **sizes, transformer_layers_per_block=1),
     }
     return {name: save(tmp_path_factory.mktemp(name)) for name, save in makers.items()}
 
@@ -198,8 +200,8 @@ def put(value: Any, device: str) -> Any:
         return {name: put(each, device) for name, each in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*[put(each, device) for each in value])
-    if isinstance(value, tuple):
-        return tuple(put(each, device) for each in value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(put(each, device) for each in value)
     if isinstance(value, SchedulerMixin) or type(value).__module__.startswith(("train_lift_", "common.")):
         for name, each in vars(value).items():
             setattr(value, name, put(each, device))
@@ -220,7 +222,7 @@ def make_step(
     args = script.parse_args(["--pretrained_teacher_model", str(folder), "--dry_run", *rank, *student])
     accelerator = argparse.Namespace(mixed_precision=precision, device=torch.device("cpu"))
     source = TeacherSource(str(folder), None, None, script.EXPECTED)
-    make = {"unet": unet_step, "sd21": sd21_step, "dit": dit_step, "sd3": sd3_step}[name]
+    make = {"unet": unet_step, "sd21": sd21_step, "dit": dit_step, "sd3": sd3_step, "sdxl": sdxl_step}[name]
     dtype = working_dtype(accelerator)
     step = make(script, args, source, accelerator.device, dtype, cached)
     hold_teacher(step.teacher.model, None, dtype, accelerator.device, offload=False)
@@ -331,6 +333,34 @@ def sd3_step(
     return Step(script, *models, batch, inputs_of(script, (4, 8, 8), draws, no_text=no_text, **how), settings)
 
 
+def sdxl_step(
+    script: types.ModuleType,
+    args: argparse.Namespace,
+    source: TeacherSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    cached: bool,
+) -> Step:
+    sampler, args.resolution = script.check_pipeline(source), 32
+    vae = load_part(source, AutoencoderKL, "vae")
+    shape, recipe = script.build_student(load_skeleton(source, UNet2DConditionModel, "unet"), vae, args)
+    teacher, unet = load_part(source, UNet2DConditionModel, "unet"), UNet2DConditionModel.from_config(shape.config)
+    if args.lora_rank:
+        add_adapters(unet, args.lora_rank, script.LORA_TARGETS, dtype)
+    models = pair_features(unet, teacher, recipe["features"], script.example_inputs(unet))
+    encoders = script.Encoders(source, vae, device, dtype)
+    images, ids = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, 2, 24, dtype=torch.long)
+    batch, text = {"images": images, "input_ids": ids}, encoders.encode_text(ids)
+    if cached:
+        moments = [encoders.encode_images(view) for view in flip_views(images, both=True)]
+        batch, encoders = {"moments": torch.stack(moments, dim=1), **text}, None
+    batch["time_ids"] = torch.zeros(4, 6)
+    draws = {"steps": 1000, "random_flip": True, "caption_dropout": 0.1}
+    how = {"scheduler": script.load_noise_schedule(source, sampler), "encoders": encoders}
+    how["no_text"] = {name: rows[0] for name, rows in text.items()}
+    return Step(script, *models, batch, inputs_of(script, (4, 8, 8), draws, **how), {"lambdas": (1.0, 1.0, 1.0)})
+
+
 def put_step(step: Step, precision: str) -> Step:
     """All of a step on the fake GPU but DDPM's schedule, which stays on the CPU, and the student as if prepared.
 
@@ -364,7 +394,7 @@ def check_scalars(values: dict[str, torch.Tensor]) -> None:
     ("name", "cached", "lora_rank"),
     [
         ("unet", False, 0),
-        *[(name, cached, 0) for name in ("sd21", "dit", "sd3") for cached in (True, False)],
+        *[(name, cached, 0) for name in ("sd21", "dit", "sd3", "sdxl") for cached in (True, False)],
         *[(name, True, 2) for name in ("sd21", "sd3")],
     ],
 )
