@@ -783,21 +783,25 @@ def test_a_resumed_run_keeps_the_choice_of_blocks(distil, tmp_path, monkeypatch)
 
 
 def test_two_processes_choose_the_same_blocks(dit_teacher, articles, tmp_path):
-    """The second reads the choice of the first, however differently it would measure."""
+    """The second reads the choice of the first, however differently it would measure. Their steps draw other noise."""
     (tmp_path / "run.py").write_text(
         "import sys, torch.distributed as dist\n"
         f"sys.path.insert(0, {str(Path(train_lift_dit.__file__).parent)!r})\n"
         "import train_lift_dit as script\n"
-        "measure, build = script.measure_influence, script.build_student\n"
+        "measure, build, draw = script.measure_influence, script.build_student, script.make_draws\n"
         "def say(text):\n"
         "    sys.stdout.write(f'{text}\\n')\n"  # at once: parts of a line would mix with the other process's
         "def measured(*arguments, **options):\n"
         "    say(f'measured by {dist.get_rank()}')\n"
         "    return measure(*arguments, **options)\n"
+        "def drawn(*arguments, **options):\n"
+        "    draws = draw(*arguments, **options)\n"
+        "    say(f'process {dist.get_rank()} draws {draws[\"noise\"].sum()}')\n"
+        "    return draws\n"
         "def built(teacher, args, kept=None):\n"
         "    say(f'process {dist.get_rank()} keeps {kept}')\n"
         "    return build(teacher, args, kept)\n"
-        "script.measure_influence, script.build_student = measured, built\n"
+        "script.measure_influence, script.build_student, script.make_draws = measured, built, drawn\n"
         "script.main(script.parse_args())\n"
     )
     output_dir = tmp_path / "student"
@@ -808,6 +812,8 @@ def test_two_processes_choose_the_same_blocks(dit_teacher, articles, tmp_path):
     kept = json.loads((output_dir / "blocks.json").read_text())["kept"]
     assert finished.stdout.count("measured by 0") == 1 and "measured by 1" not in finished.stdout
     assert all(f"process {rank} keeps {kept}" in finished.stdout for rank in (0, 1))
+    last = dict(re.findall(r"process (\d) draws (\S+)", finished.stdout))
+    assert len(set(last.values())) == 2
 
 
 # ------------------------------------------------------------------------------------------------------- what it shows
