@@ -334,20 +334,6 @@ def test_the_data_term_is_weighted(scheme):
     torch.testing.assert_close(loss, (factors[scheme] * target**2).mean())
 
 
-def test_dropped_captions_are_the_empty_one():
-    batch = {"moments": torch.randn(64, 1, 2, 4, 8, 8), "text_encoder": torch.ones(64, 24, 12)}
-    batch["text_encoder.pooled"] = torch.ones(64, 32)
-    no_text = torch.full((32, 48), 7.0), torch.full((32,), 7.0)
-    draws = {"random_flip": False, "caption_dropout": 0.5, **noise_levels()}
-    how = {"scheduler": FlowMatchEulerDiscreteScheduler(), "encoders": None, "no_text": no_text, "layout": LAYOUT}
-    torch.manual_seed(0)
-    inputs, *_ = inputs_of(train_lift_sd3, (4, 8, 8), draws, **how)(batch)
-    dropped = (inputs["pooled_projections"] == 7).all(1)
-    assert 16 < dropped.sum() < 48
-    assert torch.equal((inputs["encoder_hidden_states"] == 7).all(2).all(1), dropped)
-    assert (inputs["encoder_hidden_states"][~dropped] <= 1).all()
-
-
 # --------------------------------------------------------------------------------------------- what the encoders give
 
 
