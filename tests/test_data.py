@@ -1,10 +1,13 @@
 """The data: every kind of image comes out the same way, and what cannot be read is named, not met in training."""
 
 import io
+import itertools
 import shutil
+from types import SimpleNamespace
 
+from common.batches import endless_batches, make_dataloader
 from common.data import open_image
-from common.training import seed_step
+from common.training import make_accelerator, seed_step
 
 import datasets
 import numpy as np
@@ -398,3 +401,22 @@ def test_each_access_flips_anew(shown):
     assert torch.equal(shown(images, 7), steps[6])
     assert not torch.equal(shown(images, 7, seed=1), steps[6])
     assert all((shown(images, step, random_flip=False)[..., 0] == 1).all() for step in range(1, 11))
+
+
+# ----------------------------------------------------------------------------------------------------------- the order
+
+
+def test_the_order_is_another_in_each_epoch_and_the_seeds(tmp_path):
+    def epochs(seed: int, count: int) -> list[list[int]]:
+        """Of 11 rows, in batches of 4."""
+        accelerator = make_accelerator(str(tmp_path), "none", seed, 1, None, False)
+        loader = accelerator.prepare(make_dataloader([*range(11)], 4, 0, accelerator))
+        no_signal = SimpleNamespace(alone=False, check=lambda: None)
+        batches = itertools.islice(endless_batches(loader, 0, no_signal), 2 * count)
+        rows = [row for batch in batches for row in batch.tolist()]
+        return [rows[start : start + 8] for start in range(0, len(rows), 8)]
+
+    found = epochs(0, 20)
+    assert all(len({*rows}) == 8 for rows in found) and len({*map(tuple, found)}) == 20
+    assert all(rows != sorted(rows) for rows in found) and {*itertools.chain(*found)} == {*range(11)}
+    assert epochs(0, 2) == found[:2] != epochs(1, 2)
