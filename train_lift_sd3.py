@@ -173,6 +173,7 @@ CONVERTER = "StableDiffusion3Pipeline"  # of a teacher in a single file
 # Of the pipeline, and their classes where no other will do. Text encoders may be absent.
 PARTS = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL", "scheduler": None}
 TEXT_PARTS = {name: part.model.__name__ for name, part in TEXT_ENCODERS.items()}
+TEXT_PARTS |= {part.tokenizer_name: None for part in TEXT_ENCODERS.values()}
 
 # One in this many joint blocks is kept, evenly spaced, the last among them: of the 2,028.3M parameters of SD3-medium
 # 1,008.6M, 668.6M and 328.7M; of the 2,243.2M of SD3.5-medium 1,107.7M, 734.7M and 361.8M; of the 8,056.6M of

@@ -171,13 +171,13 @@ def check_weights(model: torch.nn.Module, subject: str) -> None:
 
 
 def check_parts(
-    source: TeacherSource, required: dict[str, str | None], optional: dict[str, str] | None = None
+    source: TeacherSource, required: dict[str, str | None], optional: dict[str, str | None] | None = None
 ) -> dict[str, str]:
     """The class names of a pipeline's parts; the run ends where one is missing or of another class.
 
     Args:
         required: The class of each part that must be there, `None` where any will do.
-        optional: The class of each part that may be missing.
+        optional: The same of each part that may be missing.
     """
     index = load_from(source, DiffusionPipeline.load_config)
     if not isinstance(index, dict):
