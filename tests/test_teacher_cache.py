@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -156,37 +157,55 @@ def test_runs_share_it_and_more_draws_go_on_from_fewer(distil, tmp_path, monkeyp
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
+@pytest.fixture
+def keys_of(distil, monkeypatch):
+    """`keys_of(script, *flags)` is the keys of a run's caches as JSON, the predictions' last; the run ends there."""
+
+    def find(script: str, *flags) -> list[str]:
+        keys = []
+
+        def spied(dataset, load_encoder, key, *others, **options):
+            keys.append(json.dumps(key, sort_keys=True))
+            if "draws" in key:
+                raise SystemExit
+            return common.cache.cache_encodings(dataset, load_encoder, key, *others, **options)
+
+        monkeypatch.setattr(f"train_lift_{script}.cache_encodings", spied)
+        with pytest.raises(SystemExit):
+            distil(script, *flags)
+        assert [key for key in keys if '"draws"' in key] == keys[-1:] != []
+        return keys
+
+    return find
+
+
+def test_what_shapes_a_prediction_makes_another_cache(keys_of):
+    changes = (
+        (),
         ("--seed", 1),
         ("--cache_teacher_dtype", "bf16"),
         ("--resolution", 8, "--group_size", 8),
         ("--no-random_flip",),
         ("--mixed_precision", "bf16"),
-        ("--max_train_samples", 50),
-    ],
-    ids=lambda flags: flags[0],
-)
-def test_what_shapes_a_prediction_makes_another_cache(distil, tmp_path, flags):
-    distil("unet")
-    distil("unet", *flags, output_dir="other")
-    assert len(shards(tmp_path)) == 2
+    )
+    keys = [keys_of("unet", *flags)[-1] for flags in changes]
+    assert len({*keys}) == len(keys)
 
 
-@pytest.mark.parametrize("script", ["sd21", "dit", "sd3", "sdxl"])
-def test_another_precision_of_the_encoders_makes_another_cache(distil, tmp_path, script):
-    """A teacher of one precision predicts otherwise on latents of another."""
-    for precision in ("no", "bf16"):
-        distil(script, "--teacher_dtype", "fp32", "--mixed_precision", precision, output_dir=precision)
-    assert len(shards(tmp_path)) == 2
-
-
-def test_another_teacher_makes_another_cache(distil, teachers, tmp_path):
-    distil("unet")
-    other = shutil.copytree(teachers["unet"], tmp_path / "other-teacher")
-    distil("unet", "--pretrained_teacher_model", other, output_dir="other")
-    assert len(shards(tmp_path)) == 2
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_other_images_or_parts_of_the_teacher_make_other_caches(keys_of, teachers, script):
+    """Of predictions and encodings: those of other images, or by another VAE, would else be taken for them."""
+    flags = ("--cache_latents",) if script == "dit" else ()
+    keys, fewer = keys_of(script, *flags), keys_of(script, *flags, "--max_train_samples", 8)
+    assert len(keys) == len(fewer) and all((key in fewer) == ('"prompts"' in key) for key in keys)
+    encodings = "".join(key for key in keys[:-1] if '"prompts"' not in key)
+    for folder in (path for path in teachers[script].iterdir() if path.is_dir()):
+        named = f'"{folder.name}' if folder.name == "scheduler" else f'"{folder.name}/'  # by its config, by its files
+        assert named in keys[-1]
+        assert (named in encodings) == (folder.name not in ("scheduler", "unet", "transformer"))
+    assert str(teachers[script].resolve()) in keys[-1]
+    if script != "unet":  # a teacher of one precision predicts otherwise on latents of another
+        assert keys_of(script, *flags, "--teacher_dtype", "fp32", "--mixed_precision", "bf16")[-1] != keys[-1]
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs
