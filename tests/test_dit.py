@@ -9,7 +9,6 @@ from pathlib import Path
 
 import common.reporting
 from common.students import spaced_blocks
-from common.training import seed_step
 from common.vae import pixel_vae
 
 import numpy as np
