@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 import train_lift_sd21
 from fork_server import make_fork_server, start_run
 from lift_utils import FeatureModel
-from tiny_models import save_pixart_pipeline, save_sd3_pipeline
+from tiny_models import save_pixart_pipeline
 
 
 SHORT = (
@@ -41,6 +41,7 @@ SCRIPTS = {
     "sd21": ("--student", "bk_extreme"),
     "sd3": ("--student", "half", "--max_sequence_length", 8, "--no-cache_latents"),
 }
+SDXL = ("--student", "extreme")  # test_sdxl.py has more of it
 # Of the photographs, (height, width): how many, and to which of the buckets of "auto" at 32 pixels they belong.
 PHOTOS = {(40, 40): (9, (32, 32)), (40, 60): (6, (32, 48)), (75, 50): (5, (48, 32)), (20, 80): (2, (16, 48))}
 COUNTS = [[16, 48, 2], [32, 32, 9], [32, 48, 6], [48, 32, 5]]
@@ -60,11 +61,6 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def teachers(sd_teacher, tmp_path_factory) -> dict[str, Path]:
-    return {"sd21": sd_teacher, "sd3": save_sd3_pipeline(tmp_path_factory.mktemp("sd3"))}
-
-
 @pytest.fixture
 def distil(run, teachers, photos, tmp_path):
     """`distil(script, "name", *flags)` trains with buckets into a new folder and returns it."""
@@ -73,7 +69,7 @@ def distil(run, teachers, photos, tmp_path):
         folder = tmp_path / name
         source = ("--pretrained_teacher_model", teachers[script], "--train_data_dir", photos)
         where = ("--output_dir", folder, "--cache_dir", tmp_path / "cache")
-        run(f"train_lift_{script}", *source, *where, *SHORT, *SCRIPTS[script], *flags)
+        run(f"train_lift_{script}", *source, *where, *SHORT, *SCRIPTS.get(script, SDXL), *flags)
         return folder
 
     return start
@@ -242,12 +238,12 @@ def test_live_and_cached_runs_are_one(distil, monkeypatch, caplog, tmp_path, scr
     assert (pipeline.unet if script == "sd21" else pipeline.transformer).config.sample_size == 8
 
 
-@pytest.mark.parametrize(("script", "flags"), [("sd21", ()), ("sd3", ("--cache_latents",))])
+@pytest.mark.parametrize(("script", "flags"), [("sd21", ()), ("sdxl", ()), ("sd3", ("--cache_latents",))])
 def test_a_cached_teacher_is_the_live_one(distil, teachers, monkeypatch, script, flags):
     """On the same draws, whose noise has the size of the row; with and without cached latents beside it."""
     module = importlib.import_module(f"train_lift_{script}")
     losses, pipeline = module.compute_losses, DiffusionPipeline.from_pretrained(teachers[script])
-    live = FeatureModel((pipeline.unet if script == "sd21" else pipeline.transformer).eval(), [])
+    live = FeatureModel((pipeline.transformer if script == "sd3" else pipeline.unet).eval(), [])
     shapes = set()
 
     def spied(student, teacher, batch, *others, **options):
@@ -265,11 +261,12 @@ def test_a_cached_teacher_is_the_live_one(distil, teachers, monkeypatch, script,
 
 RESUMED = {
     "sd21": ("--random_flip", "--dataloader_num_workers", 2, "--gradient_accumulation_steps", 3),
+    "sdxl": ("--cache_latents", "--random_flip"),
     "sd3": ("--cache_latents", "--cache_teacher", 2),
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", RESUMED)
 def test_a_resumed_run_equals_an_uninterrupted_one(distil, tmp_path, script):
     """Within an epoch, and over its end."""
     flags = ("--max_train_steps", 4, "--checkpointing_steps", 3, *RESUMED[script])

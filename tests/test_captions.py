@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 import train_lift_sd3
 import train_lift_sd21
 import train_lift_sdxl
-from tiny_models import save_sd3_pipeline
 
 
 PLACES = ("", "bags", "bags/new")  # of the images, by thirds
@@ -66,18 +65,17 @@ def load(sd_teacher, tmp_path, caplog):
     return load_captions
 
 
-@pytest.mark.parametrize("script", ["train_lift_sd21", "train_lift_sd3"])
-def test_texts_and_a_file_of_prompts_train_as_metadata_and_prompts(run, sd_teacher, texts, tmp_path, script):
-    teacher, part, student = sd_teacher, "unet", "bk_extreme"
-    if script == "train_lift_sd3":
-        teacher, part, student = save_sd3_pipeline(tmp_path / "sd3"), "transformer", "third"
+@pytest.mark.parametrize(("script", "part", "student"), [("sdxl", "unet", "extreme"), ("sd3", "transformer", "third")])
+def test_texts_and_a_file_of_prompts_train_as_metadata_and_prompts(
+    run, teachers, texts, tmp_path, script, part, student
+):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a dark bag\n\n  a coat \n\n")
     made = []
     for name, folder, given in (("a", texts, [prompts]), ("b", listed(texts), ["a dark bag", "a coat"])):
-        source = ("--pretrained_teacher_model", teacher, "--train_data_dir", folder, "--student", student)
+        source = ("--pretrained_teacher_model", teachers[script], "--train_data_dir", folder, "--student", student)
         where = ("--output_dir", tmp_path / name, "--cache_dir", tmp_path / "cache")
-        run(script, *source, *where, *SHORT, "--resolution", 32, "--validation_prompts", *given)
+        run(f"train_lift_{script}", *source, *where, *SHORT, "--resolution", 32, "--validation_prompts", *given)
         made.append(load_file(tmp_path / name / part / "diffusion_pytorch_model.safetensors"))
     assert made[0].keys() == made[1].keys() and all(made[0][key].equal(made[1][key]) for key in made[0])
     assert Image.open(tmp_path / "a" / "samples.png") == Image.open(tmp_path / "b" / "samples.png")
