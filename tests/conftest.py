@@ -1,6 +1,7 @@
 """What the tests share: real images, a small teacher, two ways to run a script, and a count of the memory."""
 
 import contextlib
+import hashlib
 import importlib
 import json
 import os
@@ -23,6 +24,7 @@ import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -296,6 +298,44 @@ def run_several(commands: list[tuple], folder: Path, prefix: tuple = ()) -> str:
 def launch(*arguments, prefix: tuple = ("accelerate.commands.launch", "--cpu"), **options):
     """Run a script as a user does."""
     return run_file("-m", *prefix, *arguments, **options)
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The curves of a run."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(folder: Path) -> list[dict]:
+    """The curves without the one column that the seed does not determine."""
+    return [{**row, "images_per_second": 0} for row in metrics(folder)]
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """What tells the files of a folder from others."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def weights(folder: Path, part: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a pipeline's U-Net or transformer, or of another part."""
+    part = part or next(name for name in ("unet", "transformer") if (folder / name).is_dir())
+    return load_file(folder / part / "diffusion_pytorch_model.safetensors")
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def is_depth_pruned(student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], kept: list[int]) -> bool:
+    """Whether the student is the teacher without the blocks that are not kept."""
+    expected = {}
+    for key, value in teacher.items():
+        first, number, *rest = key.split(".")
+        if first != "transformer_blocks":
+            expected[key] = value
+        elif int(number) in kept:
+            expected[".".join([first, str(kept.index(int(number))), *rest])] = value
+    return same(student, expected)
 
 
 def inputs_of(script, shape: tuple, draws: dict, **settings) -> Callable:

@@ -13,16 +13,14 @@ from common.batches import make_dataloader
 from common.buckets import BucketBatchSampler, read_buckets
 from common.cache import collate_alike
 from common.data import choose_size, drop_unreadable, load_images, load_pixels
-from common.metrics import read_metrics
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, PartialState
-from conftest import STEADY
+from conftest import STEADY, metrics, same, weights, without_time
 from diffusers import DiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
 from torch.utils.data import RandomSampler
 from torchvision.transforms import v2
 
@@ -73,10 +71,6 @@ def distil(run, teachers, photos, tmp_path):
         return folder
 
     return start
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(next(path for part in ("unet", "transformer") for path in (folder / part).glob("*.safetensors")))
 
 
 def record(pixels: np.ndarray) -> dict:
@@ -223,7 +217,7 @@ def test_live_and_cached_runs_are_one(distil, monkeypatch, caplog, tmp_path, scr
     rows = {}
     for name, flags in (("live", STEADY), ("cached", ("--cache_latents", *STEADY))):
         seen[name] = []
-        rows[name] = read_metrics(distil(script, name, *flags) / "metrics.jsonl")
+        rows[name] = metrics(distil(script, name, *flags))
     for cached, live in zip(seen["cached"], seen["live"]):
         torch.testing.assert_close(cached, live, rtol=1e-4, atol=1e-5)
     for cached, live in zip(rows["cached"], rows["live"]):
@@ -317,13 +311,8 @@ def test_two_processes_resume_exactly(teachers, photos, tmp_path):
 
 def assert_same(ours: Path, theirs: Path, steps: int) -> None:
     """Both folders hold the same student and the same curves."""
-    ours_weights, theirs_weights = weights(ours), weights(theirs)
-    assert ours_weights.keys() == theirs_weights.keys()
-    assert all(torch.equal(ours_weights[name], theirs_weights[name]) for name in ours_weights)
-    rows = [
-        [{**row, "images_per_second": 0} for row in read_metrics(each / "metrics.jsonl")] for each in (ours, theirs)
-    ]
-    assert rows[0] == rows[1] and len(rows[0]) == steps
+    assert same(weights(ours), weights(theirs))
+    assert without_time(ours) == without_time(theirs) and len(metrics(ours)) == steps
 
 
 def test_other_buckets_are_other_data_for_a_cache(photos, sd_teacher, tmp_path):
@@ -345,7 +334,7 @@ def test_the_influence_of_blocks_is_measured_on_every_bucket(distil, monkeypatch
     monkeypatch.setattr("train_lift_sd3.plot_influence", lambda *arguments: None)
     folder = distil("sd3", "student", "--max_train_steps", 1)
     assert "influence of the teacher's blocks on 22 images" in capsys.readouterr().out
-    assert len(read_metrics(folder / "metrics.jsonl")) == 1
+    assert len(metrics(folder)) == 1
 
 
 # -------------------------------------------------------------------------------------------------- what does not fit

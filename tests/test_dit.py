@@ -1,6 +1,5 @@
 """DiT's script: launched as a user does, then the pipelines that it saved are loaded and run."""
 
-import hashlib
 import json
 import math
 import re
@@ -14,7 +13,16 @@ from common.vae import pixel_vae
 import numpy as np
 import pytest
 import torch
-from conftest import TWO_PROCESSES, copy_script, launch
+from conftest import (
+    TWO_PROCESSES,
+    copy_script,
+    digest,
+    is_depth_pruned,
+    launch,
+    metrics,
+    weights,
+    without_time,
+)
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from full_models import DIT_XL
@@ -55,19 +63,6 @@ def distil(run, dit_teacher, articles, tmp_path):
     return distil_into
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def digest(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
-
-
 def generate(folder: Path, guidance_scale: float = 2.0, **options) -> np.ndarray:
     """Two images, (2, H, W, C) in [0, 1], by a pipeline folder."""
     pipeline = DiTPipeline.from_pretrained(folder, **options)
@@ -76,10 +71,6 @@ def generate(folder: Path, guidance_scale: float = 2.0, **options) -> np.ndarray
     numbers = [*pipeline.labels.values()][:2]
     options = {"num_inference_steps": 2, "generator": generator, "output_type": "np"}
     return pipeline(numbers, guidance_scale=guidance_scale, **options).images
-
-
-def without_time(folder: Path) -> list[dict]:
-    return [{**row, "images_per_second": 0} for row in metrics(folder)]
 
 
 # --------------------------------------------------------------------------------------------------- as a user does it
@@ -189,14 +180,8 @@ def test_published_pairs():
     ids=lambda value: " ".join(map(str, value)),
 )
 def test_students_start_from_the_teachers_blocks(distil, dit_teacher, flags, kept):
-    ours, expected = weights(distil(*flags, "--learning_rate", 0)), {}
-    for key, value in weights(dit_teacher).items():
-        first, number, *rest = key.split(".")
-        if first != "transformer_blocks":
-            expected[key] = value
-        elif int(number) in kept:
-            expected[".".join([first, str(kept.index(int(number))), *rest])] = value
-    assert ours.keys() == expected.keys() and all(torch.equal(ours[key], expected[key]) for key in ours)
+    folder = distil(*flags, "--learning_rate", 0)
+    assert is_depth_pruned(weights(folder), weights(dit_teacher), kept)
 
 
 def idle_teacher(folder: Path, idle: tuple[int, ...]) -> Path:

@@ -8,9 +8,8 @@ import shutil
 import pytest
 import torch
 import train_lift_pixart
-from conftest import ROOT, copy_script, inputs_of, launch
+from conftest import ROOT, copy_script, inputs_of, launch, weights
 from diffusers import PixArtSigmaPipeline
-from safetensors.torch import load_file
 
 from lift_utils import FeatureModel, make_kd_loss
 from tiny_models import TINY_PIXART, save_pixart_pipeline
@@ -27,10 +26,6 @@ SHORT = [
 @pytest.fixture(scope="module")
 def pixart(tmp_path_factory):
     return save_pixart_pipeline(tmp_path_factory.mktemp("pixart"))
-
-
-def weights(folder):
-    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 def test_a_copy_distils_by_accelerate_launch(pixart, captioned, tmp_path):

@@ -11,7 +11,7 @@ from common.teachers import TeacherSource
 import numpy as np
 import pytest
 import torch
-from conftest import STEADY, copy_script, launch
+from conftest import STEADY, copy_script, digest, launch, metrics, weights
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from full_models import SDXL, make_vae
 from PIL import Image
@@ -47,18 +47,6 @@ def distil(run, teacher, captioned, tmp_path):
     return distil_into
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def weights(folder: Path, part: str = "unet") -> dict[str, torch.Tensor]:
-    return load_file(folder / part / "diffusion_pytorch_model.safetensors")
-
-
 def generate(folder: Path, **options) -> np.ndarray:
     """An image, (32, 32, 3) in [0, 1], by a pipeline folder."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False, **options)
@@ -73,12 +61,12 @@ def generate(folder: Path, **options) -> np.ndarray:
 def test_from_teacher_to_student_by_accelerate_launch(teacher, captioned, tmp_path):
     """In a folder that holds nothing but the script, lift_utils.py and common/."""
     copy_script("train_lift_sdxl", tmp_path)
-    before = contents(teacher)
+    before = digest(teacher)
     flags = ("--pretrained_teacher_model", teacher, "--student", "koala_1b", "--train_data_dir", captioned)
     finished = launch("train_lift_sdxl.py", *flags, "--output_dir", "student", *SHORT, *PROMPTS, cwd=tmp_path)
     assert finished.returncode == 0, finished.stdout
     assert "kd=" in finished.stdout and "feat=" in finished.stdout  # beside the progress bar
-    assert contents(teacher) == before
+    assert digest(teacher) == before
 
     student = tmp_path / "student"
     assert [row["step"] for row in metrics(student)] == [1, 2]
@@ -162,8 +150,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distil, tmp_path, flags):
     resumed = tmp_path / "resumed"
     shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("vae", "checkpoint-3", "model_index.json"))
     distil(*flags, "--resume_from_checkpoint", "latest", output_dir=resumed)
-    assert contents(resumed / "checkpoint-3") == contents(whole / "checkpoint-3")
-    assert contents(resumed / "unet") == contents(whole / "unet")
+    assert digest(resumed / "checkpoint-3") == digest(whole / "checkpoint-3")
+    assert digest(resumed / "unet") == digest(whole / "unet")
 
 
 # -------------------------------------------------------------------------------------------------------- the students

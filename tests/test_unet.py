@@ -1,6 +1,5 @@
 """The pixel U-Net's script: launched as a user does, then what it saved is loaded and run."""
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -11,7 +10,7 @@ from common.students import copy_blocks, is_narrower
 
 import pytest
 import torch
-from conftest import TWO_PROCESSES, copy_script, launch, run_several
+from conftest import TWO_PROCESSES, copy_script, digest, launch, metrics, run_several, same, weights
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -44,23 +43,6 @@ def distil(run, teacher, images, tmp_path):
         return output_dir
 
     return distil_into
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def digest(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 # --------------------------------------------------------------------------------------------------- as a user does it
