@@ -966,6 +966,7 @@ def main(args: argparse.Namespace) -> None:
         key = contents | {
             "scheduler": public_config(scheduler.config),
             "vae": [identify_vae(source, args.vae), str(dtype)],
+            "blank": not text["text"][0].any().item(),  # as model_index.json says
         }
         how = passes, args.seed, args.cache_teacher_dtype, source, [*PARTS], key
         how += partial(cache, batch_size=args.train_batch_size), device, partial(latent_shape, vae=vae)

@@ -206,6 +206,16 @@ def test_other_images_or_parts_of_the_teacher_make_other_caches(keys_of, teacher
         assert keys_of(script, *flags, "--teacher_dtype", "fp32", "--mixed_precision", "bf16")[-1] != keys[-1]
 
 
+def test_what_stands_for_no_caption_makes_another_cache(keys_of, teachers, tmp_path):
+    """SDXL's pipeline says whether it is zeros, in a file of no part."""
+    teacher = shutil.copytree(teachers["sdxl"], tmp_path / "teacher")
+    key = keys_of("sdxl", "--pretrained_teacher_model", teacher)[-1]
+    index = json.loads((teacher / "model_index.json").read_text())
+    changed = index | {"force_zeros_for_empty_prompt": not index.get("force_zeros_for_empty_prompt", True)}
+    (teacher / "model_index.json").write_text(json.dumps(changed))
+    assert keys_of("sdxl", "--pretrained_teacher_model", teacher)[-1] != key
+
+
 # ------------------------------------------------------------------------------------------------------ whole runs
 
 
