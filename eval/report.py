@@ -369,10 +369,8 @@ def prediction_kind(pipeline: DiffusionPipeline) -> tuple:
     config, kind = generate.denoiser(pipeline).config, type(pipeline).__name__.replace("DDIM", "DDPM")
     side = None if hasattr(pipeline, "text_encoder") else config.sample_size
     conditions = ("num_embeds_ada_norm", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim")
-    predicts, with_t5 = (
-        pipeline.scheduler.config.get("prediction_type"),
-        bool(getattr(pipeline, "text_encoder_3", None)),
-    )
+    predicts = pipeline.scheduler.config.get("prediction_type")
+    with_t5 = getattr(pipeline, "text_encoder_3", None) is not None
     return kind, predicts, config.in_channels, side, with_t5, *(config.get(key) for key in conditions)
 
 
