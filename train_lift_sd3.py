@@ -940,8 +940,8 @@ def print_dry_run(
     accumulates = args.gradient_accumulation_steps > 1
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     whole = count_whole(make_student(), teacher, teacher_held) if args.fsdp else None
-    spread = {"processes": processes, "whole": whole, "decoding": estimate_decoding(vae, args.resolution)}
-    memory = estimate_memory(activations, held, teacher_held, *settings, trained, encoding, features, **spread)
+    rest = {"processes": processes, "whole": whole, "decoding": estimate_decoding(vae, args.resolution)}
+    memory = estimate_memory(activations, held, teacher_held, *settings, trained, encoding, features, **rest)
     print_memory_estimate(*memory, processes)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision

@@ -17,6 +17,7 @@ from typing import Any
 from common.data import drop_rows, load_images, report_unlisted
 from common.errors import fail, first_line
 from common.streaming import StreamedDataset
+from common.texts import read_lines
 
 import datasets
 from accelerate.logging import get_logger
@@ -112,8 +113,7 @@ def read_prompts(given: list[str] | None) -> list[str] | None:
         if not Path(value).is_file():
             fail(f"{subject} is no file; {remedy}, or prompts that do not end in .txt")
         try:
-            # Not by splitlines(), which also splits at separators that captions of the Web hold.
-            lines = [line.strip() for line in Path(value).read_text(encoding="utf-8-sig").split("\n")]
+            lines = read_lines(Path(value))
         except (OSError, UnicodeDecodeError) as error:
             fail(f"{subject} cannot be read: {first_line(error)}; {remedy}")
         if not any(lines):

@@ -64,6 +64,7 @@ from common.errors import fail, first_line
 from common.finite import first_non_finite
 from common.processes import TIMEOUT, check_connected
 from common.teachers import DDPM_NOISE, PREDICTIONS, read_weights
+from common.texts import read_lines
 
 
 # The published protocol of each kind: the sampler, steps, guidance.
@@ -193,8 +194,7 @@ def read_json(path: Path, schema: dict) -> dict:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a prompt file. An empty line is an error: its image would be unconditional."""
     try:
-        # Not by splitlines(), which also splits at separators that captions of the Web hold.
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")]
+        prompts = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--prompt_file {path} cannot be read: {first_line(error)}; pass a text file, a prompt per line")
     if prompts == [""]:

@@ -1,7 +1,6 @@
 """Checkpoints: a resumed run goes on bit for bit, and a killed one loses nothing that was saved."""
 
 import copy
-import hashlib
 import itertools
 import json
 import os
@@ -31,7 +30,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from conftest import ROOT, run_file
+from conftest import ROOT, digest, run_file
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
@@ -102,11 +101,6 @@ def interrupt(whole: Path, folder: Path, step: int) -> Path:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')  # the kill came in the middle of a row
     return folder
-
-
-def digest(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def rows(folder: Path) -> list[dict]:

@@ -222,7 +222,7 @@ def make_step(
     args = script.parse_args(["--pretrained_teacher_model", str(folder), "--dry_run", *rank, *student])
     accelerator = argparse.Namespace(mixed_precision=precision, device=torch.device("cpu"))
     source = TeacherSource(str(folder), None, None, script.EXPECTED)
-    make = {"unet": unet_step, "sd21": sd21_step, "dit": dit_step, "sd3": sd3_step, "sdxl": sdxl_step}[name]
+    make = {"unet": unet_step, "dit": dit_step, "sd3": sd3_step}.get(name, latent_unet_step)
     dtype = working_dtype(accelerator)
     step = make(script, args, source, accelerator.device, dtype, cached)
     hold_teacher(step.teacher.model, None, dtype, accelerator.device, offload=False)
@@ -248,7 +248,7 @@ def unet_step(
     return Step(script, *models, batch, inputs, {"lambdas": (1.0, 1.0, 1.0), "reduction": "sum"})
 
 
-def sd21_step(
+def latent_unet_step(
     script: types.ModuleType,
     args: argparse.Namespace,
     source: TeacherSource,
@@ -256,21 +256,27 @@ def sd21_step(
     dtype: torch.dtype,
     cached: bool,
 ) -> Step:
+    """Of Stable Diffusion 2.1, and of SDXL, which has a second text encoder and the images' sizes, too."""
     sampler, args.resolution = script.check_pipeline(source), 32
-    shapes = script.load_skeleton(source, UNet2DConditionModel, "unet"), load_skeleton(source, AutoencoderKL, "vae")
-    shape, recipe = script.build_student(*shapes, args)
+    vae, xl = load_part(source, AutoencoderKL, "vae"), script.__name__ == "train_lift_sdxl"
+    shape, recipe = script.build_student(load_skeleton(source, UNet2DConditionModel, "unet"), vae, args)
     teacher, unet = load_part(source, UNet2DConditionModel, "unet"), UNet2DConditionModel.from_config(shape.config)
     if args.lora_rank:
         add_adapters(unet, args.lora_rank, script.LORA_TARGETS, dtype)
     models = pair_features(unet, teacher, recipe["features"], script.example_inputs(unet))
-    encoders = script.Encoders(source, device, dtype)
-    images, ids = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, 24, dtype=torch.long)
+    encoders = script.Encoders(source, *([vae] if xl else []), device, dtype)
+    images, ids = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, *[2] * xl, 24, dtype=torch.long)
     batch, text = {"images": images, "input_ids": ids}, encoders.encode_text(ids)
+    text = text if xl else {"text": text}
     if cached:
         moments = [encoders.encode_images(view) for view in flip_views(images, both=True)]
-        batch, encoders = {"moments": torch.stack(moments, dim=1), "text": text}, None
+        batch, encoders = {"moments": torch.stack(moments, dim=1), **text}, None
+    if xl:
+        batch["time_ids"] = torch.zeros(4, 6)
+    no_text = {name: rows[0] for name, rows in text.items()}
     draws = {"steps": 1000, "random_flip": True, "caption_dropout": 0.1}
-    how = {"scheduler": script.load_noise_schedule(source, sampler), "encoders": encoders, "no_text": text[0]}
+    how = {"scheduler": script.load_noise_schedule(source, sampler), "encoders": encoders}
+    how["no_text"] = no_text if xl else no_text["text"]
     return Step(script, *models, batch, inputs_of(script, (4, 8, 8), draws, **how), {"lambdas": (1.0, 1.0, 1.0)})
 
 
@@ -331,34 +337,6 @@ def sd3_step(
     how = {"scheduler": script.load_scheduler(source, device), "encoders": encoders, "layout": layout}
     settings = {"lambdas": (1.0, 1.0, 1.0), "weighting_scheme": args.weighting_scheme}
     return Step(script, *models, batch, inputs_of(script, (4, 8, 8), draws, no_text=no_text, **how), settings)
-
-
-def sdxl_step(
-    script: types.ModuleType,
-    args: argparse.Namespace,
-    source: TeacherSource,
-    device: torch.device,
-    dtype: torch.dtype,
-    cached: bool,
-) -> Step:
-    sampler, args.resolution = script.check_pipeline(source), 32
-    vae = load_part(source, AutoencoderKL, "vae")
-    shape, recipe = script.build_student(load_skeleton(source, UNet2DConditionModel, "unet"), vae, args)
-    teacher, unet = load_part(source, UNet2DConditionModel, "unet"), UNet2DConditionModel.from_config(shape.config)
-    if args.lora_rank:
-        add_adapters(unet, args.lora_rank, script.LORA_TARGETS, dtype)
-    models = pair_features(unet, teacher, recipe["features"], script.example_inputs(unet))
-    encoders = script.Encoders(source, vae, device, dtype)
-    images, ids = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, 2, 24, dtype=torch.long)
-    batch, text = {"images": images, "input_ids": ids}, encoders.encode_text(ids)
-    if cached:
-        moments = [encoders.encode_images(view) for view in flip_views(images, both=True)]
-        batch, encoders = {"moments": torch.stack(moments, dim=1), **text}, None
-    batch["time_ids"] = torch.zeros(4, 6)
-    draws = {"steps": 1000, "random_flip": True, "caption_dropout": 0.1}
-    how = {"scheduler": script.load_noise_schedule(source, sampler), "encoders": encoders}
-    how["no_text"] = {name: rows[0] for name, rows in text.items()}
-    return Step(script, *models, batch, inputs_of(script, (4, 8, 8), draws, **how), {"lambdas": (1.0, 1.0, 1.0)})
 
 
 def put_step(step: Step, precision: str) -> Step:
