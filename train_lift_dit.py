@@ -490,7 +490,7 @@ def make_dataset(
         return StreamedDataset(stream, source, partial(load, numbers=numbers), *how, labelled), {}, names or found
     dataset, source = load_images(*folders, columns)
     if args.train_data_dir is not None:
-        report_unlisted(dataset, args.image_column, source, "have no label", args.max_unreadable)
+        report_unlisted(args.train_data_dir, dataset, args.image_column, source, "have no label", args.max_unreadable)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
     numbers, found = number_classes(dataset, args.label_column, num_classes)
     how = args.max_unreadable, args.dataloader_num_workers, resolution

@@ -11,8 +11,8 @@
 from collections.abc import Iterator
 
 from common.buckets import make_batches
-from common.ending import StopSignals, outlive_signals
-from common.errors import fail
+from common.ending import OutOfData, Stopped, StopSignals, outlive_signals
+from common.errors import fail, first_line
 from common.streaming import StreamedDataset, StreamLoader
 
 import torch
@@ -51,12 +51,13 @@ def endless_batches(
     """Batches of a prepared dataloader, epoch after epoch, from a position on; skipped batches are not decoded.
 
     Raises:
-        Stopped: In place of a batch, after a signal. One process stops waiting for its workers, too.
+        Stopped: In place of a batch, after a signal. One process stops waiting for its workers, too, and where the
+            data cannot be read.
     """
     streamed, epoch, skip = isinstance(dataloader, StreamLoader), 0, batches_done
     if not streamed:
         epoch, skip = divmod(batches_done, len(dataloader))
-    fetch = stop.interruptible(next) if stop.alone else next
+    fetch = stop.interruptible(_read) if stop.alone else next  # others would wait for the one that cannot go on
     while True:
         if streamed:
             batches = dataloader.batches_from(skip)  # which do not end
@@ -67,3 +68,15 @@ def endless_batches(
             stop.check()
             yield batch
         epoch, skip = epoch + 1, 0
+
+
+def _read(batches: Iterator[dict[str, torch.Tensor]], end: None) -> dict[str, torch.Tensor] | None:
+    """The next batch; `end` after the last one."""
+    try:
+        return next(batches, end)
+    except Stopped:
+        raise
+    except SystemExit as error:  # says what is wrong
+        raise OutOfData(error.code) from None
+    except OSError as error:  # of this process or a worker
+        raise OutOfData(f"error: the data cannot be read: {first_line(error)}; see that they are there") from error

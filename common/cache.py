@@ -12,9 +12,9 @@ import gc
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +35,8 @@ from tqdm.auto import tqdm
 
 # How many rows a file of cached encodings holds: what a run that is killed while it caches has to do again.
 CACHE_SHARD = 512
+# Goes up when what a key stands for changes, as when transparent images turned white.
+CACHE_VERSION = 2
 
 
 def cache_encodings(
@@ -70,7 +72,7 @@ def cache_encodings(
     Returns:
         The named tensors without their batch dimension, row for row.
     """
-    text = json.dumps(key, sort_keys=True, indent=2)
+    text = json.dumps({**key, "version": CACHE_VERSION}, sort_keys=True, indent=2)
     root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "lift-encodings"
     folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
     period = period or len(dataset)
@@ -99,6 +101,8 @@ def cache_encodings(
             worker_init_fn=outlive_signals,
             collate_fn=collate_alike,
         )
+        # The others have as many. To look theirs up would make NFS believe later that they are still missing.
+        rows_left = sum(ends[start] - start for start in missing) * accelerator.num_processes
         stops, rows = set(ends.values()), []
         progress = tqdm(loader, desc=description, disable=not accelerator.is_local_main_process)
         with torch.no_grad():
@@ -106,6 +110,10 @@ def cache_encodings(
                 with fits_the_gpu(f"{batch_flag} {batch_size}", "lower it"):
                     for batch in alike:
                         rows += _to_bytes(encode(batch))
+                if indices is batches[0]:
+                    size = rows_left * sum(map(len, rows)) / len(rows)
+                    progress.set_postfix_str(f"{size / 1e6:,.0f} MB in all")
+                    _check_room(folder, size)
                 if indices.stop in stops:
                     _write_shard(shards[indices.stop - len(rows)], rows)
                     rows = []
@@ -118,6 +126,14 @@ def cache_encodings(
         fail(f"--cache_dir {root.parent} lacks what other processes have written; pass one that all machines share")
     whole = datasets.concatenate_datasets([datasets.load_from_disk(str(path)) for path in shards.values()])
     return whole.with_transform(_from_bytes)
+
+
+def _check_room(folder: Path, size: float) -> None:
+    """Refuse a disk that has no room for as many bytes, before hours are spent on them."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        room = f"takes {size / 1e9:,.1f} GB for this cache, and {free / 1e9:,.1f} GB are free there"
+        fail(f"--cache_dir {folder.parents[1]} {room}; pass a folder on a larger disk, or --max_train_samples")
 
 
 def collate_alike(rows: list) -> list:
@@ -145,7 +161,7 @@ def _from_bytes(batch: dict[str, list[bytes]]) -> dict[str, list[torch.Tensor]]:
 
 
 def _write_shard(path: Path, rows: list[bytes]) -> None:
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")  # containers have equal process ids
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     large = datasets.Features({"tensors": datasets.Value("large_binary")})  # "binary" holds no more than 2 GiB

@@ -16,12 +16,12 @@ from typing import Any
 
 from common.data import drop_rows, load_images, report_unlisted
 from common.errors import fail, first_line
+from common.folders import look_into
 from common.streaming import StreamedDataset
 from common.texts import read_lines
 
 import datasets
 from accelerate.logging import get_logger
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 
 logger = get_logger(__name__)
@@ -77,19 +77,20 @@ def load_captioned(
     if train_data_dir is None:
         return load_images(*folders, columns)
     image, caption = columns["image_column"], columns["caption_column"]
-    names = (name for *_, names in os.walk(train_data_dir) for name in names)
-    kinds = {name if name in ImageFolder.METADATA_FILENAMES else os.path.splitext(name)[1] for name in names}
-    metadata, has_texts = sorted(kinds.intersection(ImageFolder.METADATA_FILENAMES)), ".txt" in kinds
-    if has_texts and not metadata and caption != image:
+    folder = look_into(train_data_dir)
+    has_texts = ".txt" in folder.suffixes
+    if has_texts and not folder.metadata and caption != image:
         dataset, source = load_images(*folders, {"image_column": image}, drop_labels=True)
-        captions = [_read_caption(os.path.splitext(record["path"])[0] + ".txt", source) for record in dataset[image]]
+        names = [os.path.splitext(record["path"])[0] for record in dataset[image][:]]
+        captions = [_read_caption(f"{name}.txt", source) for name in names]
         if any(captions):
             # The fingerprint that `datasets` gives to the result follows the captions: no cache outlives a change.
             return dataset.add_column(caption, captions, feature=datasets.Value("string")), source
     dataset, source = load_images(*folders, columns)
     if has_texts:
-        logger.info(f"{source}: the captions are those of {', '.join(metadata)}; .txt files are not read")
-    report_unlisted(dataset, image, source, "have no caption", max_unreadable)
+        names = sorted({os.path.basename(path) for path in folder.metadata})
+        logger.info(f"{source}: the captions are those of {', '.join(names)}; .txt files are not read")
+    report_unlisted(train_data_dir, dataset, image, source, "have no caption", max_unreadable)
     return dataset, source
 
 
@@ -126,7 +127,7 @@ def drop_uncaptioned(
     dataset: datasets.Dataset, image_column: str, caption_column: str, source: str, max_unreadable: float
 ) -> datasets.Dataset:
     """The dataset without the images whose caption is missing or empty; see [`drop_rows`]."""
-    empty = [row for row, text in enumerate(dataset[caption_column]) if not (text or "").strip()]
+    empty = [row for row, text in enumerate(dataset[caption_column][:]) if not (text or "").strip()]
     return drop_rows(dataset, empty, image_column, "have no caption", source, max_unreadable)
 
 

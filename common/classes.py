@@ -50,7 +50,7 @@ def number_classes(
 ) -> tuple[list[int] | None, dict[int, str]]:
     """[`number_labels`] of a dataset, whose labels are all looked at: one that is no class ends the run."""
     numbers, names = number_labels(dataset, column, num_classes)
-    labels = [number_label(label, numbers) for label in dataset[column]]
+    labels = [number_label(label, numbers) for label in dataset[column][:]]
     wrong = [row for row, label in enumerate(labels) if label is None or not 0 <= label < num_classes]
     if wrong:
         found = f"{len(wrong)} of {len(labels)} labels are none of the model's 0 to {num_classes - 1}"

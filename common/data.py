@@ -8,21 +8,19 @@
 # specific language governing permissions and limitations under the License.
 """Where do the images and labels come from, and which of them can be used?"""
 
-import glob
 import io
 import os
 import tarfile
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from common.errors import fail, first_line
+from common.folders import find_unlisted, in_order, look_into
 
 import datasets
 import torch
 from accelerate.logging import get_logger
 from datasets.fingerprint import Hasher
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from diffusers.training_utils import find_nearest_bucket
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
@@ -65,10 +63,11 @@ def load_images(
             source, hint = f"--train_data_dir {train_data_dir}", ", or give it in the folder's metadata.jsonl"
             if "caption_column" in columns and not streaming:
                 hint += ", or in a .txt file beside each image"
-            pattern = find_files(Path(train_data_dir))
-            where = {"path": "imagefolder", "data_files": {"train": pattern}, **options}
-            if streaming and any(Path(train_data_dir).rglob("*.tar")):
-                where, hint = {"path": "webdataset", "data_files": {"train": f"{pattern}/*.tar"}}, ""
+            folder = look_into(train_data_dir)
+            where = {"path": "imagefolder", "data_files": {"train": folder.patterns}, **options}
+            if streaming and ".tar" in folder.suffixes:
+                shards = [f"{pattern}/*.tar" for pattern in folder.patterns]
+                where, hint = {"path": "webdataset", "data_files": {"train": shards}}, ""
         dataset = datasets.load_dataset(**where, split="train", cache_dir=cache_dir, streaming=streaming)
     except (OSError, ValueError, IndexError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
         fail(f"{source} does not load: {first_line(error)}; pass a folder of images or a Hub dataset")
@@ -79,21 +78,17 @@ def load_images(
             fail(f"--{flag} {name} is not in the data; choose one of {', '.join(dataset.column_names)}" + hint)
         if flag == "caption_column" and dataset.features[name] not in map(datasets.Value, ("string", "large_string")):
             fail(f"--{flag} {name} holds {dataset.features[name]}; pass a column of strings")
+    if streaming:  # from the Hub, images come decoded by threads, which no cast undoes
+        dataset = dataset.decode(False)
     dataset = undecode(dataset.select_columns(list(dict.fromkeys(columns.values()))), columns["image_column"])
     if dataset_name is not None and not streaming:  # of a folder `datasets` follows the files itself
         dataset = follow_files(dataset, columns["image_column"])
+    if dataset_name is None and len(folder.metadata) > 1:
+        if streaming:
+            both = f"holds {len(folder.metadata)} metadata files, which a stream has in no certain order"
+            fail(f"{source} {both}; drop --streaming, or make one of them")
+        dataset = in_order(dataset, columns["image_column"])
     return dataset, source
-
-
-def find_files(folder: Path) -> str:
-    """The pattern of a folder's files to train on: all, or those of "train" where its sub-folders are splits.
-
-    `datasets` would find splits by itself, by a search of the whole folder for each of some sixty patterns, and would
-    leave out every file whose name has a word like "test".
-    """
-    names = {path.name for path in folder.iterdir() if path.is_dir()}
-    splits = "train" in names and names <= {"train", "test", "val", "valid", "validation"}
-    return f"{glob.escape(str(folder / 'train' if splits else folder))}/**"
 
 
 def follow_files(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
@@ -213,28 +208,27 @@ def report_dropped(count: int, total: int, names: str, problem: str, source: str
     print(f"skipping {count} of {total} images, which {problem}: {names}", flush=True)
 
 
-def report_unlisted(dataset: datasets.Dataset, column: str, source: str, problem: str, max_unreadable: float) -> None:
-    """Name the images that a folder holds and its metadata does not list: `datasets` drops them in silence.
-
-    Args:
-        dataset: The undecoded images of a folder; see [`drop_rows`] for the rest.
-    """
-    listed = {record["path"] for record in dataset[column]}
-    folders = sorted(filter(os.path.isdir, {os.path.dirname(path) for path in listed}))  # not inside archives
-    found = (os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder)) if name[0] != ".")
-    suffixes = tuple(ImageFolder.EXTENSIONS)
-    unlisted = [path for path in found if path.lower().endswith(suffixes) and path not in listed]
+def report_unlisted(
+    folder: str, dataset: datasets.Dataset, column: str, source: str, problem: str, max_unreadable: float
+) -> None:
+    """Name the images of a folder that its metadata does not list; see [`find_unlisted`] and [`drop_rows`]."""
+    unlisted, total = find_unlisted(folder, dataset, column)
     if unlisted:
-        total, names = len(listed) + len(unlisted), ", ".join(unlisted[:10])
-        report_dropped(len(unlisted), total, names, problem, source, max_unreadable)
+        report_dropped(len(unlisted), total, ", ".join(unlisted[:10]), problem, source, max_unreadable)
 
 
 def open_image(record: dict[str, Any], mode: str) -> Image.Image:
-    """A PIL image of the mode, upright, from an undecoded record of `datasets`. 16-bit images keep their range."""
+    """A PIL image of the mode, upright, from an undecoded record of `datasets`.
+
+    16-bit images keep their range. What is transparent is white, as on a page.
+    """
     image = Image.open(io.BytesIO(record["bytes"]) if record["bytes"] else record["path"])
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # convert() would clip these at 255
         image = image.convert("F").point(lambda value: value / 257)
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
 
 

@@ -32,7 +32,15 @@ class Stopped(SystemExit):
 
     def __init__(self, received: signal.Signals):
         super().__init__(128 + received)
-        self.received = received
+        self.reason = signal.Signals(received).name
+
+
+class OutOfData(Stopped):
+    """The data cannot be read on: the steps that are done can be saved, and the process ends with this message."""
+
+    def __init__(self, message: str):
+        SystemExit.__init__(self, message)
+        self.reason = "the data cannot be read"
 
 
 class StopSignals:

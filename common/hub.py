@@ -69,7 +69,7 @@ def push_to_hub(output_dir: Path, repo_id: str) -> None:
     try:
         upload_folder(repo_id=repo_id, folder_path=output_dir, **options)
     except Stopped as stopped:
-        print(f"{stopped.received.name}: the student is saved, but not uploaded; --resume_from_checkpoint latest does")
+        print(f"{stopped.reason}: the student is saved, but not uploaded; --resume_from_checkpoint latest does")
         raise
     except Exception as error:
         remedy = "it is whole: add --resume_from_checkpoint latest"

@@ -18,16 +18,17 @@ import argparse
 import copy
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from common.bookmarks import Bookmark, Bookmarks, forget_bookmarks
 from common.ending import outlive_signals
 from common.errors import fail, first_line
+from common.fetching import fetch
 
 import datasets
-import fsspec
 import numpy as np
 import torch
 from accelerate.logging import get_logger
@@ -82,8 +83,8 @@ def find_nothing(row: Row) -> None:
 class StreamedDataset:
     """Data that are read as they are needed. Its length is 0: it is not known.
 
-    An image that cannot be used leaves its place in the batch to another one of the batch: so the order does not
-    depend on which images these are, and to skip a row is not to decode it.
+    An image that cannot be used leaves its place in the batch to another one of the batch, or to the next that can: so
+    the order does not depend on which images these are, and to skip a row is not to decode it.
 
     Args:
         stream: Undecoded rows, of [`common.data.load_images`].
@@ -139,19 +140,22 @@ class StreamedDataset:
         np.random.default_rng(self.seed).shuffle(rows)
         return self.load_rows(rows[:count])
 
-    def load_rows(self, rows: list[Row]) -> list[dict[str, torch.Tensor]]:
-        """Rows as tensors, a usable one in place of each that is not; where too few are usable, the run ends."""
+    def load_rows(self, rows: list[Row], following: Iterable[Row] = ()) -> list[dict[str, torch.Tensor]]:
+        """Rows as tensors; a usable one, or else one of `following`, takes the place of each that is not."""
         loaded = [self._load_row(row) for row in rows]
         usable = [row for row in loaded if row is not None]
         if not usable:
-            fail(f"{self.source}: none of {len(rows)} images in a row can be used, see above; repair or remove them")
+            stand_ins = filter(None, map(self._load_row, itertools.islice(following, FEWEST_ROWS)))
+            usable = list(itertools.islice(stand_ins, 1))
+        if not usable:
+            fail(f"{self.source}: none of many images in a row can be used, see above; repair or remove them")
         return [usable[place % len(usable)] if row is None else row for place, row in enumerate(loaded)]
 
     def _load_row(self, row: Row) -> dict[str, torch.Tensor] | None:
         self.seen += 1
         image = row[self.image_column] or {}
         if "://" in (image.get("path") or "") and not image.get("bytes"):
-            row = {**row, self.image_column: {**image, "bytes": self._fetch(image["path"])}}
+            row = {**row, self.image_column: {**image, "bytes": fetch(image["path"], self.source)}}
         fault = self.find_fault(row)
         if fault is None:
             try:
@@ -166,16 +170,6 @@ class StreamedDataset:
             found = f"{self.unusable} of {self.seen} images cannot be used, the last of those that {fault}"
             fail(f"{self.source}: {found}; repair or remove them, or raise --max_unreadable {self.max_unreadable}")
         return None
-
-    def _fetch(self, path: str) -> bytes:
-        """A file that is not on this machine, or in an archive."""
-        try:
-            with fsspec.open(path, "rb") as file:
-                return file.read()
-        except Exception as error:
-            # No row to skip: the next time it may be there, and the run would not be the same.
-            remedy = "see that it is there; --resume_from_checkpoint latest then goes on"
-            fail(f"{self.source}: {path} is out of reach: {first_line(error)}; {remedy}")
 
 
 class StreamPart(torch.utils.data.IterableDataset):
@@ -197,11 +191,17 @@ class StreamPart(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor] | str]:
         """Batches; in place of one, what ends the run: a worker's own end would not say why."""
         info = torch.utils.data.get_worker_info()
-        rows = self.rows(info.id if info else 0, self.first * self.batch_size)
+        rows, ahead = self.rows(info.id if info else 0, self.first * self.batch_size), deque()
+
+        def read_ahead() -> Iterator[Row]:
+            for row in rows:
+                ahead.append(row)  # its own turn comes, too
+                yield row
+
         try:
             while True:
-                batch = list(itertools.islice(rows, self.batch_size))
-                yield torch.utils.data.default_collate(self.dataset.load_rows(batch))
+                batch = [ahead.popleft() if ahead else next(rows) for _ in range(self.batch_size)]
+                yield torch.utils.data.default_collate(self.dataset.load_rows(batch, read_ahead()))
         except SystemExit as end:
             if not isinstance(end.code, str):  # a signal's
                 raise

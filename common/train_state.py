@@ -172,11 +172,11 @@ def check_finite(weights: dict[str, torch.Tensor], name: str, step: int) -> None
 def save_and_leave(
     output_dir: Path, train_state: TrainState, limit: int | None, accelerator: Accelerator, stopped: Stopped
 ) -> NoReturn:
-    """Save the steps done, unless they are, and end the run with the signal's exit code.
+    """Save the steps done, unless they are, and end the run as what stopped it says.
 
     Args:
         limit: How many checkpoints to keep; `None` keeps all.
-        stopped: The signal.
+        stopped: A signal, or the end of the data.
     """
     end_workers()  # here, because torch would wait five seconds for each of those that wait for something else
     if train_state.step > train_state.saved:
@@ -184,7 +184,7 @@ def save_and_leave(
     accelerator.wait_for_everyone()
     saved = f"saved step {train_state.step}; go on with --resume_from_checkpoint latest"
     begun = "no step was done; the same command starts again"
-    logger.info(f"{stopped.received.name}: {saved if train_state.step else begun}")
+    logger.info(f"{stopped.reason}: {saved if train_state.step else begun}")
     accelerator.end_training()
     sys.exit(stopped.code)
 

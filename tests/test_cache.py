@@ -116,6 +116,21 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(cache, tmp_path):
     assert len(shards(tmp_path)) == 3 and list(first.parent.glob(".rows*")) == [half]
 
 
+def test_a_disk_without_room_is_refused_before_it_is_full(cache, tmp_path, monkeypatch, capsys):
+    """What is left to encode counts, by the bytes of its first rows."""
+    with pytest.raises(KeyboardInterrupt):
+        cache(Encoder(fail_at=6))
+    row = sum(len(data) for data in datasets.load_from_disk(shards(tmp_path)[0])["tensors"]) / 4
+    encoder = Encoder()
+    monkeypatch.setattr(common.cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=6 * row - 1))
+    with pytest.raises(SystemExit, match=r"--cache_dir .*cache takes .* for this cache, .* free .* larger disk"):
+        cache(encoder)
+    assert encoder.rows == [4, 5, 6] and len(shards(tmp_path)) == 1
+    monkeypatch.setattr(common.cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=6 * row))
+    assert_rows(cache(encoder), 10)
+    assert "0 MB in all" in capsys.readouterr().err
+
+
 def test_two_runs_may_fill_one_cache(cache, tmp_path):
     """The other run finishes a shard while this one computes it."""
     cache(Encoder())
@@ -170,7 +185,9 @@ def test_another_key_is_another_cache(cache, tmp_path):
     assert encoder.loaded == 0
     folders = list((tmp_path / "cache" / "lift-encodings").iterdir())
     assert len(folders) == 3
-    assert {"model": "a"} in [json.loads((folder / "key.json").read_text()) for folder in folders]
+    assert {"model": "a", "version": common.cache.CACHE_VERSION} in [
+        json.loads((folder / "key.json").read_text()) for folder in folders
+    ]
 
 
 # --------------------------------------------------------------------------------------------- what the key is made of

@@ -105,6 +105,14 @@ def test_an_image_without_text_has_no_caption(load, texts, capsys, content):
     assert "skipping 1 of 48 images, which have no caption" in capsys.readouterr().out
 
 
+def test_a_folder_that_metadata_do_not_name_is_not_left_out_in_silence(load, texts):
+    twin = listed(texts)
+    lines = (twin / "metadata.jsonl").read_text().splitlines()
+    (twin / "metadata.jsonl").write_text("\n".join(line for line in lines if '"bags/' not in line))
+    with pytest.raises(SystemExit, match=r"32 of 48 images have no caption: .*/bags/.*raise --max_unreadable 0\.01"):
+        load(twin)
+
+
 def test_metadata_wins_and_says_so(load, texts, caplog):
     plain, metadata = listed(texts), texts / "metadata.jsonl"
     metadata.write_text((plain / "metadata.jsonl").read_text().replace("photo", "picture"))

@@ -2,11 +2,12 @@
 
 import io
 import itertools
+import os
 import shutil
 from types import SimpleNamespace
 
 from common.batches import endless_batches, make_dataloader
-from common.data import open_image
+from common.data import load_images, open_image
 from common.training import make_accelerator, seed_step
 
 import datasets
@@ -79,6 +80,22 @@ def test_sixteen_bits_keep_their_range():
     ours = np.asarray(image, dtype=int)
     assert ours[0, 0] == 0 and ours[-1, -1] == 255
     assert np.abs(ours - levels / 257).max() <= 1 and len(np.unique(ours)) == 256
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_what_is_transparent_is_white(mode):
+    """A black square on a ground that is black, too, and transparent."""
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (4, 4, 12, 12))
+    if mode == "RGB":  # one colour of it is transparent
+        image = Image.new("RGB", (16, 16), (1, 2, 3))
+        image.paste((0, 0, 0), (4, 4, 12, 12))
+        data = encode(image, transparency=(1, 2, 3))
+    else:
+        data = encode(image.convert(mode))
+    for wanted in ("L", "RGB"):
+        pixels = np.asarray(open_image({"bytes": data, "path": None}, wanted)).reshape(16, 16, -1)
+        assert (pixels[4:12, 4:12] == 0).all() and (pixels[:4] == 255).all() and (pixels[:, 12:] == 255).all()
 
 
 def test_colours_keep_their_order(load, tmp_path):
@@ -156,7 +173,53 @@ def test_of_splits_only_train_is_used(load, tmp_path):
     for name in ("train/a.png", "train/more/b.png", "test/a.png", "val/a.png"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         halves().save(tmp_path / "data" / name)
+    (tmp_path / "data" / ".cache" / "huggingface").mkdir(parents=True)  # as `hf download --local-dir` leaves it
     assert len(load("--train_data_dir", tmp_path / "data")) == 2
+
+
+def test_linked_folders_are_followed(load, tmp_path):
+    for name in ("data/a/0.png", "elsewhere/b/1.png", "further/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        halves().save(tmp_path / name)
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere" / "b")
+    (tmp_path / "elsewhere" / "b" / "c").symlink_to(tmp_path / "further")  # a link in a linked folder
+    assert len(load("--train_data_dir", tmp_path / "data")) == 3
+    stream, _ = load_images(None, None, str(tmp_path / "data"), None, {"image_column": "image"}, streaming=True)
+    names = [os.path.relpath(row["image"]["path"], tmp_path) for row in stream]
+    assert names == ["data/a/0.png", "data/b/1.png", "data/b/c/2.png"]
+    (tmp_path / "further" / "up").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit, match=r"does not load: .*leads back to a folder above it.*up"):
+        load("--train_data_dir", tmp_path / "data")
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(load, tmp_path, monkeypatch):
+    for name in ("a/0.png", "b/1.png"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        halves().save(tmp_path / "data" / name)
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(SystemExit, match=r"--train_data_dir .* does not load: .*Permission denied.*b"):
+        load("--train_data_dir", tmp_path / "data")
+
+
+def test_several_metadata_files_have_one_order(tmp_path):
+    """`datasets` reads them in the order of a set, which is another one in each process."""
+    for name in "abcde":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        halves().save(tmp_path / "data" / name / "0.png")
+        (tmp_path / "data" / name / "metadata.jsonl").write_text(f'{{"file_name": "0.png", "text": "{name}"}}')
+    columns = {"image_column": "image", "caption_column": "text"}
+    for cache in "xyz":
+        dataset, _ = load_images(None, None, str(tmp_path / "data"), str(tmp_path / cache), columns)
+        assert dataset["text"][:] == [*"abcde"]
+    with pytest.raises(SystemExit, match=r"holds 5 metadata files, .* drop --streaming, or make one of them"):
+        load_images(None, None, str(tmp_path / "data"), None, columns, streaming=True)
 
 
 @pytest.fixture

@@ -565,11 +565,12 @@ def test_lora_trains_adapters_and_saves_both_forms(distil, sd_teacher):
     assert len(metrics(folder)) == 3 and all(row["feat"] > 0 and row["grad_norm"] > 0 for row in metrics(folder))
 
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.randn(2, 24, 16)
-    unet = UNet2DConditionModel.from_pretrained(folder / "lora" / "unet")
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="lora/unet")
     pipeline = StableDiffusionPipeline.from_pretrained(folder, unet=unet)
     with torch.no_grad():
         plain = pipeline.unet(*inputs).sample
-        pipeline.load_lora_weights(folder / "lora")
+        # As the docs say, a form that serves folders and repositories alike.
+        pipeline.load_lora_weights(folder, subfolder="lora", weight_name="pytorch_lora_weights.safetensors")
         adapted = pipeline.unet(*inputs).sample
         both = UNet2DConditionModel.from_pretrained(folder / "unet")(*inputs).sample
     torch.testing.assert_close(adapted, both, rtol=1e-4, atol=1e-4)

@@ -14,15 +14,20 @@ from functools import partial
 from pathlib import Path
 
 import common.bookmarks
+import common.fetching
 from common.captions import find_no_caption
 from common.classes import find_wrong_label
 from common.data import load_images, load_pixels, open_image
+from common.fetching import fetch
+from common.metrics import read_metrics
 from common.streaming import StreamedDataset, StreamLoader, StreamPart
 
 import datasets
+import fsspec
 import pytest
 import torch
 from accelerate import PartialState
+from conftest import run_file
 from diffusers import DDPMPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -231,6 +236,44 @@ def test_files_out_of_an_archive_are_fetched(tmp_path):
         numbers_of(StreamLoader(open_stream_of(rows, tmp_path), 8, 0, CPU).batches_from(0), 1)
 
 
+def test_a_network_that_is_down_for_a_while_is_waited_for(tmp_path, monkeypatch):
+    """Not for a file that is not there."""
+    (tmp_path / "file").write_bytes(b"here")
+    attempts, waits, opens = [], [], fsspec.open
+
+    def fails_twice(path, mode):
+        attempts.append(path)
+        if len(attempts) <= 2:
+            raise ConnectionError("no network")
+        return opens(path, mode)
+
+    monkeypatch.setattr(common.fetching.fsspec, "open", fails_twice)
+    monkeypatch.setattr(common.fetching.time, "sleep", waits.append)
+    assert fetch(f"file://{tmp_path}/file", "--a b") == b"here" and waits == [1, 5]
+    with pytest.raises(SystemExit, match=r"--a b: file://.*other is out of reach: .*--resume_from_checkpoint latest"):
+        fetch(f"file://{tmp_path}/other", "--a b")
+    assert waits == [1, 5]
+    attempts.clear()
+    monkeypatch.setattr(common.fetching, "WAITS", (7,))
+    with pytest.raises(SystemExit, match="is out of reach: no network"):
+        fetch(f"file://{tmp_path}/file", "--a b")
+    assert waits == [1, 5, 7]
+
+
+def test_images_of_the_hub_come_undecoded(images, tmp_path, monkeypatch):
+    """`datasets` decodes those of a repository of image files by threads, which a cast of the column does not undo."""
+    load = datasets.load_dataset
+
+    def as_from_the_hub(**options):
+        return load(**options).decode(num_threads=2)
+
+    monkeypatch.setattr(datasets, "load_dataset", as_from_the_hub)
+    dataset = open_stream(images, tmp_path, hub=True)
+    (row,) = dataset.head(1)
+    assert row["image"].keys() == {"path", "bytes"}
+    assert len(numbers_of(StreamLoader(dataset, 4, 0, CPU).batches_from(0), 2)[0]) == 4
+
+
 def test_the_benchmark(tmp_path, capsys):
     flags = ("--shards", "2", "--images", "120", "--passes", "0.5", "--output", str(tmp_path / "streams.json"))
     streams.main(streams.parse_args([*flags]))
@@ -255,6 +298,23 @@ def records(count: int, broken: tuple[int, ...] = ()) -> list[dict]:
     return [{"png": {"path": f"{number}.png", "bytes": data}} for number, data in enumerate(files)]
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_unusable_batch_leaves_its_place_to_the_next_image_that_is_usable(tmp_path, size):
+    """In the same order, and the image that stands in comes in its own place, too."""
+    rows, broken = records(20, (3, 4, 11)), {3, 4, 11}
+    whole = flat(numbers_of(StreamLoader(open_stream_of(records(20), tmp_path), 1, 0, CPU).batches_from(0), 40))
+    expected = []
+    for first in range(0, 40, size):
+        usable = [n for n in whole[first : first + size] if n not in broken] or [
+            next(n for n in whole[first:] if n not in broken)
+        ]
+        batch = enumerate(whole[first : first + size])
+        expected.append([usable[place % len(usable)] if n in broken else n for place, n in batch])
+    loader = StreamLoader(open_stream_of(rows, tmp_path), size, 0, CPU)
+    assert numbers_of(loader.batches_from(0), 40 // size - 1) == expected[:-1]
+    assert numbers_of(loader.batches_from(6), 4) == expected[6:10]
+
+
 def test_an_unusable_image_leaves_its_place_to_another_of_the_batch(tmp_path, capsys):
     whole = numbers_of(StreamLoader(open_stream_of(records(20), tmp_path), 4, 0, CPU).batches_from(0), 10)
     batches = numbers_of(StreamLoader(open_stream_of(records(20, (3, 11)), tmp_path), 4, 0, CPU).batches_from(0), 10)
@@ -270,7 +330,10 @@ def test_too_many_unusable_images_end_the_run(tmp_path):
     with pytest.raises(SystemExit, match=r"--a b: 1 of \d+ images cannot be used.*raise --max_unreadable 0\.0"):
         numbers_of(StreamLoader(dataset, 4, 0, CPU).batches_from(0), 9)
     dataset = open_stream_of(records(4, (0, 1, 2, 3)), tmp_path)
-    with pytest.raises(SystemExit, match="none of 4 images in a row can be used, see above; repair or remove"):
+    with pytest.raises(SystemExit, match="11 of 11 images cannot be used"):
+        numbers_of(StreamLoader(dataset, 4, 0, CPU).batches_from(0), 9)
+    dataset = open_stream_of(records(4, (0, 1, 2, 3)), tmp_path, max_unreadable=1.0)
+    with pytest.raises(SystemExit, match="none of many images in a row can be used, see above; repair or remove"):
         numbers_of(StreamLoader(dataset, 4, 2, CPU).batches_from(0), 9)  # a worker's message comes through
 
 
@@ -376,9 +439,9 @@ def test_a_streamed_run_that_was_stopped_ends_as_one_that_was_not(run, teacher, 
     """12 steps of 4 images are more than a pass over 40."""
     seen, load = [], StreamedDataset.load_rows
 
-    def load_noted(self, rows):
+    def load_noted(self, rows, following):
         seen.append([row["png"]["path"] for row in rows])
-        return load(self, rows)
+        return load(self, rows, following)
 
     monkeypatch.setattr(StreamedDataset, "load_rows", load_noted)
 
@@ -398,6 +461,28 @@ def test_a_streamed_run_that_was_stopped_ends_as_one_that_was_not(run, teacher, 
     file = "unet/diffusion_pytorch_model.safetensors"
     assert (whole / file).read_bytes() == (resumed / file).read_bytes()
     assert DDPMPipeline.from_pretrained(whole)(num_inference_steps=1, output_type="np").images.shape[-1] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_break_off_lose_no_step(teacher, shards, tmp_path, capsys, workers):
+    """The steps that are done are saved, and the message is the last line."""
+    for path in shards.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    whole = (tmp_path / "020.tar").read_bytes()
+    (tmp_path / "020.tar").write_bytes(whole[:5000])
+    command = ("--pretrained_teacher_model", teacher, "--train_data_dir", tmp_path, "--student", 0.5, *SHORT)
+    command += ("--num_validation_images", 1, "--shuffle_buffer", 6, "--dataloader_num_workers", workers)
+    command += ("--output_dir", tmp_path / "run", "--max_train_steps", 12, "--checkpointing_steps", 12)
+    finished = run_file("train_lift_unet.py", *command)
+    assert finished.returncode == 1, finished.stdout
+    lines = finished.stdout.strip().splitlines()
+    assert re.search(r"^error: --train_data_dir .*: reading stopped at .*--resume_from_checkpoint latest", lines[-1])
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    done = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert 0 < done < 12 and f"the data cannot be read: saved step {done}; go on with" in finished.stdout
+    (tmp_path / "020.tar").write_bytes(whole)
+    finished = run_file("train_lift_unet.py", *command, "--resume_from_checkpoint", "latest")
+    assert finished.returncode == 0 and len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 12
 
 
 def test_a_killed_streamed_run_ends_as_if_nothing_had_happened(teacher, shards, tmp_path, monkeypatch):

@@ -1,0 +1,111 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""What does a folder of data hold, which of it is trained on, and what would be left out in silence?"""
+
+import errno
+import glob
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from common.errors import fail, first_line
+
+import datasets
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+
+SPLITS = {"train", "test", "val", "valid", "validation"}
+
+
+class Folder(NamedTuple):
+    """What a folder holds to train on."""
+
+    root: str  # the folder, or its "train" where its sub-folders are splits
+    patterns: list[str]  # of all files, as `datasets` takes them
+    metadata: list[str]  # the paths of metadata files
+    suffixes: set[str]  # of the other files, such as ".txt"
+
+
+def look_into(path: str) -> Folder:
+    """Find out what the folder `--train_data_dir` holds.
+
+    `datasets` would find splits by itself, by a search of the whole folder for each of some sixty patterns, and would
+    leave out every file whose name has a word like "test". It follows no link to a folder: each has a pattern here.
+    """
+    try:
+        root = _find_root(os.path.abspath(path))  # as `datasets` names its images
+        roots, metadata, suffixes = [root], [], set()
+        for folder, names in _walk(root):
+            if folder != root and os.path.islink(folder):
+                roots.append(folder)
+            for name in names:
+                if name in ImageFolder.METADATA_FILENAMES:
+                    metadata.append(os.path.join(folder, name))
+                else:
+                    suffixes.add(os.path.splitext(name)[1].lower())
+    except OSError as error:
+        fail(f"--train_data_dir {path} does not load: {first_line(error)}; pass a folder of images or a Hub dataset")
+    return Folder(root, [f"{glob.escape(each)}/**" for each in roots], sorted(metadata), suffixes)
+
+
+def _find_root(path: str) -> str:
+    names = {entry.name for entry in os.scandir(path) if not _is_hidden(entry.name) and entry.is_dir()}
+    return os.path.join(path, "train") if "train" in names and names <= SPLITS else path
+
+
+def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
+    """Each folder and the names of its files, linked ones too. Hidden ones are left out, as by `datasets`.
+
+    Raises:
+        OSError: A folder cannot be read, or a link leads back to a folder above it.
+    """
+
+    def stop(error: OSError) -> None:  # else what cannot be read would count as empty
+        raise error
+
+    for folder, folders, files in os.walk(root, onerror=stop, followlinks=True):
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        for path in (os.path.join(folder, name) for name in folders):
+            if os.path.islink(path) and os.path.realpath(path) in _real_folders(folder, root):
+                raise OSError(errno.ELOOP, "a link leads back to a folder above it", path)
+        yield folder, [name for name in files if not _is_hidden(name)]
+
+
+def _real_folders(folder: str, root: str) -> Iterator[str]:
+    """Where a folder, and those above it up to the root, really are."""
+    while folder != os.path.dirname(root):
+        yield os.path.realpath(folder)
+        folder = os.path.dirname(folder)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__"))
+
+
+def find_unlisted(path: str, dataset: datasets.Dataset, column: str) -> tuple[list[str], int]:
+    """The images that a folder holds and its metadata does not list, which `datasets` drops in silence.
+
+    Args:
+        dataset: The undecoded images of the folder.
+        column: Theirs.
+
+    Returns:
+        Their paths, and how many images the folder has in all.
+    """
+    listed = {os.path.normpath(record["path"]) for record in dataset[column][:]}
+    suffixes = tuple(ImageFolder.EXTENSIONS)
+    found = (os.path.join(folder, name) for folder, files in _walk(look_into(path).root) for name in sorted(files))
+    unlisted = [each for each in found if each.lower().endswith(suffixes) and each not in listed]
+    return unlisted, len(listed) + len(unlisted)
+
+
+def in_order(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The dataset in the order of its images' paths: `datasets` reads several metadata files in one that is random."""
+    paths = [(record or {}).get("path") or "" for record in dataset[column][:]]
+    return dataset.select(sorted(range(len(paths)), key=paths.__getitem__))
