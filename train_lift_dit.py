@@ -1069,7 +1069,7 @@ def main(args: argparse.Namespace) -> None:
 
     # ---- resume
     trains = accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
-    train_state, resume = TrainState(*trains), args.resume_from_checkpoint
+    train_state, resume = TrainState(*trains, recipe.get("blocks")), args.resume_from_checkpoint
     first_step = load_train_state(output_dir, resume, args.discard_later_checkpoints, train_state)
     checkpoints, grids = (Due(steps, stop.agree) for steps in (args.checkpointing_steps, args.validation_steps))
     data = len(dataset) // passes, len(dataloader) / passes, args.train_batch_size

@@ -41,7 +41,7 @@ from common.arguments import (
     tracked_flags,
 )
 from common.batches import endless_batches, make_dataloader
-from common.buckets import latent_shape, read_buckets, sort_by_bucket
+from common.buckets import default_resolution, latent_shape, read_buckets, sort_by_bucket
 from common.cache import cache_encodings, identify
 from common.captions import (
     add_caption_arguments,
@@ -77,6 +77,7 @@ from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
+from common.levels import pair_levels
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.pruning import is_pruned, prune_width
@@ -331,6 +332,10 @@ def build_student(
     for key in ("in_channels", "out_channels", "cross_attention_dim"):
         if student.config[key] != teacher.config[key]:
             fail(f"{mismatch}: its {key} is {student.config[key]}; keep the teacher's {teacher.config[key]}")
+    if len(student.up_blocks) < len(teacher.up_blocks) and "blocks" not in recipe:
+        if "width" in recipe and args.student_init == "teacher":
+            fail(f'{mismatch}: with "levels" its "width" prunes nothing; pass --student_init random, or "blocks"')
+        recipe = {**pair_levels(student, teacher), **recipe}
     if args.student_init == "teacher":
         with model_errors_end(mismatch, "pass another preset, correct the JSON file, or pass --student_init random"):
             match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
@@ -810,7 +815,7 @@ def main(args: argparse.Namespace) -> None:
     sampler = check_pipeline(source)
     teacher_shape = load_skeleton(source, UNet2DConditionModel, "unet")
     vae_shape = load_skeleton(source, AutoencoderKL, "vae")
-    args.resolution = args.resolution or teacher_shape.config.sample_size * vae_factor(vae_shape)
+    args.resolution = args.resolution or default_resolution(teacher_shape, vae_shape)
     check_teacher(teacher_shape, vae_shape, source)
     student_shape, recipe = build_student(teacher_shape, vae_shape, args)
     group_size = args.group_size if args.kd_loss == "place" else None
@@ -889,7 +894,7 @@ def main(args: argparse.Namespace) -> None:
 
     # ---- resume
     trains = accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
-    train_state, resume = TrainState(*trains), args.resume_from_checkpoint
+    train_state, resume = TrainState(*trains, recipe.get("blocks")), args.resume_from_checkpoint
     first_step = load_train_state(output_dir, resume, args.discard_later_checkpoints, train_state)
     checkpoints, grids = (Due(steps, stop.agree) for steps in (args.checkpointing_steps, args.validation_steps))
     data = len(dataset) // passes, len(dataloader) / passes, args.train_batch_size

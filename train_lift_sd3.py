@@ -30,6 +30,7 @@ in with `hf auth login`. Without distillation the script trains a pipeline's own
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ from common.arguments import (
     tracked_flags,
 )
 from common.batches import endless_batches, make_dataloader
-from common.buckets import latent_shape, read_buckets, sort_by_bucket
+from common.buckets import default_resolution, latent_shape, read_buckets, sort_by_bucket
 from common.cache import JoinedDataset, cache_encodings, collate_alike, identify
 from common.captions import (
     add_caption_arguments,
@@ -80,6 +81,7 @@ from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
+from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
@@ -94,6 +96,7 @@ from common.reporting import (
     share_of,
 )
 from common.sd3_text import (
+    CLIPS,
     T5,
     TEXT_ENCODERS,
     TextEncoders,
@@ -170,7 +173,7 @@ logger = get_logger(__name__)
 TEACHER = "stabilityai/stable-diffusion-3-medium-diffusers"
 EXPECTED = f"pass a Stable Diffusion 3 or 3.5 pipeline: a folder, or a Hub id such as {TEACHER}"
 CONVERTER = "StableDiffusion3Pipeline"  # of a teacher in a single file
-# Of the pipeline, and their classes where no other will do. Text encoders may be absent.
+# Of the pipeline, and their classes where no other will do. T5 may be absent.
 PARTS = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL", "scheduler": None}
 TEXT_PARTS = {name: part.model.__name__ for name, part in TEXT_ENCODERS.items()}
 TEXT_PARTS |= {part.tokenizer_name: None for part in TEXT_ENCODERS.values()}
@@ -189,6 +192,8 @@ RECIPE = {
 
 # What teacher and student have outside their blocks.
 OUTER = ("pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out")
+
+WHOLE_BLOCK = re.compile(r"transformer_blocks\.\d+")  # whose second output are the image tokens
 
 LORA_TARGETS = [
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -304,10 +309,10 @@ def check_pipeline(source: TeacherSource, no_t5: bool) -> tuple[type[SchedulerMi
         what = sampler + (f" with {unsupported[0]}" if unsupported else "")
         remedy = "not SD3's sigmas; give it a FlowMatchEuler scheduler"
         fail(f"--pretrained_teacher_model {source.path} has a {what}, {remedy}")
+    lacking = [name for name in CLIPS if name not in kinds]
+    if lacking:  # Diffusers loads such a pipeline, which then takes no prompt
+        fail(f"--pretrained_teacher_model {source.path} lacks its {lacking[0]}, as T5 alone may; {source.expected}")
     text_encoders = [name for name in TEXT_ENCODERS if name in kinds and not (no_t5 and name == T5)]
-    if not text_encoders:
-        remedy = "drop --no_t5" if no_t5 else source.expected
-        fail(f"--pretrained_teacher_model {source.path} has no text encoder to take captions; {remedy}")
     return getattr(diffusers, sampler), text_encoders
 
 
@@ -413,9 +418,12 @@ def build_student(
         same = [f"transformer_blocks.{index}" for index in both]
         blocks = recipe.get("blocks", dict(zip(same, same)))
         pairs = [list(pair) for pair in blocks.items() if pair[0].startswith("transformer_blocks.")]
-        recipe = {**recipe, "features": pairs}
+        recipe = {**recipe, "features": [pair for pair in pairs if all(map(WHOLE_BLOCK.fullmatch, pair))]}
     with model_errors_end(mismatch, FEATURES_REMEDY):
         pair_features(student, teacher, recipe["features"], example_inputs(student, args.max_sequence_length), item=1)
+    parts = [name for pair in recipe["features"] for name in pair if not WHOLE_BLOCK.fullmatch(name)]
+    if parts:  # which may return the text tokens where blocks return the image's
+        fail(f'{mismatch}: its "features" name {parts[0]}; pass whole blocks, such as transformer_blocks.3')
     return student, recipe
 
 
@@ -451,6 +459,8 @@ def choose_blocks(
     output_dir: Path,
     resume_from: str | None,
     accelerator: Accelerator,
+    teacher_dtype: str | None,
+    offload: bool,
 ) -> list[int]:
     """The `depth` blocks of the teacher that change the image tokens most, its last always among them.
 
@@ -459,8 +469,10 @@ def choose_blocks(
 
     def measure() -> tuple[list[float], list[int]]:
         device, dtype = accelerator.device, working_dtype(accelerator)
-        teacher = load_frozen(source, SD3Transformer2DModel, "transformer", device, dtype)
-        model = FeatureModel(hold_teacher(teacher, None, dtype, device, offload=False), [])
+        how = teacher_dtype, dtype, device, offload
+        teacher = load_frozen(source, SD3Transformer2DModel, "transformer", *first_place(*how))
+        with fits_the_gpu(f"--student_depth {depth}: the teacher", "pass --teacher_dtype, or choose by --keep_blocks"):
+            model = FeatureModel(hold_teacher(teacher, *how), [])
         seed_step(seed)
         if isinstance(dataset, StreamedDataset):
             rows = dataset.sample(INFLUENCE_IMAGES)
@@ -966,7 +978,7 @@ def main(args: argparse.Namespace) -> None:
     sampler, text_encoders = check_pipeline(source, args.no_t5)
     teacher_shape = load_skeleton(source, SD3Transformer2DModel, "transformer")
     vae_shape = load_skeleton(source, AutoencoderKL, "vae")
-    args.resolution = args.resolution or teacher_shape.config.sample_size * vae_factor(vae_shape)
+    args.resolution = args.resolution or default_resolution(teacher_shape, vae_shape)
     check_teacher(teacher_shape, vae_shape, text_encoders, source)
     student_shape, recipe = build_student(teacher_shape, vae_shape, args)
     group_size = args.group_size if args.kd_loss == "place" else None
@@ -1005,8 +1017,8 @@ def main(args: argparse.Namespace) -> None:
 
     # ---- student
     if args.student_depth is not None:
-        data = dataset, args.train_batch_size, inputs_of, args.seed, output_dir
-        kept = choose_blocks(source, args.student_depth, *data, args.resume_from_checkpoint, accelerator)
+        data = dataset, args.train_batch_size, inputs_of, args.seed, output_dir, args.resume_from_checkpoint
+        kept = choose_blocks(source, args.student_depth, *data, accelerator, args.teacher_dtype, args.offload_teacher)
         student_shape, recipe = build_student(teacher_shape, vae_shape, args, kept)
     seed_step(args.seed)
     first = torch.device("cpu") if args.fsdp and not args.cache_teacher else device
@@ -1050,7 +1062,7 @@ def main(args: argparse.Namespace) -> None:
 
     # ---- resume
     trains = accelerator.unwrap_model(student), optimizer, lr_scheduler, ema, accelerator.scaler, skipped
-    train_state, resume = TrainState(*trains), args.resume_from_checkpoint
+    train_state, resume = TrainState(*trains, recipe.get("blocks")), args.resume_from_checkpoint
     first_step = load_train_state(output_dir, resume, args.discard_later_checkpoints, train_state)
     checkpoints, grids = (Due(steps, stop.agree) for steps in (args.checkpointing_steps, args.validation_steps))
     data = len(dataset) // passes, len(dataloader) / passes, args.train_batch_size

@@ -31,7 +31,8 @@ def make_dataloader(
         place = accelerator.device, accelerator.process_index, accelerator.num_processes
         return StreamLoader(dataset, batch_size, num_workers, *place)
     if len(dataset) < batch_size * accelerator.num_processes:
-        fail(f"--train_batch_size {batch_size} is more than the {len(dataset)} images; pass a smaller one")
+        on = f" on each of {accelerator.num_processes} processes" * (accelerator.num_processes > 1)
+        fail(f"--train_batch_size {batch_size}{on} is more than the {len(dataset)} images; pass a smaller one")
     order = {"batch_size": batch_size, "shuffle": True, "drop_last": True}
     if buckets:
         order = {"batch_sampler": make_batches(dataset, batch_size, buckets, accelerator.num_processes)}

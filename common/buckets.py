@@ -21,7 +21,7 @@ from common.teachers import vae_factor
 import datasets
 import torch
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 from torch.utils.data import BatchSampler, RandomSampler
 
@@ -165,3 +165,11 @@ def latent_shape(batch: dict[str, Any], vae: AutoencoderKL | None) -> tuple[int,
         return tuple(batch["moments"].shape[-3:])
     height, width = batch["images"].shape[-2:]
     return vae.config.latent_channels, height // vae_factor(vae), width // vae_factor(vae)
+
+
+def default_resolution(model: ModelMixin, vae: AutoencoderKL) -> int:
+    """The side, in pixels, of the square images of a model of latents. One of other images ends the run."""
+    side = model.config.sample_size
+    if not isinstance(side, int):
+        fail(f"--pretrained_teacher_model has the sample_size {side}, which is no square; pass --resolution")
+    return side * vae_factor(vae)

@@ -23,6 +23,7 @@ from typing import Any
 from common.checkpoints import flush
 from common.ending import outlive_signals
 from common.errors import fail
+from common.finite import first_non_finite
 from common.memory import fits_the_gpu
 
 import datasets
@@ -150,6 +151,9 @@ def _shapes(row: Any) -> Any:
 
 def _to_bytes(encoded: dict[str, torch.Tensor]) -> list[bytes]:
     """Each row's tensors in the safetensors format, which keeps their dtypes, bfloat16 among them, and shapes."""
+    wrong = first_non_finite(encoded)
+    if wrong is not None:
+        fail(f'an encoder overflows: its "{wrong}" are not finite; pass --mixed_precision bf16 or no')
     encoded = {name: tensor.cpu() for name, tensor in encoded.items()}
     count = len(next(iter(encoded.values())))
     return [save({name: tensor[row].contiguous() for name, tensor in encoded.items()}) for row in range(count)]

@@ -51,16 +51,15 @@ class TextLayout(NamedTuple):
     """The sizes of a transformer's text inputs."""
 
     width: int  # of the embeddings: its config's `joint_attention_dim`
-    pooled_width: int  # of the pooled embeddings: its config's `pooled_projection_dim`
     t5_tokens: int  # --max_sequence_length
 
     @classmethod
     def of(cls, config: dict, t5_tokens: int) -> "TextLayout":
         """The layout of a transformer's config."""
-        return cls(config["joint_attention_dim"], config["pooled_projection_dim"], t5_tokens)
+        return cls(config["joint_attention_dim"], t5_tokens)
 
 
-# By their folders in the pipeline. Each of them may be absent.
+# By their folders in the pipeline. T5 may be absent.
 CLIPS = ("text_encoder", "text_encoder_2")
 T5 = "text_encoder_3"
 TEXT_ENCODERS = {
@@ -68,7 +67,6 @@ TEXT_ENCODERS = {
     CLIPS[1]: TextEncoder(CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, "tokenizer_2"),
     T5: TextEncoder(T5Config, T5EncoderModel, T5TokenizerFast, "tokenizer_3"),
 }
-CLIP_TOKENS = 77  # of the zeros that stand for absent CLIP encoders
 
 
 def check_text_widths(source: TeacherSource, names: list[str], config: dict) -> None:
@@ -80,11 +78,10 @@ def check_text_widths(source: TeacherSource, names: list[str], config: dict) -> 
     """
     width, pooled_width = config["joint_attention_dim"], config["pooled_projection_dim"]
     configs = {name: _load_config(source, name) for name in names}
-    clips = [configs[name] for name in names if name in CLIPS]
+    clips = [configs[name] for name in CLIPS]
     clip_width, clip_pooled = sum(clip.hidden_size for clip in clips), sum(clip.projection_dim for clip in clips)
     takes = f"--pretrained_teacher_model {source.path}: its transformer takes embeddings of {width}"
-    fits = clip_pooled == pooled_width if len(clips) == len(CLIPS) else clip_pooled <= pooled_width
-    if not fits or clip_width > width:
+    if clip_pooled != pooled_width or clip_width > width:
         fail(
             f"{takes} and pooled ones of {pooled_width}; its CLIP encoders give {clip_width} and {clip_pooled}; "
             f"{source.expected}"
@@ -217,22 +214,14 @@ def _load_tokens(
 def join_text(encoded: dict[str, torch.Tensor], layout: TextLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings (B, 77 + T, D) and pooled embeddings (B, P) in StableDiffusion3Pipeline's layout.
 
-    The CLIP encoders' widths stand side by side, filled up to T5's; its tokens follow. Zeros stand for what is absent.
+    The CLIP encoders' widths stand side by side, filled up to T5's; its tokens follow. Zeros stand for an absent T5.
 
     Args:
         encoded: What [`TextEncoders`] returns.
     """
-    clips, t5 = [name for name in CLIPS if name in encoded], encoded.get(T5)
-    width, pooled_width, t5_tokens = layout
-    if clips:
-        tokens = torch.cat([encoded[name] for name in clips], dim=-1)
-        pooled = torch.cat([encoded[f"{name}.pooled"] for name in clips], dim=-1)
-        # Without the first encoder, the second keeps its place: the first's embeddings are as wide as its pooled one.
-        left = pooled_width - pooled.shape[-1] if CLIPS[0] not in clips else 0
-        tokens = F.pad(tokens, (left, width - left - tokens.shape[-1]))
-        pooled = F.pad(pooled, (left, pooled_width - left - pooled.shape[-1]))
-    else:
-        tokens, pooled = t5.new_zeros(len(t5), CLIP_TOKENS, width), t5.new_zeros(len(t5), pooled_width)
+    tokens = torch.cat([encoded[name] for name in CLIPS], dim=-1)
+    pooled = torch.cat([encoded[f"{name}.pooled"] for name in CLIPS], dim=-1)
+    tokens, t5 = F.pad(tokens, (0, layout.width - tokens.shape[-1])), encoded.get(T5)
     if t5 is None:
-        t5 = tokens.new_zeros(len(tokens), t5_tokens, width)
+        t5 = tokens.new_zeros(len(tokens), layout.t5_tokens, layout.width)
     return torch.cat([tokens, t5.to(tokens.dtype)], dim=1), pooled

@@ -223,7 +223,8 @@ def choose_once(
         resume_from: `--resume_from_checkpoint`.
     """
     with accelerator.main_process_first():
-        if path.exists() and (resume_from is not None or not accelerator.is_main_process):
+        resumes = resume_from is not None and any(path.parent.glob("checkpoint-*"))  # else it is of a run that failed
+        if path.exists() and (resumes or not accelerator.is_main_process):
             try:
                 kept = json.loads(path.read_text(encoding="utf-8"))["kept"]
                 if len(kept) != depth:

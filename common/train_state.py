@@ -8,6 +8,7 @@
 # specific language governing permissions and limitations under the License.
 """What does a run need to go on exactly, and how is it put into a checkpoint and taken out of it?"""
 
+import hashlib
 import json
 import math
 import sys
@@ -82,6 +83,7 @@ class TrainState:
     ema: EMAModel | None
     scaler: torch.amp.GradScaler | None
     skipped: torch.Tensor  # (2,): steps skipped in all and in a row, see `common.training.guarded_step`
+    blocks: dict[str, str] | None  # of the teacher that the student started from, see `common.students.match_blocks`
     means: RunningMeans = field(default_factory=RunningMeans)  # of the steps since the last row of metrics.jsonl
     saved: int = 0  # the step of the newest checkpoint
 
@@ -110,6 +112,7 @@ def save_train_state(output_dir: Path, train_state: TrainState, limit: int | Non
     state = {
         "step": step,
         "config": {key: value for key, value in model.config.items() if not key.startswith("_")},
+        "blocks": _digest(train_state.blocks),
         "optimizer": optimizer,
         "lr_scheduler": train_state.lr_scheduler.state_dict(),
         "scaler": train_state.scaler and train_state.scaler.state_dict(),
@@ -126,6 +129,11 @@ def save_train_state(output_dir: Path, train_state: TrainState, limit: int | Non
     # A bad step's weights may be ruined: they are not to drive out the last good ones.
     kept = None if train_state.skipped[1] else limit
     save_checkpoint(output_dir, step, {**weights, "optimizer": moments}, state, kept, configs)
+
+
+def _digest(blocks: dict[str, str] | None) -> str | None:
+    """What tells one choice of the teacher's blocks from another, shorter than the choice."""
+    return blocks and hashlib.sha256(json.dumps(blocks, sort_keys=True).encode()).hexdigest()
 
 
 def student_files(student: FeatureModel, ema: EMAModel | None) -> dict[str, dict[str, torch.Tensor]]:
@@ -206,6 +214,9 @@ def load_train_state(output_dir: Path, resume_from: str | None, discard_later: b
     tensors, state = found
     config = json.loads(json.dumps(dict(train_state.student.model.config)))
     different = [key for key in config if not key.startswith("_") and config[key] != state["config"].get(key)]
+    blocks = _digest(train_state.blocks)
+    if state.get("blocks", blocks) != blocks:  # older checkpoints do not say
+        different.append("the teacher's blocks that it keeps")
     weights, moments = student_files(train_state.student, train_state.ema), tensors.pop("optimizer")
     saved, expected = (
         {name: {key: tensor.shape for key, tensor in file.items()} for name, file in files.items()}

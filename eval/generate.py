@@ -376,6 +376,12 @@ def make_sampler(pipeline: DiffusionPipeline, name: str) -> SchedulerMixin:
         fail(f"--sampler {name} is not for flow matching; pass as_saved, {' or '.join(FLOW_SAMPLERS)}")
     if not flow and kind not in DDPM_NOISE:
         fail(f"--sampler {name} does not go on with the noise of a {kind}; pass as_saved")
+    made = getattr(diffusers, (FLOW_SAMPLERS if flow else SAMPLERS)[name])
+    takes = inspect.signature(made.__init__).parameters
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in takes:
+        fail(f"--sampler {name} has no noise schedule of zero terminal SNR, as was saved; pass ddim or as_saved")
+    if name == "pndm" and config.get("prediction_type") == "sample":
+        fail("--sampler pndm is not for a model that predicts the sample; pass ddim or as_saved")
     changes = {}
     if hasattr(pipeline, "vae") and not flow and "clip_sample" not in config:
         changes["clip_sample"] = False  # DDIM and DDPM clip by default, but latents have no bounds
@@ -383,7 +389,7 @@ def make_sampler(pipeline: DiffusionPipeline, name: str) -> SchedulerMixin:
         changes["skip_prk_steps"] = True  # as published for latents: each step calls the model once
     if name == "ddpm" and learns_variance(pipeline):
         changes["variance_type"] = "learned_range"
-    return getattr(diffusers, (FLOW_SAMPLERS if flow else SAMPLERS)[name]).from_config(config, **changes)
+    return made.from_config(config, **changes)
 
 
 def learns_variance(pipeline: DiffusionPipeline) -> bool:

@@ -116,6 +116,24 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(cache, tmp_path):
     assert len(shards(tmp_path)) == 3 and list(first.parent.glob(".rows*")) == [half]
 
 
+def test_what_overflows_is_not_kept(cache, tmp_path):
+    encoder = Encoder(dtype=torch.float16)
+    encode = encoder.encode
+    encoder.encode = lambda batch: {"moments": torch.full((len(batch["x"]), 2), torch.inf), **encode(batch)}
+    with pytest.raises(SystemExit, match='its "moments" are not finite; pass --mixed_precision bf16 or no'):
+        cache(encoder)
+    assert not shards(tmp_path)
+
+
+def test_temporary_files_of_two_machines_have_two_names(tmp_path, monkeypatch):
+    """On a disk that they share, where their processes have one number."""
+    names = []
+    monkeypatch.setattr(datasets.Dataset, "save_to_disk", lambda _, path: names.append(path) or Path(path).mkdir())
+    for name in ("rows-0", "rows-0.again"):
+        common.cache._write_shard(tmp_path / name, [b"x"])
+    assert len({name.split("-")[-1] for name in names}) == 2
+
+
 def test_a_disk_without_room_is_refused_before_it_is_full(cache, tmp_path, monkeypatch, capsys):
     """What is left to encode counts, by the bytes of its first rows."""
     with pytest.raises(KeyboardInterrupt):

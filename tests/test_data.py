@@ -483,3 +483,10 @@ def test_the_order_is_another_in_each_epoch_and_the_seeds(tmp_path):
     assert all(len({*rows}) == 8 for rows in found) and len({*map(tuple, found)}) == 20
     assert all(rows != sorted(rows) for rows in found) and {*itertools.chain(*found)} == {*range(11)}
     assert epochs(0, 2) == found[:2] != epochs(1, 2)
+
+
+def test_a_batch_larger_than_the_data_names_the_processes():
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    says = "--train_batch_size 4 on each of 2 processes is more than the 6 images; pass a smaller one"
+    with pytest.raises(SystemExit, match=says):
+        make_dataloader(torch.arange(6), 4, 0, two)

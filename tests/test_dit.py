@@ -690,25 +690,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distil, tmp_path, flags):
 
 
 def test_a_resumed_run_keeps_the_choice_of_blocks(distil, tmp_path, monkeypatch):
-    """It reads blocks.json, whatever would be measured now, and measures nothing; a new run measures anew."""
+    """It reads blocks.json, whatever would be measured now, and measures nothing; a new run measures anew.
+
+    New is also one whose folder has the choice of a run that came to no checkpoint, maybe of another teacher.
+    """
     flags = ("--student_depth", 3, "--learning_rate", 0, "--max_train_steps", 2, "--checkpointing_steps", 1)
-    folder = distil(*flags)
-    path = folder / "blocks.json"
+    path, resume = tmp_path / "student" / "blocks.json", ("--resume_from_checkpoint", "latest")
+    path.parent.mkdir()
+    path.write_text('{"kept": [0, 1, 2]}')
+    monkeypatch.setattr(train_lift_dit, "measure_influence", lambda *_, **__: [0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.5])
+    folder = distil(*flags, *resume)
     chosen = json.loads(path.read_text())
-    assert len(chosen["influence"]) == 8 and len(chosen["kept"]) == 3
-    other = [block for block in range(8) if block not in chosen["kept"]][:3]
-    path.write_text(json.dumps({**chosen, "kept": other}))
+    assert chosen["kept"] == [1, 3, 5] and len(chosen["influence"]) == 8
 
     def not_again(*arguments, **options):
         raise AssertionError("the influence is measured again")
 
     monkeypatch.setattr(train_lift_dit, "measure_influence", not_again)
-    resume = ("--resume_from_checkpoint", "latest")
     distil(*flags, *resume, "--max_train_steps", 3)
-    assert ", ".join(map(str, other)) + " of its 8 blocks" in (folder / "README.md").read_text()
-    assert json.loads(path.read_text())["kept"] == other
+    assert "1, 3, 5 of its 8 blocks" in (folder / "README.md").read_text()
+    assert json.loads(path.read_text()) == chosen
 
     for content, complaint in (
+        ('{"kept": [0, 3, 5]}', "is of another student .the teacher's blocks that it keeps differ"),
         (json.dumps({"kept": [0, 1]}), "it keeps 2 blocks; pass the same depth as before, or remove the file"),
         ("{", "--student_depth 3 does not go with .*blocks.json: Expecting property name"),
         ("[]", "--student_depth 3 does not go with .*blocks.json: list indices"),

@@ -35,6 +35,7 @@ from diffusers import (
     PixArtSigmaPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
     UNet2DModel,
     VQModel,
 )
@@ -422,6 +423,20 @@ def test_any_pipeline_that_takes_prompts(sample, prompt_file, tmp_path):
     images = read(sample(*flags, *others, name="others"))
     assert images.shape == (6, 24, 24, 3) and manifest(tmp_path / "others")["scheduler"]["class"] == "DDIMScheduler"
     assert manifest(tmp_path / "others")["vae_dtype"] == "bfloat16" and images.std() > 2
+
+
+def test_samplers_keep_a_schedule_of_zero_terminal_snr(tmp_path):
+    """Or are refused: with plain betas the figures would be of a process that the model was not trained for."""
+    pipeline = StableDiffusionPipeline.from_pretrained(save_sd_pipeline(tmp_path / "sd", "v_prediction"))
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
+    for name in {*generate.SAMPLERS} - {"pndm", "heun"}:
+        assert generate.make_sampler(pipeline, name).alphas_cumprod[-1] < 1e-6, name
+    for name in ("pndm", "heun"):
+        with pytest.raises(SystemExit, match=f"--sampler {name} has no noise schedule of zero .*pass ddim"):
+            generate.make_sampler(pipeline, name)
+    pipeline.scheduler = DDIMScheduler(prediction_type="sample")
+    with pytest.raises(SystemExit, match="--sampler pndm is not for a model that predicts the sample; pass ddim"):
+        generate.make_sampler(pipeline, "pndm")
 
 
 @pytest.mark.parametrize("classes", [10, None])

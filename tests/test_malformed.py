@@ -385,7 +385,7 @@ STUDENTS = [
     (BOTH_SD, {"levels": 1.5}, '"levels"'),
     (SD, {"levels": 99}, "does not fit the teacher of 4 levels"),
     (XL, {"levels": 99}, "does not fit the teacher of 3 levels"),
-    (XL, {"levels": 2}, "correct"),
+    (BOTH_SD, {"levels": 2, "width": 0.5}, 'with "levels" its "width" prunes nothing; pass --student_init random'),
     (XL, {"config": {"transformer_layers_per_block": "x"}}, "correct"),
     (XL, {"config": {"transformer_layers_per_block": [1]}}, "correct"),
     (XL, {"config": {"addition_embed_type": None}}, "its addition_embed_type is None; keep the teacher's text_time"),
@@ -421,6 +421,8 @@ STUDENTS = [
     (SD3, {"config": {"num_layers": 2}, "blocks": {"transformer_blocks.1": "transformer_blocks.1"}}, "cannot take"),
     (SD3, {"features": [["transformer_blocks.0", "transformer_blocks.6"]]}, '"transformer_blocks.6", which does not'),
     (SD3, {"config": {"dual_attention_layers": "x"}}, "correct"),
+    (SD3, {"features": [["transformer_blocks.0.attn"] * 2]}, "transformer_blocks.0.attn; pass whole blocks"),
+    (SD3, {"features": [["transformer_blocks.0.norm1"] * 2]}, "transformer_blocks.0.norm1; pass whole blocks"),
 ]
 
 INDEX = "model_index.json"
@@ -499,7 +501,9 @@ DAMAGED_TEACHERS = [
     (SD, {ENCODER: ""}, "", "does not load"),
     (SD3, {ENCODER: None}, "", "no file named model.safetensors"),
     (CAPTIONED, {ENCODER: ruin_weights}, "", "its text_encoder has weights that are not finite"),
-    (SD3, {INDEX: TEXTLESS}, "", "has no text encoder"),
+    (SD3, {INDEX: TEXTLESS}, "", "lacks its text_encoder, as T5 alone may; pass"),
+    (SD3, {INDEX: {"text_encoder_2": NULL, "tokenizer_2": NULL}}, "", "lacks its text_encoder_2"),
+    (BOTH_SD, {"unet/config.json": {"sample_size": [8, 12]}}, "", "the sample_size [8, 12]", "pass --resolution"),
     (SD3, {"text_encoder/config.json": {"projection_dim": 8}}, "", "its CLIP encoders give 32 and 28"),
     (SD3, {"text_encoder_3/config.json": {"d_model": 64}}, "", "its T5 gives 64; pass --no_t5"),
     (SD3, {"transformer/config.json": {"in_channels": 3}}, "", "maps 3 channels to 4"),
@@ -557,6 +561,8 @@ DAMAGED_RUNS = [
     (UNET, {}, f"{LATEST} --lambda_kd_feat 1", "is of another student"),
     (UNET, {}, f"{LATEST} --student 0.25", "latest is of another student", "block_out_channels"),
     (SD3, {}, f"{LATEST} --student third", "is of another student", "num_layers"),
+    (DIT, {}, f"{LATEST} ^--student --keep_blocks 0,3,5,7", "is of another student", "the teacher's blocks"),
+    (SD3, {}, f"{LATEST} ^--student --keep_blocks 0,3,5", "is of another student", "the teacher's blocks"),
     (CAPTIONED, {}, f"{LATEST} --lora_rank 2", "is of another student", "adapters", "pass the run's own flags"),
     (UNET, {}, f"{RESUME} checkpoint-1 --resolution 32", "checkpoint-1 is older than checkpoint-2"),
     (UNET, {}, f"{LATEST} --use_8bit_adam", "is of AdamW", "--use_8bit_adam"),

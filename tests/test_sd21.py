@@ -330,6 +330,17 @@ def test_a_narrower_json_student_starts_from_the_teachers_channels(distil, sd_te
     assert len(ours) == widths[0] and all(any(torch.equal(row, other) for other in theirs) for row in ours)
 
 
+def test_a_student_of_outer_levels_starts_from_the_teachers(distil, sd_teacher, tmp_path):
+    """Its first up block is the teacher's second: up blocks are counted from the inside."""
+    path = tmp_path / "student.json"
+    path.write_text('{"levels": 3}')
+    folder = distil("--student", path, "--learning_rate", 0, "--max_train_steps", 1)
+    ours, theirs = weights(folder), weights(sd_teacher)
+    names = {name: re.sub(r"^up_blocks\.(\d)", lambda match: f"up_blocks.{int(match[1]) + 1}", name) for name in ours}
+    copied = {name for name, other in names.items() if other in theirs and torch.equal(ours[name], theirs[other])}
+    assert copied == ours.keys() and metrics(folder)[-1]["feat"] > 0
+
+
 def test_json_student_with_blocks_and_features(distil, sd_teacher, tmp_path):
     """What a preset can say, a file can: here one level less, other weights fresh, features inside blocks."""
     recipe = {
