@@ -65,9 +65,8 @@ def load_images(
                 hint += ", or in a .txt file beside each image"
             folder = look_into(train_data_dir)
             where = {"path": "imagefolder", "data_files": {"train": folder.patterns}, **options}
-            if streaming and ".tar" in folder.suffixes:
-                shards = [f"{pattern}/*.tar" for pattern in folder.patterns]
-                where, hint = {"path": "webdataset", "data_files": {"train": shards}}, ""
+            if streaming and folder.shards:
+                where, hint = {"path": "webdataset", "data_files": {"train": folder.shards}}, ""
         dataset = datasets.load_dataset(**where, split="train", cache_dir=cache_dir, streaming=streaming)
     except (OSError, ValueError, IndexError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
         fail(f"{source} does not load: {first_line(error)}; pass a folder of images or a Hub dataset")
@@ -83,7 +82,7 @@ def load_images(
     dataset = undecode(dataset.select_columns(list(dict.fromkeys(columns.values()))), columns["image_column"])
     if dataset_name is not None and not streaming:  # of a folder `datasets` follows the files itself
         dataset = follow_files(dataset, columns["image_column"])
-    if dataset_name is None and len(folder.metadata) > 1:
+    if dataset_name is None and len(folder.metadata) > 1 and not options.get("drop_metadata"):
         if streaming:
             both = f"holds {len(folder.metadata)} metadata files, which a stream has in no certain order"
             fail(f"{source} {both}; drop --streaming, or make one of them")

@@ -29,7 +29,8 @@ class Folder(NamedTuple):
     root: str  # the folder, or its "train" where its sub-folders are splits
     patterns: list[str]  # of all files, as `datasets` takes them
     metadata: list[str]  # the paths of metadata files
-    suffixes: set[str]  # of the other files, such as ".txt"
+    shards: list[str]  # the patterns of .tar files
+    has_texts: bool  # any .txt files
 
 
 def look_into(path: str) -> Folder:
@@ -40,18 +41,20 @@ def look_into(path: str) -> Folder:
     """
     try:
         root = _find_root(os.path.abspath(path))  # as `datasets` names its images
-        roots, metadata, suffixes = [root], [], set()
+        roots, metadata, shards, has_texts = {root: False}, [], [], False
         for folder, names in _walk(root):
             if folder != root and os.path.islink(folder):
-                roots.append(folder)
-            for name in names:
-                if name in ImageFolder.METADATA_FILENAMES:
-                    metadata.append(os.path.join(folder, name))
-                else:
-                    suffixes.add(os.path.splitext(name)[1].lower())
+                roots[folder] = False
+            if names:  # `datasets` wants files of each pattern
+                within = (each for each in roots if os.path.join(folder, "").startswith(os.path.join(each, "")))
+                roots[max(within, key=len)] = True
+            metadata += [os.path.join(folder, name) for name in names if name in ImageFolder.METADATA_FILENAMES]
+            shards += [glob.escape(os.path.join(folder, name)) for name in names if name.endswith(".tar")]
+            has_texts = has_texts or any(name.endswith(".txt") for name in names)
     except OSError as error:
         fail(f"--train_data_dir {path} does not load: {first_line(error)}; pass a folder of images or a Hub dataset")
-    return Folder(root, [f"{glob.escape(each)}/**" for each in roots], sorted(metadata), suffixes)
+    filled = [each for each, has_files in roots.items() if has_files] or [root]
+    return Folder(root, [f"{glob.escape(each)}/**" for each in filled], metadata, sorted(shards), has_texts)
 
 
 def _find_root(path: str) -> str:

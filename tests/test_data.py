@@ -187,6 +187,10 @@ def test_linked_folders_are_followed(load, tmp_path):
     stream, _ = load_images(None, None, str(tmp_path / "data"), None, {"image_column": "image"}, streaming=True)
     names = [os.path.relpath(row["image"]["path"], tmp_path) for row in stream]
     assert names == ["data/a/0.png", "data/b/1.png", "data/b/c/2.png"]
+    for name in ("elsewhere/b", "further"):  # links alone: none of their own files
+        (tmp_path / "links" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "links" / name).symlink_to(tmp_path / name)
+    assert len(load("--train_data_dir", tmp_path / "links")) == 3  # the second twice, by two ways
     (tmp_path / "further" / "up").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(SystemExit, match=r"does not load: .*leads back to a folder above it.*up"):
         load("--train_data_dir", tmp_path / "data")
