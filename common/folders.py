@@ -102,8 +102,10 @@ def find_unlisted(path: str, dataset: datasets.Dataset, column: str) -> tuple[li
         Their paths, and how many images the folder has in all.
     """
     listed = {os.path.normpath(record["path"]) for record in dataset[column][:]}
-    suffixes = tuple(ImageFolder.EXTENSIONS)
-    found = (os.path.join(folder, name) for folder, files in _walk(look_into(path).root) for name in sorted(files))
+    root, suffixes = look_into(path).root, tuple(ImageFolder.EXTENSIONS)
+    if not any(each.startswith(root) for each in listed):  # the column is another one than the images'
+        return [], len(dataset)
+    found = (os.path.join(folder, name) for folder, files in _walk(root) for name in sorted(files))
     unlisted = [each for each in found if each.lower().endswith(suffixes) and each not in listed]
     return unlisted, len(listed) + len(unlisted)
 
