@@ -27,7 +27,6 @@ import fsspec
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import run_file
 from diffusers import DDPMPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -464,8 +463,8 @@ def test_a_streamed_run_that_was_stopped_ends_as_one_that_was_not(run, teacher, 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_data_that_break_off_lose_no_step(teacher, shards, tmp_path, capsys, workers):
-    """The steps that are done are saved, and the message is the last line."""
+def test_data_that_break_off_lose_no_step(run, teacher, shards, tmp_path, caplog, workers):
+    """The steps that are done are saved before the run ends with the message."""
     for path in shards.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     whole = (tmp_path / "020.tar").read_bytes()
@@ -473,16 +472,15 @@ def test_data_that_break_off_lose_no_step(teacher, shards, tmp_path, capsys, wor
     command = ("--pretrained_teacher_model", teacher, "--train_data_dir", tmp_path, "--student", 0.5, *SHORT)
     command += ("--num_validation_images", 1, "--shuffle_buffer", 6, "--dataloader_num_workers", workers)
     command += ("--output_dir", tmp_path / "run", "--max_train_steps", 12, "--checkpointing_steps", 12)
-    finished = run_file("train_lift_unet.py", *command)
-    assert finished.returncode == 1, finished.stdout
-    lines = finished.stdout.strip().splitlines()
-    assert re.search(r"^error: --train_data_dir .*: reading stopped at .*--resume_from_checkpoint latest", lines[-1])
+    caplog.set_level("INFO")
+    with pytest.raises(SystemExit, match=r"--train_data_dir .*: reading stopped at .*--resume_from_checkpoint latest"):
+        run("train_lift_unet", *command)
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     done = int(checkpoint.name.removeprefix("checkpoint-"))
-    assert 0 < done < 12 and f"the data cannot be read: saved step {done}; go on with" in finished.stdout
+    assert 0 < done < 12 and f"the data cannot be read: saved step {done}; go on with" in caplog.text
     (tmp_path / "020.tar").write_bytes(whole)
-    finished = run_file("train_lift_unet.py", *command, "--resume_from_checkpoint", "latest")
-    assert finished.returncode == 0 and len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 12
+    run("train_lift_unet", *command, "--resume_from_checkpoint", "latest")
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 12
 
 
 def test_a_killed_streamed_run_ends_as_if_nothing_had_happened(teacher, shards, tmp_path, monkeypatch):
