@@ -15,7 +15,8 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def cache_encodings(
     """What encoders make of the data, computed once, as a memory-mapped dataset; the encoders are freed then.
 
     Each process encodes every n-th shard. A shard is renamed into place when it is whole: an interrupted run goes on
-    where it stopped, and a finished cache is read without loading the encoders.
+    with what is missing, runs side by side share the work, and a finished cache is read without loading the encoders.
 
     Args:
         dataset: Rows that `torch.utils.data.default_collate` takes; see [`collate_alike`] for rows of several shapes.
@@ -86,32 +87,46 @@ def cache_encodings(
     mine = list(shards)[accelerator.process_index :: accelerator.num_processes]
     missing = [start for start in mine if not shards[start].exists()]
     if missing:
+        if folder.exists():  # a run that still works on it, and this one, meet in the middle
+            missing.reverse()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "key.json").write_text(text)
         _sweep(folder)
         encode = load_encoder()
-        batches = [
-            range(at, min(at + batch_size, ends[start]))
+        batches = {
+            start: [range(at, min(at + batch_size, ends[start])) for at in range(start, ends[start], batch_size)]
             for start in missing
-            for at in range(start, ends[start], batch_size)
-        ]
+        }
+        asked: deque[range] = deque()
+        shown, total = accelerator.is_local_main_process, sum(map(len, batches.values()))
+        progress = tqdm(total=total, desc=description, disable=not shown)
+
+        def ask() -> Iterator[range]:
+            for start in missing:
+                if shards[start].exists():  # another run has been here since
+                    progress.update(len(batches[start]))
+                    continue
+                asked.extend(batches[start])
+                yield from batches[start]
+
         loader = torch.utils.data.DataLoader(
             dataset,
-            batch_sampler=batches,
+            batch_sampler=ask(),
             num_workers=num_workers,
             worker_init_fn=outlive_signals,
             collate_fn=collate_alike,
         )
         # The others have as many. To look theirs up would make NFS believe later that they are still missing.
         rows_left = sum(ends[start] - start for start in missing) * accelerator.num_processes
-        stops, rows = set(ends.values()), []
-        progress = tqdm(loader, desc=description, disable=not accelerator.is_local_main_process)
-        with torch.no_grad():
-            for indices, alike in zip(batches, progress):
+        stops, rows, size = set(ends.values()), [], None
+        with torch.no_grad(), progress:
+            for alike in loader:
+                indices = asked.popleft()
                 with fits_the_gpu(f"{batch_flag} {batch_size}", "lower it"):
                     for batch in alike:
                         rows += _to_bytes(encode(batch))
-                if indices is batches[0]:
+                progress.update()
+                if size is None:
                     size = rows_left * sum(map(len, rows)) / len(rows)
                     progress.set_postfix_str(f"{size / 1e6:,.0f} MB in all")
                     _check_room(folder, size)

@@ -111,7 +111,7 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(cache, tmp_path):
     (half / "data-00000-of-00001.arrow").write_bytes(b"half")
     encoder = Encoder()
     assert_rows(cache(encoder), 10)
-    assert encoder.rows == [*range(4, 10)]
+    assert encoder.rows == [8, 9, 4, 5, 6, 7]
     assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == written
     assert len(shards(tmp_path)) == 3 and list(first.parent.glob(".rows*")) == [half]
 
@@ -143,7 +143,7 @@ def test_a_disk_without_room_is_refused_before_it_is_full(cache, tmp_path, monke
     monkeypatch.setattr(common.cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=6 * row - 1))
     with pytest.raises(SystemExit, match=r"--cache_dir .*cache takes .* for this cache, .* free .* larger disk"):
         cache(encoder)
-    assert encoder.rows == [4, 5, 6] and len(shards(tmp_path)) == 1
+    assert encoder.rows == [8, 9] and len(shards(tmp_path)) == 1
     monkeypatch.setattr(common.cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=6 * row))
     assert_rows(cache(encoder), 10)
     assert "0 MB in all" in capsys.readouterr().err
@@ -165,6 +165,23 @@ def test_two_runs_may_fill_one_cache(cache, tmp_path):
 
     assert_rows(cache(Slow()), 10)
     assert len(shards(tmp_path)) == 3 and not list(other.parent.glob(".rows*"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_runs_side_by_side_share_the_work(cache, tmp_path, workers):
+    """The second begins at the end. Here it does all that is left while the first computes its first batch."""
+    other = Encoder()
+
+    class First(Encoder):
+        def encode(self, batch):
+            if not other.loaded:
+                cache(other, rows=40)
+            return super().encode(batch)
+
+    first = First()
+    assert_rows(cache(first, rows=40, workers=workers), 40)
+    assert other.rows[:4] == [36, 37, 38, 39] and sorted(other.rows) == [*range(40)]
+    assert len(first.rows) <= 4 * (1 + 2 * workers)  # what its workers had been asked for
 
 
 def test_a_lost_shard_is_computed_again(cache, tmp_path):
