@@ -75,10 +75,10 @@ class Experiment(NamedTuple):
     pairs: tuple[tuple[str, str], ...] = ()  # of rows whose differences are written, too
 
 
+# Cached draws have no pairs of timesteps, so that live ones have none either.
 PASSES = {"max_train_samples": 8000, "antithetic_timesteps": False}
-# Whether the teacher is cached makes no difference: there are as many draws as passes, and no pairs of timesteps.
-# Students of 1.6 % draw noise until about 3,000 steps. The teacher's draws come three times or more, which costs
-# nothing: see the experiment on draws.
+# Students of 1.6 % draw noise until about 3,000 steps. The cached teacher's draws come three times or more: see the
+# experiments on draws and on fresh ones.
 LONG = {**PASSES, "max_train_steps": 6000, "train_batch_size": 32, "lr_warmup_steps": 200, "checkpointing_steps": 1000}
 LONGER = {**LONG, "max_train_steps": 12_000, "checkpointing_steps": 2000}
 # A search by fewer steps than those of the reported runs may find rates that are too high, as it did for mse in the
@@ -137,7 +137,10 @@ def other_experiment(size: str, student: float, init: str, steps: int, search: S
 def draws_experiment() -> Experiment:
     """A student of 6 % for 21 passes over 3,000 images: the teacher live, and cached for fewer draws than passes."""
     shared = {"max_train_samples": 3000, "max_train_steps": 1000, "kd_loss": "mse", "student": 0.25}
-    rows = {"live": {}, **{f"{count} draw{'s' * (count > 1)}": {"cache_teacher": count} for count in (16, 4, 1)}}
+    rows = {
+        "live": {"antithetic_timesteps": False},
+        **{f"{count} draw{'s' * (count > 1)}": {"cache_teacher": count} for count in (16, 4, 1)},
+    }
     question = "How many draws of a cached teacher are enough?"
     return Experiment(question, rows, (0, 1, 2), shared, (("live",),))
 
@@ -361,21 +364,26 @@ def explain(experiment: Experiment, values: Values, noise: float) -> str:
     """
     text = ""
     for pair in experiment.pairs:
-        by_10, by_50 = (difference(values, *pair, figure) for figure in ("fd_10", "fd_50"))
-        text += f"- `{pair[0]}` less `{pair[1]}`: {by_50} by 50 steps, {by_10} by 10\n"
+        by_10, by_50, kernel_10, kernel_50 = (
+            difference(values, *pair, figure) for figure in ("fd_10", "fd_50", "kid_10", "kid_50")
+        )
+        text += f"- `{pair[0]}` less `{pair[1]}`: {by_50} by 50 steps, {by_10} by 10; "
+        text += f"kernel distance {kernel_50}, {kernel_10}\n"
     if experiment.teachers:
         return text
-    noisy = [at for at, timestep in enumerate(TIMESTEPS) if timestep >= 900]
-    for which, limit in (("", np.inf), (" of rows nearer than white noise", noise)):
-        means = {row: np.mean(figures_of(found, "fd_50")) for row, found in values.items()}
+    means = {row: np.mean(figures_of(found, "fd_50")) for row, found in values.items()}
+    text += "\nSpearman's correlation of the Fréchet distance with the error to the teacher, by timestep:\n\n"
+    text += f"| sampling steps, runs | {' | '.join(map(str, TIMESTEPS))} |\n|---|{'--:|' * len(TIMESTEPS)}\n"
+    for which, limit in (("all", np.inf), ("of rows nearer than white noise", noise)):
         kept = [found for row, found in values.items() if means[row] < limit]
         if not kept or (len(kept) == len(values) and limit < np.inf):  # nothing to say, or nothing new
             continue
-        distances = [distance for found in kept for distance in figures_of(found, "fd_50")]
         errors = np.array([error for found in kept for error in figures_of(found, "errors")])
-        ranks = [stats.spearmanr(distances, errors[:, at].mean(1)).statistic for at in (noisy, [0])]
-        text += f"- Over the {len(distances)} runs{which}, Spearman's correlation of the distance with the error to "
-        text += f"the teacher is {ranks[0]:+.2f} at t ≥ 900 and {ranks[1]:+.2f} at t = 0.\n"
+        for steps in (50, 10):
+            distances = [distance for found in kept for distance in figures_of(found, f"fd_{steps}")]
+            ranks = [stats.spearmanr(distances, error).statistic for error in errors.T]
+            cells = " | ".join(f"{rank:+.2f}" for rank in ranks)
+            text += f"| {steps}, {which}: {len(distances)} | {cells} |\n"
     return text
 
 
@@ -415,7 +423,11 @@ def draw_figures(experiment: Experiment, values: Values, path: Path) -> None:
             panels[0].fill_between(steps, band.min(0), band.max(0), color=style["color"], alpha=0.1)
         panels[1].plot(TIMESTEPS, np.mean(figures_of(found, "errors"), axis=0), **style)
         panels[2].plot(TIMESTEPS, np.mean(figures_of(found, "gradients"), axis=0), **style)
-    titles = "Fréchet distance, 10 steps: mean and range of the seeds", "Error to the teacher", "Share of the gradient"
+    titles = (
+        "Fréchet distance, 10 steps: mean and range of the seeds",
+        "Error to the teacher",
+        "Share of the gradient in the output",
+    )
     for panel, title, label in zip(panels, titles, ("training step", "timestep", "timestep")):
         panel.set(title=title, xlabel=label, yscale="linear" if panel is panels[0] else "log")
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", fontsize="small")
