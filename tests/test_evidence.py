@@ -28,7 +28,7 @@ def line_of(run: study.Run, distance: float) -> dict:
         "fd_50": distance,
         "fd_10": 2 * distance,
         "kid_50": distance / 1000,
-        "kid_10": distance / 500,
+        "kid_10": distance,
         "curve": {"5": 8.0, "10": 7.0},
     }
     figures |= {"errors": [0.1] * len(study.TIMESTEPS), "gradients": [1 / 11] * len(study.TIMESTEPS)}
@@ -69,7 +69,7 @@ def test_runs_are_compared_by_seed_with_the_best_of_a_group(page, tmp_path):
         line["figures"]["errors"] = [1 / line["figures"]["fd_50"], *[line["figures"]["fd_50"]] * 10]
     text = page(lines, EXPERIMENT._replace(pairs=(("none", "rms"),)))
     assert "- `none` less `rms`: +5.00 (+2.52 to +7.48) by 50 steps, +10.00 (+5.03 to +14.97) by 10; " in text
-    assert "; kernel distance +0.01 (+0.00 to +0.01), +0.01 (+0.01 to +0.01)\n" in text
+    assert re.search(r"by 10; kernel distance \+0\.0\d .*, \+5\.00 \(\+2\.52 to \+7\.48\)\n", text)
     for which in ("all: 9", "of rows nearer than white noise: 6"):
         for steps in (50, 10):
             assert f"| {steps}, {which} | -1.00 | +1.00 |{' +1.00 |' * 9}\n" in text
