@@ -910,7 +910,7 @@ def save_pipeline(
         facts = [
             f"- Teacher: `{args.pretrained_teacher_model}`, {teacher.num_parameters():,} parameters.",
             f"- Student: {count:,} parameters, {share:.1%} of the teacher's: {kept} of its "
-            f"{teacher.config.num_layers} blocks, initialised by {args.student_init}.",
+            f"{teacher.config.num_layers} blocks, `--student_init {args.student_init}`.",
             f"- Weights: {args.kd_alpha} for the teacher's output and variance, the rest of 1 for the data.",
         ]
     side = student.config.sample_size * vae_factor(vae)

@@ -81,7 +81,14 @@ from common.levels import pair_levels
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.pruning import is_pruned, prune_width
-from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
+from common.recipes import (
+    FEATURES_REMEDY,
+    check_forward,
+    model_errors_end,
+    narrow_widths,
+    override_config,
+    read_recipe,
+)
 from common.reporting import autocast_of, gather_samples, grid_path, sample_grid, sample_models, save_grid, share_of
 from common.sharding import clip_gradients, count_whole, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
@@ -90,7 +97,6 @@ from common.students import (
     count_features,
     fill_from_blocks,
     match_blocks,
-    narrow_widths,
     pair_features,
     public_config,
 )
@@ -727,7 +733,7 @@ def save_pipeline(
     facts = [
         f"- Teacher: `{args.pretrained_teacher_model}`, a U-Net of {total:,} parameters.",
         f"- Student: a U-Net of {count:,} parameters, {count / total:.1%} of the teacher's "
-        f"(`--student {args.student}`, initialised by {args.student_init}).",
+        f"(`--student {args.student} --student_init {args.student_init}`).",
         f"- Images of {args.resolution} pixels, {args.caption_dropout:.0%} of the captions dropped.",
     ]
     if args.aspect_ratio_buckets:

@@ -881,7 +881,7 @@ def save_pipeline(
     facts = [
         f"- Teacher: `{args.pretrained_teacher_model}`, an MMDiT of {total:,} parameters.",
         f"- Student: an MMDiT of {count:,} parameters, {count / total:.1%} of the teacher's "
-        f"({kept}, initialised by {args.student_init}).",
+        f"({kept}, `--student_init {args.student_init}`).",
         f"- Images of {args.resolution} pixels, {args.caption_dropout:.0%} of the captions dropped, noise levels "
         f"by {args.weighting_scheme}; captions by {', '.join(text_encoders)}.",
     ]

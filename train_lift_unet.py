@@ -52,10 +52,18 @@ from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub
+from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
-from common.pruning import prune_width
-from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
+from common.pruning import check_prunable, prune_width
+from common.recipes import (
+    FEATURES_REMEDY,
+    check_forward,
+    model_errors_end,
+    narrow_widths,
+    override_config,
+    read_recipe,
+)
 from common.reporting import gather_samples, grid_path, labelled_grid, sample_models, save_grid, share_of
 from common.sharding import clip_gradients, count_whole, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
@@ -65,7 +73,6 @@ from common.students import (
     fill_from_blocks,
     is_narrower,
     match_blocks,
-    narrow_widths,
     pair_features,
     public_config,
 )
@@ -235,6 +242,8 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
     config = override_config(UNet2DModel, public_config(teacher_config), recipe)
     if "width" not in recipe:
         return config
+    if "block_out_channels" in recipe.get("config", {}):
+        raise ValueError('both "width" and "block_out_channels" say how wide it is')
     narrow, groups = narrow_widths(
         teacher_config["block_out_channels"],
         recipe["width"],
@@ -262,6 +271,8 @@ def build_student(teacher: UNet2DModel | None, args: argparse.Namespace) -> tupl
     if teacher is not None and args.student_init != "random":
         with model_errors_end(f"--student {args.student}", 'correct its "blocks", or pass --student_init random'):
             match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
+        if "blocks" not in recipe and is_narrower(student, teacher):
+            check_prunable(teacher)
     subject = f"--student {args.student} of --pretrained_teacher_model {args.pretrained_teacher_model}"
     with model_errors_end(f"{subject} has no fitting size", "correct its config"):
         check_sizes(student, args.group_size if args.kd_loss == "place" else None, subject)
@@ -312,6 +323,7 @@ def fill_student(
     student_init: str,
     scheduler: DDPMScheduler,
     dataset: datasets.Dataset,
+    seed: int,
     device: torch.device,
 ) -> None:
     """Put the teacher's weights into the student as `--student_init` and the recipe say."""
@@ -320,12 +332,14 @@ def fill_student(
     accumulate = None
     if student_init == "diffusion":
         streamed = isinstance(dataset, StreamedDataset)
-        items = dataset.sample(16) if streamed else dataset.select(range(min(len(dataset), 16)))
+        items = dataset.sample(16) if streamed else choose_samples(dataset, 16, seed)
         batch = torch.stack([item["images"] for item in items])
         accumulate = partial(accumulate_gradients, scheduler=scheduler, images=batch.to(device) / 127.5 - 1)
     side = 2 ** len(teacher.config.block_out_channels)
     sample = torch.zeros(1, teacher.config.in_channels, side, side)
-    prune_width(student, teacher, (sample, torch.zeros(1, dtype=torch.long)), accumulate)
+    example = sample, torch.zeros(1, dtype=torch.long)
+    with fits_the_gpu(f"--student_init {student_init}: a step of the teacher, 16 images,", "pass magnitude"):
+        prune_width(student, teacher, example, accumulate, scheduler.config.num_train_timesteps)
 
 
 def accumulate_gradients(model: UNet2DModel, scheduler: DDPMScheduler, images: torch.Tensor) -> None:
@@ -572,7 +586,7 @@ def save_pipeline(
         facts = [
             f"- Teacher: `{args.pretrained_teacher_model}`, {teacher.num_parameters():,} parameters.",
             f"- Student: {count:,} parameters, {share:.1%} of the teacher's "
-            f"(`--student {args.student}`, initialised by {args.student_init}).",
+            f"(`--student {args.student} --student_init {args.student_init}`).",
         ]
     height, width = image_size(student)
     facts.append(f"- Images of {height} × {width} pixels; {args.reduction} reduction of all losses.")
@@ -647,7 +661,7 @@ def main(args: argparse.Namespace) -> None:
 
     # ---- student
     if teacher is not None:
-        fill_student(unet, teacher, recipe, args.student_init, scheduler, dataset, device)
+        fill_student(unet, teacher, recipe, args.student_init, scheduler, dataset, args.seed, device)
 
     # ---- draws and samples
     draw = partial(

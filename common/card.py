@@ -53,7 +53,9 @@ def write_model_card(
         tags: For the Hub, beside those that every student gets.
     """
     rows, state = read_metrics(output_dir / "metrics.jsonl"), AcceleratorState()
-    plot_curves({"student": rows}, [key for key in CURVES if key in rows[-1]], output_dir / "curves.png")
+    curves = [key for key in CURVES if rows and key in rows[-1]]
+    if curves:  # else metrics.jsonl was moved away from a finished run
+        plot_curves({"student": rows}, curves, output_dir / "curves.png")
     text = "\n".join(
         [
             f"# {output_dir.resolve().name}",
@@ -61,7 +63,7 @@ def write_model_card(
             *facts,
             *run.lines,
             *describe_machine(state, training_hours(rows, run.images * state.num_processes)),
-            f"\n![Samples](samples.png)\n\n![Curves](curves.png)\n\n```python\n{usage}\n```",
+            "\n![Samples](samples.png)" + "\n\n![Curves](curves.png)" * bool(curves) + f"\n\n```python\n{usage}\n```",
             f"\nThe command:\n\n```\n{launch_command(state)}\n```",
         ]
     )

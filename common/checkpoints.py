@@ -59,6 +59,8 @@ def prepare_output(path: str, resume_from: str | None, is_main_process: bool) ->
         lock_output(output_dir)
     if resume_from is None and list_checkpoints(output_dir):
         fail(f"--output_dir {output_dir} holds another run; add --resume_from_checkpoint latest, or pass a new folder")
+    if (output_dir / "model_index.json").exists() and not list_checkpoints(output_dir):
+        fail(f"--output_dir {output_dir} holds a pipeline, without checkpoints to go on from; pass a new folder")
     if is_main_process:
         sweep(output_dir)
     return output_dir

@@ -33,11 +33,19 @@ def is_pruned(student: torch.nn.Module, teacher: torch.nn.Module, recipe: dict, 
     return student_init == "teacher" and narrower and "blocks" not in recipe
 
 
+def check_prunable(teacher: torch.nn.Module) -> None:
+    """Refuse a U-Net whose channels cannot be pruned."""
+    if teacher.config.time_embedding_type != "positional" or teacher.config.resnet_time_scale_shift != "default":
+        only = "models with a positional time embedding that is added, not scaled by"
+        fail(f"--student_init can prune {only}; pass --student_init random")
+
+
 def prune_width(
     student: torch.nn.Module,
     teacher: torch.nn.Module,
     example: tuple[torch.Tensor, ...],
     accumulate: Callable[[torch.nn.Module], None] | None = None,
+    timesteps: int = 1000,
 ) -> None:
     """Fill a narrower U-Net with the teacher's most important channels, over torch-pruning's dependency graph.
 
@@ -50,10 +58,9 @@ def prune_width(
         example: Inputs of its forward pass.
         accumulate: Puts gradients into a copy of the teacher; channels are then ranked by |weight · gradient| (Taylor)
             instead of by the magnitude of their weights.
+        timesteps: Of the noise schedule.
     """
-    if teacher.config.time_embedding_type != "positional" or teacher.config.resnet_time_scale_shift != "default":
-        only = "models with a positional time embedding that is added, not scaled by"
-        fail(f"--student_init can prune {only}; pass --student_init random")
+    check_prunable(teacher)
     pruned = copy.deepcopy(teacher).eval()
     importance = (
         tp.importance.GroupMagnitudeImportance() if accumulate is None else tp.importance.GroupTaylorImportance()
@@ -75,7 +82,7 @@ def prune_width(
         group.prune(sorted(set(range(len(scores))) - set(kept.tolist())))
 
     state = pruned.state_dict()
-    state.update(_fit_time_embedding(student, teacher, state))
+    state.update(_fit_time_embedding(student, teacher, state, timesteps))
     for name, module in student.named_modules():
         if isinstance(module, Attention):
             # Attention divides by the root of the head's width: keep dividing by the teacher's.
@@ -121,7 +128,7 @@ def keep_channels(scores: torch.Tensor, keep: int, parts: int = 1, kept_parts: i
 
 
 def _fit_time_embedding(
-    student: torch.nn.Module, teacher: torch.nn.Module, state: dict[str, torch.Tensor]
+    student: torch.nn.Module, teacher: torch.nn.Module, state: dict[str, torch.Tensor], timesteps: int
 ) -> dict[str, torch.Tensor]:
     """Weights with which the narrower sinusoid enters the time embedding as the teacher's did.
 
@@ -131,7 +138,7 @@ def _fit_time_embedding(
     if student.time_proj.num_channels == teacher.time_proj.num_channels:
         return {}
     weight, bias = state["time_embedding.linear_1.weight"], state["time_embedding.linear_1.bias"]
-    steps = torch.arange(1000)
+    steps = torch.arange(timesteps)
     wide, narrow = teacher.time_proj(steps).double(), student.time_proj(steps).double()
     narrow = torch.cat([narrow, torch.ones_like(narrow[:, :1])], dim=1)
     target = wide @ weight.double().T + bias.double()

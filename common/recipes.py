@@ -10,6 +10,7 @@
 
 import inspect
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,3 +99,21 @@ def check_forward(model: torch.nn.Module, inputs: dict[str, torch.Tensor], subje
     """End the run where the model, on the meta device, does not take its inputs. See [`model_errors_end`]."""
     with model_errors_end(f"{subject}: the model does not run", "correct its config"), torch.no_grad():
         model(**inputs)
+
+
+def narrow_widths(widths: list[int], fraction: float, groups: int, fixed: bool = False) -> tuple[list[int], int]:
+    """Block widths reduced to a fraction, rounded up to whole normalisation groups, and the number of groups.
+
+    Where rounding would make different widths equal, which takes the shortcut convolution out of a block, there are
+    fewer groups, unless their number is `fixed`.
+
+    Raises:
+        ValueError: Rounding gives the whole widths.
+    """
+    for number in [groups] if fixed else [number for number in range(groups, 0, -1) if groups % number == 0]:
+        narrow = [math.ceil(width * fraction / number) * number for width in widths]
+        if len(set(narrow)) == len(set(widths)):
+            break
+    if fraction < 1 and narrow == list(widths):
+        raise ValueError(f"its width {fraction:g} is rounded up to the whole {narrow}, in groups of {number} channels")
+    return narrow, number

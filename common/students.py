@@ -9,7 +9,6 @@
 """How does a student get the teacher's blocks, and which features of the two are compared?"""
 
 import json
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -250,19 +249,6 @@ def is_narrower(student: torch.nn.Module, teacher: torch.nn.Module) -> bool:
         len(shape) == len(teacher_shapes[key]) and all(a <= b for a, b in zip(shape, teacher_shapes[key]))
         for key, shape in shapes.items()
     )
-
-
-def narrow_widths(widths: list[int], fraction: float, groups: int, fixed: bool = False) -> tuple[list[int], int]:
-    """Block widths reduced to a fraction, rounded up to whole normalisation groups, and the number of groups.
-
-    Where rounding would make different widths equal, which takes the shortcut convolution out of a block, there are
-    fewer groups, unless their number is `fixed`.
-    """
-    for number in [groups] if fixed else [number for number in range(groups, 0, -1) if groups % number == 0]:
-        narrow = [math.ceil(width * fraction / number) * number for width in widths]
-        if len(set(narrow)) == len(set(widths)):
-            break
-    return narrow, number
 
 
 def read_blocks(keep_blocks: str, teacher_depth: int) -> list[int]:

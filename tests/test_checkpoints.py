@@ -199,6 +199,12 @@ def test_a_finished_run_is_only_saved_again(distil, whole, tmp_path):
     before, after = digest(whole), digest(folder)
     assert before.pop("README.md") != after.pop("README.md")  # it quotes the command
     assert after == before
+    for path in ("metrics.jsonl", "README.md"):
+        (folder / path).unlink()
+    distil("student", *LATEST)
+    assert (
+        "samples.png" in (folder / "README.md").read_text() and "curves.png" not in (folder / "README.md").read_text()
+    )
 
 
 def test_the_oldest_go_and_nothing_is_pickled(distil):

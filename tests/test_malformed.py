@@ -361,6 +361,8 @@ STUDENTS = [
     (UNET, {"width": "a"}, '"width"'),
     (UNET, {"width": 0}, '"width"'),
     (UNET, {"width": 2}, '"width"'),
+    (UNET, {"width": 0.9, "config": {"norm_num_groups": 16}}, "is rounded up to the whole [16, 32], in groups of 16"),
+    (UNET, {"width": 0.5, "config": {"block_out_channels": [8, 16]}}, 'both "width" and "block_out_channels"'),
     (UNET, {"levels": 1}, "levels"),
     (UNET, {"features": [["mid_block", "nothing"]]}, 'features of "nothing", which does not exist'),
     (UNET, {"features": [["conv_in", "mid_block"]]}, "which are no pair; correct"),
@@ -556,6 +558,8 @@ NAMED = f"{RESUME} checkpoint-2 --max_train_steps 3"
 # Scripts, what is wrong with the folder of an earlier run, further flags, and what the line says.
 DAMAGED_RUNS = [
     (ALL, {}, "", "--output_dir {it} holds another run", LATEST.split(" --max")[0]),
+    (ALL, PLAIN, "", "--output_dir {it} holds a pipeline, without checkpoints to go on from; pass a new folder"),
+    (UNET, PLAIN, LATEST, "--output_dir {it} holds a pipeline, without checkpoints"),
     ((UNET, SD3), {}, f"{RESUME} checkpoint-7", "checkpoint-7 is no folder"),
     ((UNET, DIT), {}, f"{LATEST} --no-use_ema", "is of another student", "pass the run's own flags"),
     (UNET, {}, f"{LATEST} --lambda_kd_feat 1", "is of another student"),
@@ -723,6 +727,7 @@ CASES = [
     (CAPTIONED, "--lora_rank 2 --student_init random", "--lora_rank 2 trains adapters alone", "tensors are random"),
     (UNET, "--pretrained_teacher_model {ldm}", "has a vqvae beside its UNet2DModel; pass a model of pixels"),
     (UNET, "--pretrained_teacher_model {scaled}", "--student_init can prune models", "that is added, not scaled by"),
+    (UNET, "--pretrained_teacher_model {scaled} --dry_run", "can prune models", "pass --student_init random"),
     (SD, "--lora_rank 2 --student {shallow_json}", "--lora_rank 2 trains adapters alone", "tensors are random"),
     (SD3, "--share_backbone", "--share_backbone needs --lora_rank"),
     (SD3, "--share_backbone --lora_rank 2 --kd_loss none", "--share_backbone needs a --kd_loss with a teacher"),

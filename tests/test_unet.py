@@ -4,10 +4,12 @@ import json
 import math
 from pathlib import Path
 
+import common.pruning
 from common.costs import profile_forward
 from common.pruning import prune_width
 from common.students import copy_blocks, is_narrower
 
+import datasets
 import pytest
 import torch
 from conftest import TWO_PROCESSES, copy_script, digest, launch, metrics, run_several, same, weights
@@ -308,6 +310,47 @@ def test_pruning_finds_the_channels_that_matter(init):
         assert (ours - wanted).square().mean() < 1e-5 * wanted.var()
     else:  # copies have an effect through the normalisation's statistics: one or two may outrank an original
         assert (ours - wanted).square().mean() < 1e-3 * wanted.var()
+
+
+def test_the_images_that_rank_channels_are_chosen_by_the_seed(monkeypatch):
+    """The first are of one class, where a folder has a sub-folder for each. Where they do not fit, it says so."""
+    rows = datasets.Dataset.from_dict({"dark": [int(row < 32) for row in range(64)]})
+    rows = rows.with_transform(lambda batch: {"images": [torch.full((1, 8, 8), 255 * dark) for dark in batch["dark"]]})
+    teacher, student = UNet2DModel(**TINY_UNET), UNet2DModel(**TINY_UNET | {"block_out_channels": [8, 16]})
+    seen = []
+
+    def note(student, teacher, example, accumulate, timesteps):
+        seen.append(accumulate.keywords["images"])
+
+    monkeypatch.setattr(train_lift_unet, "prune_width", note)
+    how = {}, "diffusion", DDPMScheduler(), rows
+    for seed in (0, 0, 1):
+        train_lift_unet.fill_student(student, teacher, *how, seed, torch.device("cpu"))
+    assert all(images.shape == (16, 1, 8, 8) and {*images.unique().tolist()} == {-1, 1} for images in seen)
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+    def overflow(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(train_lift_unet, "prune_width", overflow)
+    with pytest.raises(SystemExit, match=r"--student_init diffusion: .* does not fit the GPU.*pass magnitude"):
+        train_lift_unet.fill_student(student, teacher, *how, 0, torch.device("cpu"))
+
+
+def test_the_time_embedding_is_fitted_over_the_whole_schedule():
+    torch.manual_seed(0)
+    shape = TINY_UNET | {"norm_num_groups": 4}
+    teacher = UNet2DModel(**shape | {"block_out_channels": [64, 64]})
+    student = UNet2DModel(**shape | {"block_out_channels": [32, 32]})
+    state, steps = teacher.state_dict(), torch.arange(1000, 4000)
+
+    def error(timesteps: int) -> float:
+        fitted = common.pruning._fit_time_embedding(student, teacher, state, timesteps)
+        weight, bias = (fitted[f"time_embedding.linear_1.{name}"] for name in ("weight", "bias"))
+        target = teacher.time_embedding.linear_1(teacher.time_proj(steps))
+        return ((student.time_proj(steps) @ weight.T + bias - target).square().mean() / target.var()).item()
+
+    assert error(4000) < 0.5 * error(1000)
 
 
 @pytest.mark.parametrize("width", [0.5, 0.125])

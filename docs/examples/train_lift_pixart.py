@@ -658,7 +658,7 @@ def save_pipeline(
     facts = [
         f"- Teacher: `{args.pretrained_teacher_model}`, a transformer of {total:,} parameters.",
         f"- Student: a transformer of {count:,} parameters, {count / total:.1%} of the teacher's "
-        f"(`--student {args.student}`, initialised by {args.student_init}).",
+        f"(`--student {args.student} --student_init {args.student_init}`).",
         f"- Images of {args.resolution} pixels, {args.caption_dropout:.0%} of the captions dropped.",
     ]
     usage = "from diffusers import PixArtSigmaPipeline\n\n"
