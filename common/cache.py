@@ -52,6 +52,7 @@ def cache_encodings(
     period: int | None = None,
     description: str = "Encoding the data",
     batch_flag: str = "--encoding_batch_size",
+    overflow: str = 'an encoder overflows: its "{}" are not finite; pass --mixed_precision bf16 or no',
 ) -> datasets.Dataset:
     """What encoders make of the data, computed once, as a memory-mapped dataset; the encoders are freed then.
 
@@ -70,6 +71,7 @@ def cache_encodings(
             them, so that a cache of more passes goes on from one of fewer.
         description: Of the progress bar.
         batch_flag: What `batch_size` is the value of, for messages.
+        overflow: The message where a tensor, whose name goes into it, is not finite.
 
     Returns:
         The named tensors without their batch dimension, row for row.
@@ -124,7 +126,11 @@ def cache_encodings(
                 indices = asked.popleft()
                 with fits_the_gpu(f"{batch_flag} {batch_size}", "lower it"):
                     for batch in alike:
-                        rows += _to_bytes(encode(batch))
+                        encoded = encode(batch)
+                        wrong = first_non_finite(encoded)
+                        if wrong is not None:
+                            fail(overflow.format(wrong))
+                        rows += _to_bytes(encoded)
                 progress.update()
                 if size is None:
                     size = rows_left * sum(map(len, rows)) / len(rows)
@@ -166,9 +172,6 @@ def _shapes(row: Any) -> Any:
 
 def _to_bytes(encoded: dict[str, torch.Tensor]) -> list[bytes]:
     """Each row's tensors in the safetensors format, which keeps their dtypes, bfloat16 among them, and shapes."""
-    wrong = first_non_finite(encoded)
-    if wrong is not None:
-        fail(f'an encoder overflows: its "{wrong}" are not finite; pass --mixed_precision bf16 or no')
     encoded = {name: tensor.cpu() for name, tensor in encoded.items()}
     count = len(next(iter(encoded.values())))
     return [save({name: tensor[row].contiguous() for name, tensor in encoded.items()}) for row in range(count)]

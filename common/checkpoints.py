@@ -57,9 +57,10 @@ def prepare_output(path: str, resume_from: str | None, is_main_process: bool) ->
     output_dir = Path(path)
     if is_main_process:
         lock_output(output_dir)
-    if resume_from is None and list_checkpoints(output_dir):
+    checkpoints = list_checkpoints(output_dir)
+    if resume_from is None and checkpoints:
         fail(f"--output_dir {output_dir} holds another run; add --resume_from_checkpoint latest, or pass a new folder")
-    if (output_dir / "model_index.json").exists() and not list_checkpoints(output_dir):
+    if (output_dir / "model_index.json").exists() and not checkpoints:
         fail(f"--output_dir {output_dir} holds a pipeline, without checkpoints to go on from; pass a new folder")
     if is_main_process:
         sweep(output_dir)

@@ -102,7 +102,7 @@ def find_unlisted(path: str, dataset: datasets.Dataset, column: str) -> tuple[li
         Their paths, and how many images the folder has in all.
     """
     listed = {os.path.normpath(record["path"]) for record in dataset[column][:]}
-    root, suffixes = look_into(path).root, tuple(ImageFolder.EXTENSIONS)
+    root, suffixes = _find_root(os.path.abspath(path)), tuple(ImageFolder.EXTENSIONS)
     if not any(each.startswith(root) for each in listed):  # the column is another one than the images'
         return [], len(dataset)
     found = (os.path.join(folder, name) for folder, files in _walk(root) for name in sorted(files))

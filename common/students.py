@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.checkpoints import list_checkpoints
 from common.errors import fail, first_line
 
 import torch
@@ -222,7 +223,7 @@ def choose_once(
         resume_from: `--resume_from_checkpoint`.
     """
     with accelerator.main_process_first():
-        resumes = resume_from is not None and any(path.parent.glob("checkpoint-*"))  # else it is of a run that failed
+        resumes = resume_from is not None and list_checkpoints(path.parent)  # else it is of a run that failed
         if path.exists() and (resumes or not accelerator.is_main_process):
             try:
                 kept = json.loads(path.read_text(encoding="utf-8"))["kept"]

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 from common.cache import JoinedDataset, identify, read_rows
-from common.errors import fail
 from common.teachers import PLAIN, TeacherSource
 from common.training import place_seed
 
@@ -108,11 +107,7 @@ def cache_predictions(
     def load_teacher() -> Callable:
         def encode(batch: Batch) -> dict[str, torch.Tensor]:
             inputs = make_inputs(send_to_device(batch, device))[0]
-            prediction = predict(model, inputs, batch)[0].to(PLAIN[storage])
-            if not torch.isfinite(prediction).all():
-                remedy = "pass --cache_teacher_dtype bf16 or fp32 if it overflows there, or another teacher"
-                fail(f"--cache_teacher_dtype {storage}: the teacher's prediction is not finite; {remedy}")
-            return {"teacher": prediction}
+            return {"teacher": predict(model, inputs, batch)[0].to(PLAIN[storage])}
 
         return encode
 
@@ -121,6 +116,8 @@ def cache_predictions(
     held = sorted({str(weight.dtype) for weight in teacher.parameters()})
     key |= {"seed": seed, "stored": storage, "dtype": str(teacher.dtype), "held": held, "draws": draw.keywords}
     words = {"period": len(dataset), "description": "Caching the teacher", "batch_flag": "--train_batch_size"}
+    remedy = "pass --cache_teacher_dtype bf16 or fp32 if it overflows there, or another teacher"
+    words["overflow"] = f"--cache_teacher_dtype {storage}: the teacher's prediction is not finite; {remedy}"
     return JoinedDataset([drawn, cache(drawn, load_teacher, key, **words)])
 
 

@@ -305,13 +305,8 @@ def load_reference(extractor: Extractor, args: argparse.Namespace, device: torch
         contents = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     else:
         records, contents = load_dataset(args)
-    key = {"reference": source, "contents": contents, "crop": args.reference_resolution}
-    key |= {
-        "transparent": "white",
-        "extractor": extractor.digest,
-        "size": extractor.size,
-        "resize": extractor.resizing,
-    }
+    key = {"reference": source, "contents": contents, "crop": args.reference_resolution, "transparent": "white"}
+    key |= {"extractor": extractor.digest, "size": extractor.size, "resize": extractor.resizing}
     digest = hashlib.sha256(json.dumps({**key, "reference": ""}).encode()).hexdigest()
     path = args.statistics_dir / f"{Path(source).name}-{digest[:12]}.npz"
     if path.exists():
