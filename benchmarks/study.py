@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, SchedulerMixin, UNet2DModel
 from PIL import Image
 from tqdm import tqdm
 
@@ -388,12 +388,13 @@ def measure(
     reference = classifier(unseen)[0].numpy()
     moments = moments_of(reference)
     pipeline = DDPMPipeline.from_pretrained(folder)
+    sampler = DDIMScheduler.from_config(pipeline.scheduler.config)
 
     def distance(features: np.ndarray) -> float:
         return frechet_distance(*moments_of(features), *moments)
 
     def features_of(model: UNet2DModel, steps: int, count: int) -> np.ndarray:
-        return classifier(sample(model.eval(), pipeline.scheduler, steps, count))[0].numpy()
+        return classifier(sample(model.eval(), sampler, steps, count))[0].numpy()
 
     student = pipeline.unet.to(device).eval()
     result: dict[str, Any] = {"parameters": student.num_parameters(), "curve": {}}
@@ -412,12 +413,12 @@ def measure(
 
 
 @torch.no_grad()
-def sample(model: UNet2DModel, schedule: DDPMScheduler, steps: int, count: int) -> torch.Tensor:
-    """Samples by DDIM, float32 (count, 1, side, side), whole numbers in [0, 255], from the same noise for all models.
+def sample(model: UNet2DModel, scheduler: SchedulerMixin, steps: int, count: int) -> torch.Tensor:
+    """Samples, float32 (count, 1, side, side), whole numbers in [0, 255], from the same noise for all models.
 
     They are on the CPU.
     """
-    scheduler, batches = DDIMScheduler.from_config(schedule.config), []
+    batches = []
     for start in range(0, count, SAMPLE_BATCH):
         seeds = range(start, min(start + SAMPLE_BATCH, count))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

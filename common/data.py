@@ -16,6 +16,7 @@ from typing import Any
 
 from common.errors import fail, first_line
 from common.folders import find_unlisted, in_order, look_into
+from common.shards import forgive_damage
 
 import datasets
 import torch
@@ -67,6 +68,7 @@ def load_images(
             where = {"path": "imagefolder", "data_files": {"train": folder.patterns}, **options}
             if streaming and folder.shards:
                 where, hint = {"path": "webdataset", "data_files": {"train": folder.shards}}, ""
+        forgive_damage()
         dataset = datasets.load_dataset(**where, split="train", cache_dir=cache_dir, streaming=streaming)
     except (OSError, ValueError, IndexError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
         fail(f"{source} does not load: {first_line(error)}; pass a folder of images or a Hub dataset")

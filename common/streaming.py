@@ -27,6 +27,7 @@ from common.bookmarks import Bookmark, Bookmarks, forget_bookmarks
 from common.ending import outlive_signals
 from common.errors import fail, first_line
 from common.fetching import fetch
+from common.shards import forgive_damage
 
 import datasets
 import numpy as np
@@ -120,6 +121,7 @@ class StreamedDataset:
 
     def read(self, stream: datasets.IterableDataset) -> Iterator[Row]:
         """The rows of one pass over a stream. Whatever the reading raises ends the run."""
+        forgive_damage()
         try:
             yield from stream
         except Exception as error:  # of the network, an archive or a table
@@ -267,8 +269,7 @@ class StreamLoader:
         shards = split_dataset_by_node(dataset.stream, rank, world).num_shards
         self.dataset, self.batch_size, self.device, self.rank, self.world = dataset, batch_size, device, rank, world
         self.num_workers = min(num_workers, shards)
-        parts = f"{shards:,} shards of this process, {self.num_workers} data workers"
-        logger.info(f"{dataset.source} is streamed: {parts}")
+        logger.info(f"{dataset.source} is streamed: {shards:,} shards of this process, {self.num_workers} workers")
         order = dataset.source, dataset.seed, dataset.shuffle_buffer, world, max(1, self.num_workers)
         self.folder = dataset.folder / hashlib.sha256(repr(order).encode()).hexdigest()[:16]
 

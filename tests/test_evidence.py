@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import evidence
+import samplers
 import study
 from tiny_models import save_pixel_pipeline
 
@@ -352,6 +353,66 @@ def test_a_run_is_measured_with_its_checkpoints(run, teacher, images, classifier
     for name in ("errors", "shifts", "gradients"):
         assert len(found[name]) == len(study.TIMESTEPS) and min(found[name]) > 0
     assert sum(found["gradients"]) == pytest.approx(1)
+
+
+def test_students_are_sampled_in_other_ways(page, classifier, tmp_path, monkeypatch):
+    """Each by every sampler, once; a line for each that is finished."""
+    experiment = EXPERIMENT._replace(rows={loss: {"kd_loss": loss} for loss in ("none", "mse", "place")})
+    folder = tmp_path / "study" / "cpu"
+    small = study.Study(folder, tmp_path / "runs.jsonl", 1, study.SCALES["cpu"])
+    runs = evidence.list_runs("one", experiment)
+    page([line_of(run, 1.0) for run in runs], experiment)
+    monkeypatch.setattr(samplers, "EXPERIMENTS", evidence.EXPERIMENTS)
+    flags = ["--experiment", "one", "--results", str(tmp_path), "--folder", str(folder.parent), "--jobs", "1"]
+    with pytest.raises(SystemExit, match=r"one--none-0 has no student; run benchmarks/evidence.py --only one in this"):
+        samplers.main(samplers.parse_args(flags))
+    for at, model in enumerate((folder / "teacher", *map(small.folder_of, runs))):
+        save_pixel_pipeline(model)
+        (model / "place.txt").write_text(str(at))
+    classifier.rename(folder / "classifier.pt")
+    np.save(folder / "unseen.npy", np.random.default_rng(0).integers(100, 120, (24, 16, 16), dtype=np.uint8))
+
+    steps = {name: sampler._replace(steps=sampler.steps // 10) for name, sampler in samplers.SAMPLERS.items()}
+    monkeypatch.setattr(samplers, "SAMPLERS", steps)
+    monkeypatch.setattr(samplers, "SAMPLES", 12)
+    threads = torch.get_num_threads()
+    noisy = samplers.measure(folder / "teacher", folder, "DDIM, 10 from 999")
+    torch.set_num_threads(threads)
+    assert noisy["distance"] > 0 and noisy["noise"] == 1  # it is random
+
+    def measure(model, folder, name: str) -> dict[str, float]:
+        at = int((model / "place.txt").read_text())
+        return {"distance": at + steps[name].steps, "noise": at / 100}
+
+    monkeypatch.setattr(samplers, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(samplers, "measure", measure)
+    samplers.main(samplers.parse_args(flags))
+    lines = (tmp_path / "samplers-one.jsonl").read_text().splitlines()
+    assert len(lines) == len(steps) * (1 + len(runs))
+    text = (tmp_path / "samplers-one.md").read_text()
+    assert "| none | 9.0 ± 1.7 | 9.0 ± 1.7 | 5.0 ± 1.7 | 5.0 ± 1.7 | 24.0 ± 1.7 |" in text
+    assert "| the teacher | 5.0 |" in text and "| place | 6 ± 2 |" in text
+    assert "| none | +2.00 (+2.00 to +2.00) |" in text
+
+    monkeypatch.setattr(samplers, "measure", None)  # nothing is left
+    (tmp_path / "samplers-one.jsonl").write_text("".join(f"{line}\n" for line in reversed(lines)))
+    samplers.main(samplers.parse_args(flags))
+    assert (tmp_path / "samplers-one.md").read_text() == text
+
+
+def test_ddim_can_start_later_with_the_same_steps():
+    schedule = study.DDPMScheduler()
+    first = {}
+    for name, sampler in samplers.SAMPLERS.items():
+        made = sampler.make(schedule)
+        made.set_timesteps(sampler.steps)
+        first[name] = f"{len(made.timesteps)} from {made.timesteps[0]}"
+    assert [name.split(", ")[1] for name in first] == list(first.values())
+
+
+def test_noise_is_rougher_than_photographs():
+    images = torch.linspace(0, 255, 256).view(1, 1, 16, 16)
+    assert samplers.roughness(images).item() == pytest.approx((1 + 16) / 2, rel=1e-3)
 
 
 def test_gradients_go_where_the_loss_weighs(teacher, tmp_path):

@@ -27,6 +27,7 @@ import fsspec
 import pytest
 import torch
 from accelerate import PartialState
+from datasets.packaged_modules.webdataset import webdataset
 from diffusers import DDPMPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -322,6 +323,28 @@ def test_an_unusable_image_leaves_its_place_to_another_of_the_batch(tmp_path, ca
         assert after == [n if n in usable else usable[place % len(usable)] for place, n in enumerate(before)]
     assert not {3, 11} & set(flat(batches))
     assert "takes the place of 3.png, of those that cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("extension", ["txt", "cls"])
+def test_a_damaged_caption_or_class_counts_as_missing(tmp_path, capsys, monkeypatch, extension):
+    samples = {str(number): sample(number) for number in range(8)}
+    samples["6"][extension] = b"caf\xe9"  # Latin-1, and no number
+    write_shard(tmp_path / "0.tar", samples)
+    columns = {"image_column": "png", f"{extension}_column": extension}
+    stream, source = load_images(None, None, str(tmp_path), str(tmp_path / "cache"), columns, streaming=True)
+    load, fault = partial(load_examples, column="png"), partial(find_missing, column=extension)
+    known = {"max_unreadable": 0.01, "seed": 0, "shuffle_buffer": 7, "output_dir": str(tmp_path / "run")}
+    dataset = StreamedDataset(stream, source, load, "png", find_fault=fault, **known)
+    numbers = flat(numbers_of(StreamLoader(dataset, 4, 0, CPU).batches_from(0), 2))
+    assert sorted({*numbers}) == [0, 1, 2, 3, 4, 5, 7] and len(numbers) == 8
+    assert "takes the place of 6.png, of those that miss it" in capsys.readouterr().out
+    monkeypatch.setattr(webdataset.WebDataset, "DECODERS", webdataset.DECODERS)  # as where a worker is not forked
+    rows = list(dataset.read(dataset.stream))
+    assert [row[extension] is None for row in rows] == [number == 6 for number in range(8)]
+
+
+def find_missing(row: dict, column: str) -> str | None:
+    return "miss it" if row[column] is None else None
 
 
 def test_too_many_unusable_images_end_the_run(tmp_path):

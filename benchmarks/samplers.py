@@ -1,0 +1,186 @@
+# Copyright 2026 The LIFT and PLACE distillation authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Does the sampler decide which loss helps? The students of an experiment of evidence.py, sampled in other ways.
+
+    python benchmarks/samplers.py --folder evidence
+
+The folder is that of evidence.py, with the students in it. Stopped, it goes on with the students that are left.
+
+A sample is called noise if its neighbouring pixels differ more than those of all but one in a thousand photographs.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, SchedulerMixin
+from tqdm import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
+
+from common.errors import fail
+
+from evidence import EXPERIMENTS, list_runs, tune
+from figures import frechet_distance
+from seeds import cell, interval
+from study import ROOT, SCALES, Run, Study, moments_of, run_of, sample, set_environment
+
+
+SAMPLES = 1000
+LATER = 900  # the first timestep of DDIM by 10 steps
+TEACHER = "the teacher"
+
+
+class LaterStart(DDIMScheduler):
+    """DDIM that takes its noise for an image of timestep 900: as many steps as of 1,000, less those before."""
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | None = None) -> None:
+        super().set_timesteps(num_inference_steps, device)
+        self.timesteps = self.timesteps[self.timesteps <= LATER]
+
+
+class Sampler(NamedTuple):
+    """A way from noise to an image."""
+
+    kind: type[SchedulerMixin]
+    steps: int
+    spacing: str = "leading"
+
+    def make(self, schedule: DDPMScheduler) -> SchedulerMixin:
+        return self.kind.from_config(schedule.config, timestep_spacing=self.spacing)
+
+
+SAMPLERS = {
+    "DDIM, 50 from 980": Sampler(DDIMScheduler, 50),
+    "DDIM, 46 from 900": Sampler(LaterStart, 50),
+    "DDIM, 10 from 999": Sampler(DDIMScheduler, 10, "trailing"),
+    "DDIM, 10 from 900": Sampler(DDIMScheduler, 10),
+    "DDPM, 200 from 995": Sampler(DDPMScheduler, 200),
+}
+
+
+def roughness(images: torch.Tensor) -> torch.Tensor:
+    """The mean absolute difference of neighbouring pixels, (N,), of images (N, 1, H, W)."""
+    across, down = images.diff(dim=-1).abs(), images.diff(dim=-2).abs()
+    return (across.flatten(1).mean(1) + down.flatten(1).mean(1)) / 2
+
+
+@torch.no_grad()
+def measure(folder: Path, study: Path, name: str) -> dict[str, float]:
+    """The Fréchet distance of a pipeline's samples to photographs, and the share of them that is noise.
+
+    Args:
+        folder: Of the pipeline.
+        study: Of the photographs and their classifier.
+        name: One of [`SAMPLERS`].
+    """
+    torch.set_num_threads(1)
+    classifier = torch.jit.load(str(study / "classifier.pt")).eval()
+    unseen = torch.from_numpy(np.load(study / "unseen.npy")).float().unsqueeze(1)
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    sampler = SAMPLERS[name].make(pipeline.scheduler)
+    images = sample(pipeline.unet.eval(), sampler, SAMPLERS[name].steps, SAMPLES)
+    moments = [moments_of(classifier(pixels)[0].numpy()) for pixels in (images, unseen)]
+    noisy = roughness(images) > roughness(unseen).quantile(0.999)
+    return {"distance": frechet_distance(*moments[0], *moments[1]), "noise": noisy.float().mean().item()}
+
+
+def find_students(experiment: str, study: Study) -> Iterator[tuple[Run, Path]]:
+    """The runs of an experiment that are finished, and their folders."""
+    lines = study.finished()
+    tuned = tune(experiment, EXPERIMENTS[experiment](), lines)
+    if tuned is None:
+        fail(f"--experiment {experiment} is not finished; run benchmarks/evidence.py --only {experiment}")
+    for run in list_runs(experiment, tuned):
+        folder = study.folder_of(run_of(lines[run.key])) if run.key in lines else study.folder_of(run)
+        if not (folder / "model_index.json").exists():
+            fail(f"{folder} has no student; run benchmarks/evidence.py --only {experiment} in this folder")
+        yield run, folder
+
+
+def measure_all(experiment: str, study: Study, results: Path, jobs: int) -> list[dict[str, Any]]:
+    """A line for each student and the teacher by each sampler, `jobs` side by side; those of the file are kept."""
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    done = {(line["name"], line["seed"], line["sampler"]) for line in lines}
+    models = {(run.name, run.seed): folder for run, folder in find_students(experiment, study)}
+    models = {(TEACHER, 0): study.folder / "teacher", **models}
+    left = [(*model, name) for model in models for name in SAMPLERS if (*model, name) not in done]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool, results.open("a") as file:
+        waiting = {}
+        for name, seed, sampler in left:
+            job = pool.submit(measure, models[name, seed], study.folder, sampler)
+            waiting[job] = {"name": name, "seed": seed, "sampler": sampler}
+        for job in tqdm(as_completed(waiting), total=len(left), desc="Sampling"):
+            lines.append({**waiting[job], **job.result()})
+            file.write(json.dumps(lines[-1]) + "\n")
+            file.flush()
+    return lines
+
+
+def describe(experiment: str, lines: list[dict[str, Any]]) -> str:
+    """The lines as Markdown: means ± standard errors over the seeds, and differences of equal seeds."""
+    lines = sorted(lines, key=lambda line: line["seed"])
+
+    def values(row: str, sampler: str, what: str = "distance") -> list[float]:
+        return [line[what] for line in lines if (line["name"], line["sampler"]) == (row, sampler)]
+
+    def table(rows: list[str], say: Callable[[str, str], str]) -> str:
+        head = f"| | {' | '.join(SAMPLERS)} |\n|---|{'--:|' * len(SAMPLERS)}\n"
+        return head + "".join(f"| {row} | {' | '.join(say(row, name) for name in SAMPLERS)} |\n" for row in rows)
+
+    students = list(EXPERIMENTS[experiment]().rows)
+    distances = table([*students, TEACHER], lambda row, name: cell(values(row, name)))
+    noise = table([*students, TEACHER], lambda row, name: cell([100 * one for one in values(row, name, "noise")], 0))
+    others = [row for row in students if row != "place"]
+    leads = table(others, lambda row, name: interval(values("place", name), values(row, name)))
+    return (
+        f"# Other samplers\n\nThe students of `{experiment}`, {SAMPLES:,} samples each, by `benchmarks/samplers.py`: "
+        "steps, and the timestep of the first. Fréchet distances:\n\n"
+        f"{distances}\nThe share of samples that is noise, in per cent:\n\n{noise}\n"
+        f"The distance of `place` less that of others:\n\n{leads}"
+    )
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, or `input_args`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = tuple(name for name, make in EXPERIMENTS.items() if "place" in make().rows)
+    parser.add_argument("--experiment", default="tiny-tuned", choices=choices, help="(default: tiny-tuned)")
+    parser.add_argument("--folder", type=Path, default=Path("evidence"), help="that of evidence.py")
+    results = ROOT / "benchmarks" / "results" / "evidence"
+    parser.add_argument("--results", type=Path, default=results, help="of the lines and the page")
+    parser.add_argument("--jobs", type=int, default=2, help="students side by side, a CPU thread each (default: 2)")
+    args = parser.parse_args(input_args)
+    if args.jobs < 1:
+        fail(f"--jobs {args.jobs} is too few; pass at least 1")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure what is left, then write the page."""
+    study = Study(args.folder / "cpu", args.results / "runs.jsonl", args.jobs, SCALES["cpu"])
+    lines = measure_all(args.experiment, study, args.results / f"samplers-{args.experiment}.jsonl", args.jobs)
+    page = describe(args.experiment, lines)
+    (args.results / f"samplers-{args.experiment}.md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+if __name__ == "__main__":
+    flags = parse_args()
+    set_environment("cpu")
+    main(flags)
