@@ -80,7 +80,7 @@ from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.levels import pair_levels
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
-from common.pruning import is_pruned, prune_width
+from common.pruning import check_prunable, is_pruned, prune_width
 from common.recipes import (
     FEATURES_REMEDY,
     check_forward,
@@ -345,7 +345,9 @@ def build_student(
     if args.student_init == "teacher":
         with model_errors_end(mismatch, "pass another preset, correct the JSON file, or pass --student_init random"):
             match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
-    if args.lora_rank and not is_pruned(student, teacher, recipe, args.student_init):
+    if is_pruned(student, teacher, recipe, args.student_init):
+        check_prunable(teacher)
+    elif args.lora_rank:
         check_adapted(args.lora_rank, student, teacher, recipe.get("blocks"), args.student_init)
     check_sizes(student, vae, args.resolution, args.group_size if args.kd_loss == "place" else None)
     check_forward(student, example_inputs(student), mismatch)

@@ -55,7 +55,7 @@ from common.hub import create_hub_repo, push_to_hub
 from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
-from common.pruning import check_prunable, prune_width
+from common.pruning import check_prunable, is_pruned, prune_width
 from common.recipes import (
     FEATURES_REMEDY,
     check_forward,
@@ -71,7 +71,6 @@ from common.students import (
     check_groups,
     count_features,
     fill_from_blocks,
-    is_narrower,
     match_blocks,
     pair_features,
     public_config,
@@ -271,7 +270,7 @@ def build_student(teacher: UNet2DModel | None, args: argparse.Namespace) -> tupl
     if teacher is not None and args.student_init != "random":
         with model_errors_end(f"--student {args.student}", 'correct its "blocks", or pass --student_init random'):
             match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
-        if "blocks" not in recipe and is_narrower(student, teacher):
+        if is_pruned(student, teacher, recipe, args.student_init):
             check_prunable(teacher)
     subject = f"--student {args.student} of --pretrained_teacher_model {args.pretrained_teacher_model}"
     with model_errors_end(f"{subject} has no fitting size", "correct its config"):
@@ -327,7 +326,7 @@ def fill_student(
     device: torch.device,
 ) -> None:
     """Put the teacher's weights into the student as `--student_init` and the recipe say."""
-    if student_init == "random" or "blocks" in recipe or not is_narrower(student, teacher):
+    if not is_pruned(student, teacher, recipe, student_init):
         return fill_from_blocks(student, teacher, recipe.get("blocks"), random=student_init == "random")
     accumulate = None
     if student_init == "diffusion":

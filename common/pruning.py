@@ -27,10 +27,10 @@ def is_pruned(student: torch.nn.Module, teacher: torch.nn.Module, recipe: dict, 
         student: It may be on the meta device, as the teacher.
         teacher: Of the same layers, or others.
         recipe: What a preset or a JSON file says of the student.
-        student_init: "teacher" or "random".
+        student_init: "random", or how the teacher's weights are chosen.
     """
     narrower = student.num_parameters() < teacher.num_parameters() and is_narrower(student, teacher)
-    return student_init == "teacher" and narrower and "blocks" not in recipe
+    return student_init != "random" and narrower and "blocks" not in recipe
 
 
 def check_prunable(teacher: torch.nn.Module) -> None:
