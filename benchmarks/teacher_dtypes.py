@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import fail
 from common.teacher_weights import count_bytes, hold_teacher
 
-import generate
 import report
 from device import describe_device
 
@@ -59,9 +58,9 @@ def measure(folder: str, images: str, count: int, timesteps: int, device: torch.
     flags += ["--columns", str(count)]
     flags = report.parse_args(flags)
     settings = report.flags_of(folder, flags)
-    pipeline = generate.load_pipeline(settings, device)
-    conditions = generate.find_conditions(pipeline, settings)
-    inputs = report.make_inputs(pipeline, report.real_images(flags), conditions, settings, timesteps)
+    pipeline, conditions, _, texts = report.load_model(settings, device, count, "--teachers")
+    shown = report.fit_images(pipeline, report.real_images(flags), settings)
+    inputs = report.make_inputs(pipeline, shown, conditions, texts, settings, timesteps)
     part = "unet" if hasattr(pipeline, "unet") else "transformer"
     model = getattr(pipeline, part).float()
     expected = report.predict(pipeline, inputs)

@@ -119,7 +119,7 @@ def save_sd_pipeline(folder: Path, prediction_type: str = "epsilon", **unet: Any
         prediction_type=prediction_type,
     )
     model = UNet2DConditionModel(**{**config, **unet})
-    text_encoder = CLIPTextModel(_clip_config(16, tokenizer))
+    text_encoder = CLIPTextModel(_clip_config(model.config.cross_attention_dim, tokenizer))
     parts = (vae, text_encoder, tokenizer, model, scheduler, None, None)
     StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(folder)
     return folder

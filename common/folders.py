@@ -42,7 +42,7 @@ def look_into(path: str) -> Folder:
     try:
         root = _find_root(os.path.abspath(path))  # as `datasets` names its images
         roots, metadata, shards, has_texts = {root: False}, [], [], False
-        for folder, names in _walk(root):
+        for folder, names in walk(root):
             if folder != root and os.path.islink(folder):
                 roots[folder] = False
             if names:  # `datasets` wants files of each pattern
@@ -62,7 +62,7 @@ def _find_root(path: str) -> str:
     return os.path.join(path, "train") if "train" in names and names <= SPLITS else path
 
 
-def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
+def walk(root: str) -> Iterator[tuple[str, list[str]]]:
     """Each folder and the names of its files, linked ones too. Hidden ones are left out, as by `datasets`.
 
     Raises:
@@ -105,7 +105,7 @@ def find_unlisted(path: str, dataset: datasets.Dataset, column: str) -> tuple[li
     root, suffixes = _find_root(os.path.abspath(path)), tuple(ImageFolder.EXTENSIONS)
     if not any(each.startswith(root) for each in listed):  # the column is another one than the images'
         return [], len(dataset)
-    found = (os.path.join(folder, name) for folder, files in _walk(root) for name in sorted(files))
+    found = (os.path.join(folder, name) for folder, files in walk(root) for name in sorted(files))
     unlisted = [each for each in found if each.lower().endswith(suffixes) and each not in listed]
     return unlisted, len(listed) + len(unlisted)
 

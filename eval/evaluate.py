@@ -30,9 +30,11 @@ once for each network and kept in --statistics_dir.
 """
 
 import argparse
+import dataclasses
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -40,7 +42,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import cleanfid.features
 import datasets
@@ -56,6 +57,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.arguments import HelpFormatter, check_values
 from common.data import follow_files, open_image, undecode
 from common.errors import fail, first_line
+from common.folders import walk
 
 from figures import (
     Figure,
@@ -142,6 +144,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of KID's subsets and Inception score's splits")
     args = parser.parse_args(input_args)
     check_values(args)
+    if not args.output.name or args.output.suffix in (".json", ".md"):
+        fail(f"--output {args.output} is no name that .json and .md can follow; pass e.g. results")
     if args.features_size is not None and args.features is None:
         fail(f"--features_size {args.features_size} is for --features only; drop the flag")
     for name, (metrics, _) in NETWORKS.items():
@@ -206,11 +210,15 @@ class Images(torch.utils.data.Dataset):
 
 
 def list_images(folder: Path, flag: str) -> list[Path]:
-    """The image files in a folder and its sub-folders, sorted."""
+    """The image files in a folder and its sub-folders, linked ones too, sorted. Hidden ones are left out."""
     if not folder.is_dir():
         fail(f"{flag} {folder} is not a folder; pass a folder of images")
     suffixes = {f".{extension.lower()}" for extension in EXTENSIONS if extension != "npy"}
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.name[0] != ".")
+    try:
+        paths = [Path(within, name) for within, names in walk(str(folder)) for name in names]
+    except OSError as error:
+        fail(f"{flag} {folder} cannot be read: {first_line(error)}; pass a folder of images")
+    files = sorted(path for path in paths if path.suffix.lower() in suffixes)
     if not files:
         fail(f"{flag} {folder} holds no images; pass a folder of images")
     return files
@@ -246,7 +254,12 @@ def read_batches(
 
 @torch.no_grad()
 def measure(
-    images: Images, extractor: Extractor, flag: str, args: argparse.Namespace, device: torch.device
+    images: Images,
+    extractor: Extractor,
+    flag: str,
+    args: argparse.Namespace,
+    device: torch.device,
+    with_logits: bool = False,
 ) -> Statistics:
     """Compute the statistics of a set of images. Ends the process unless all are readable and of one size.
 
@@ -256,6 +269,7 @@ def measure(
         flag: Name and value of the flag that the images come from, for messages.
         args: With `batch_size`, `num_workers` and `seed`.
         device: Of the extractor.
+        with_logits: Whether those of all images are kept, for the Inception score.
     """
     kept = np.random.default_rng(args.seed).permutation(len(images)) < KEPT
     size, features, logits, done = None, [], [], 0
@@ -266,7 +280,7 @@ def measure(
                 both = f"{size[0]}x{size[1]} and {other[0]}x{other[1]}"
                 remedy = "pass --reference_resolution" if flag.startswith("--reference") else "pass images of one size"
                 fail(f"{flag} mixes sizes, {both} ({images.name(index)}); {remedy}")
-        outputs, scores = extractor.run(pixels.float().to(device))
+        outputs, scores = extractor.run(pixels.float().to(device), with_logits)
         outputs = outputs.float().cpu().numpy()
         if not np.isfinite(outputs).all():
             fail(f"{flag}: the features by {extractor.name} are not finite; pass a network for inputs in [0, 255]")
@@ -298,7 +312,7 @@ def load_reference(extractor: Extractor, args: argparse.Namespace, device: torch
     if source.startswith("clean-fid:"):
         return load_published(source)
     if source.endswith(".npz"):
-        return read_statistics(Path(source), extractor)
+        return read_statistics(Path(source), extractor, args.reference_resolution)
     if Path(source).is_dir():
         records = list_images(Path(source), "--reference")
         files = [[str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns] for path in records]
@@ -310,7 +324,7 @@ def load_reference(extractor: Extractor, args: argparse.Namespace, device: torch
     digest = hashlib.sha256(json.dumps({**key, "reference": ""}).encode()).hexdigest()
     path = args.statistics_dir / f"{Path(source).name}-{digest[:12]}.npz"
     if path.exists():
-        return read_statistics(path, extractor)
+        return read_statistics(path, extractor, args.reference_resolution)
     images = Images(records, extractor.prepare, args.reference_resolution)
     statistics = measure(images, extractor, f"--reference {source}", args, device)
     save_statistics(path, statistics, key)
@@ -326,7 +340,8 @@ def load_dataset(args: argparse.Namespace) -> "tuple[Column, str]":
         fail(f"{flag} is not a folder, and does not load as a dataset: {first_line(error)}; pass one of them")
     if args.image_column not in dataset.column_names:
         fail(f"--image_column {args.image_column} is not in the data; choose one of {', '.join(dataset.column_names)}")
-    dataset = follow_files(undecode(dataset, args.image_column), args.image_column)
+    images = undecode(dataset.select_columns(args.image_column), args.image_column)
+    dataset = follow_files(images, args.image_column)
     return Column(dataset, args.image_column), f"{dataset._fingerprint} {args.image_column}"
 
 
@@ -364,10 +379,11 @@ def save_statistics(path: Path, statistics: Statistics, key: dict) -> None:
     print(f"statistics of {statistics.source} are kept in {path}", flush=True)
 
 
-def read_statistics(path: Path, extractor: Extractor) -> Statistics:
+def read_statistics(path: Path, extractor: Extractor, crop: int | None) -> Statistics:
     """Read a file of [`save_statistics`], or one with `mu` and `sigma` as clean-fid writes it.
 
-    Ends the process if the features are those of another extractor.
+    Ends the process if the features are those of another extractor, or of images cropped otherwise than to `crop`,
+    where it is given.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -384,6 +400,11 @@ def read_statistics(path: Path, extractor: Extractor) -> Statistics:
     if key and (key["extractor"], key["size"]) != (extractor.digest, extractor.size):
         remedy = "pass the network and the --metrics it was made with, or the images themselves"
         fail(f"--reference {path} holds features of another network than {extractor.name}; {remedy}")
+    if key and key.get("resize", extractor.resizing) != extractor.resizing:
+        fail(f"--reference {path} was resized as by {key['resize']}, not {extractor.resizing}; pass the images")
+    if crop is not None and key.get("crop") != crop:
+        made = f"--reference {path}, which was made with {key.get('crop', 'an unknown one')}"
+        fail(f"--reference_resolution {crop} is not that of {made}; drop the flag, or pass the images")
     count = int(arrays.get("count", 0 if features is None else len(features)))
     size = arrays.get("size", np.array([])).tolist()
     return Statistics(count, size, mean, covariance, features, None, key.get("reference", str(path)))
@@ -546,13 +567,15 @@ def describe(folder: Path, name: str) -> tuple[list[Path], dict]:
     return files, {"name": name, "folder": str(folder), **row}
 
 
-def label_folders(folders: list[Path]) -> list[str]:
+def label_folders(folders: list[Path], flag: str = "--images") -> list[str]:
     """The shortest names that differ: the last parts of the paths."""
     for parts in range(1, max(len(folder.resolve().parts) for folder in folders) + 1):
         names = ["/".join(folder.resolve().parts[-parts:]) for folder in folders]
         if len(set(names)) == len(names):
             return names
-    fail(f"--images {folders[0]} is passed twice; pass each folder once")
+    real = [folder.resolve() for folder in folders]
+    twice = next(folder for place, folder in enumerate(folders) if real[place] in real[:place])
+    fail(f"{flag} {twice} is passed twice; pass each folder once")
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -573,36 +596,48 @@ def check_prompts(folders: dict[str, list[Path]], args: argparse.Namespace) -> d
     return prompts
 
 
-class Measured(NamedTuple):
-    """What was measured of all folders of images."""
+@dataclasses.dataclass
+class Measured:
+    """What was measured of all folders of images so far."""
 
     figures: dict[str, dict[str, Figure]]  # by folder and metric
-    sizes: dict[str, list[int]]  # width and height, by folder; without an entry where no network asked for one size
-    networks: list[dict]  # for the results: what computed which metrics
-    reference: dict | None  # for the results
+    # width and height, by folder; without an entry where no network asked for one size
+    sizes: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    networks: list[dict] = dataclasses.field(default_factory=list)  # for the results: what computed which metrics
+    reference: dict | None = None  # for the results
 
 
 def measure_features(
     folders: dict[str, list[Path]], measured: Measured, args: argparse.Namespace, device: torch.device
-) -> Measured:
-    """Add the metrics that are computed from features, one network after the other."""
-    reference = measured.reference
+) -> Iterator[None]:
+    """Add the metrics that are computed from features, one network after the other; each time, yield."""
     for metrics, load in list_extractors(args, device):
         extractor, known = load(), None
         if not set(metrics) <= set(WITHOUT_REFERENCE):
             known = load_reference(extractor, args, device)
-            reference = {"source": known.source, "images": known.count, "size": known.size}
+            measured.reference = {"source": known.source, "images": known.count, "size": known.size}
         for folder, files in folders.items():
             flag = f"--images {folder}"
-            statistics = measure(Images(files, extractor.prepare), extractor, flag, args, device)
+            images = Images(files, extractor.prepare)
+            statistics = measure(images, extractor, flag, args, device, "inception_score" in metrics)
             measured.sizes[folder] = statistics.size
-            if extractor.size is None and known is not None and known.size not in ([], statistics.size):
+            both = None
+            if known is not None and known.size not in ([], statistics.size):
                 both = "{}x{} and the reference {}x{}".format(*statistics.size, *known.size)
+            if both is not None and extractor.size is None:
                 fail(f"{flag} is {both}; pass --features_size or --reference_resolution")
-            measured.figures[folder] |= compare(statistics, known, metrics, args, device)
+            for metric, figure in compare(statistics, known, metrics, args, device).items():
+                measured.figures[folder][metric] = warn_of_sizes(metric, figure, both)
         identity = {"name": extractor.name, "sha256": extractor.digest, "dimensions": len(statistics.mean)}
         measured.networks.append({**identity, "metrics": metrics})
-    return measured._replace(reference=reference)
+        yield
+
+
+def warn_of_sizes(metric: str, figure: Figure, sizes: str | None) -> Figure:
+    """The figure with a warning of the sizes of its images and of the reference, where these differ and it has one."""
+    if sizes is None or metric in WITHOUT_REFERENCE:
+        return figure
+    return figure._replace(warning="; ".join(filter(None, [figure.warning, f"sizes differ, {sizes}"])))
 
 
 def measure_prompts(
@@ -611,8 +646,8 @@ def measure_prompts(
     measured: Measured,
     args: argparse.Namespace,
     device: torch.device,
-) -> None:
-    """Add the metrics that compare images with their prompts."""
+) -> Iterator[None]:
+    """Add the metrics that compare images with their prompts, one network after the other; each time, yield."""
     for metric in [metric for metric in OF_PROMPTS if metric in args.metrics]:
         scorer = load_scorer(*scorer_of(metric, args), device)
         for folder, files in folders.items():
@@ -623,6 +658,7 @@ def measure_prompts(
             measured.figures[folder][metric] = figure
         identity = {"name": scorer.name, "sha256": scorer.digest, "dimensions": None}
         measured.networks.append({**identity, "metrics": [metric]})
+        yield
 
 
 def main(args: argparse.Namespace) -> None:
@@ -634,19 +670,32 @@ def main(args: argparse.Namespace) -> None:
     folders = {row["folder"]: files for files, row in described}
     prompts = check_prompts(folders, args)
     check_networks(args)
-    measured = measure_features(folders, Measured({folder: {} for folder in folders}, {}, [], None), args, device)
-    measure_prompts(folders, prompts, measured, args, device)
+    measured = Measured({folder: {} for folder in folders})
+    features = measure_features(folders, measured, args, device)
+    for _ in itertools.chain(features, measure_prompts(folders, prompts, measured, args, device)):
+        text = write_results(gather_results(described, measured, args.seed), args.output)  # the next may fail
+    print(text)
+
+
+def gather_results(described: list[tuple[list[Path], dict]], measured: Measured, seed: int) -> dict:
+    """All that was measured so far, as JSON types.
+
+    Args:
+        described: From [`describe`], for each folder.
+        measured: Of these folders.
+        seed: That of the flags.
+    """
+    metrics = {metric for network in measured.networks for metric in network["metrics"]}
     results = {
         "reference": measured.reference,
         # The one of FID and its like, which says whether they are comparable with published figures.
         "extractor": next((each for each in measured.networks if set(each["metrics"]) & set(OF_INCEPTION)), None),
         "networks": measured.networks,
-        "metrics": [metric for metric in METRICS if metric in args.metrics],
-        "seed": args.seed,
+        "metrics": [metric for metric in METRICS if metric in metrics],
+        "seed": seed,
         "versions": {library: version(library) for library in LIBRARIES},
     }
-    rows = [make_row(row, files, measured, is_inception(results)) for files, row in described]
-    print(write_results({**results, "rows": rows}, args.output))
+    return {**results, "rows": [make_row(row, files, measured, is_inception(results)) for files, row in described]}
 
 
 def make_row(row: dict, files: list[Path], measured: Measured, inception: bool) -> dict:

@@ -762,7 +762,8 @@ def make_manifest(
 def save_manifest(manifest: dict, args: argparse.Namespace) -> None:
     """Write manifest.json. Ends the process if the folder holds images that were made with other settings."""
     folder, path = args.output_dir, args.output_dir / "manifest.json"
-    if path.exists():
+    has_images = any(folder.glob("*.png"))  # hidden ones are unfinished
+    if has_images and path.exists():
         saved = read_manifest(folder, "--output_dir")
         for key in sorted(manifest.keys() | saved.keys()):
             new, old = manifest.get(key), saved.get(key)
@@ -779,7 +780,7 @@ def save_manifest(manifest: dict, args: argparse.Namespace) -> None:
         if manifest["num_images"] < saved["num_images"]:
             counts = f"--num_images {manifest['num_images']} is fewer than the {saved['num_images']} of {folder}"
             fail(f"{counts}; pass as many or more, or a new folder")
-    elif any(folder.glob("*.png")):
+    elif has_images:
         fail(f"--output_dir {folder} holds images of another origin (no manifest.json); pass a new folder")
     temporary = path.with_name(".manifest.json")
     temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

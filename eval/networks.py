@@ -62,8 +62,8 @@ class Extractor(NamedTuple):
     size: int | None  # the side of its images; `None`: they keep theirs
     resizing: str  # by which protocol; statistics of another one are not used
     prepare: Prepare  # gives float32 or uint8 in [0, 255]; workers get it, so it can be pickled
-    # float32 (N, 3, H, W) in [0, 255] -> features (N, D), logits (N, classes)
-    run: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+    # float32 (N, 3, H, W) in [0, 255], whether logits are asked for -> features (N, D), logits (N, classes)
+    run: Callable[[torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class Scorer(NamedTuple):
@@ -123,7 +123,7 @@ def load_torchscript_features(path: Path, side: int | None, device: torch.device
     """
     model = load_torchscript("--features", path, device)
 
-    def run(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def run(images: torch.Tensor, with_logits: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         try:
             output = model(images)
         except RuntimeError as error:
@@ -134,7 +134,7 @@ def load_torchscript_features(path: Path, side: int | None, device: torch.device
             if tensor is not None and (tensor.ndim != 2 or len(tensor) != len(images)):
                 shape = tuple(tensor.shape)
                 fail(f"--features {path} returns {shape} for {len(images)} images; return (N, D)")
-        return features, logits
+        return features, logits if with_logits else None
 
     name = f"{path.name} at {side} px" if side else path.name
     prepare = partial(resize_clean, side=side) if side else keep_size
@@ -158,10 +158,10 @@ def load_inception(path: Path | None, device: torch.device) -> Extractor:
         fail(f"--inception {path} must have the name {INCEPTION}, which clean-fid loads; rename it")
     features = InceptionV3W(str(path.parent), download=False).to(device).eval()
 
-    def run(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # The network returns probabilities. Their logarithms serve as logits: softmax turns them back. The last layer
-        # has no bias, as in the published Inception score.
-        return features(images), base(images, no_output_bias=True).log()
+    def run(images: torch.Tensor, with_logits: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # The network returns probabilities, by another pass. Their logarithms serve as logits: softmax turns them
+        # back. The last layer has no bias, as in the published Inception score.
+        return features(images), base(images, no_output_bias=True).log() if with_logits else None
 
     prepare = partial(resize_clean, side=INCEPTION_SIDE)
     return Extractor("Inception (clean-fid)", hash_file(path), INCEPTION_SIDE, "clean", prepare, run)
@@ -232,7 +232,7 @@ def load_dinov2(source: str, device: torch.device) -> Extractor:
     digest = hash_weights(model)
     resize_positions(model, DINOV2_SIDE // model.config.patch_size)
 
-    def run(images: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def run(images: torch.Tensor, with_logits: bool) -> tuple[torch.Tensor, None]:
         pixels = normalise(images, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         return model(pixel_values=pixels).pooler_output, None
 
@@ -262,7 +262,7 @@ def load_clip_images(source: str, device: torch.device) -> Extractor:
     model = load_model("cmmd_model", source, device)
     side = model.config.vision_config.image_size
 
-    def run(images: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def run(images: torch.Tensor, with_logits: bool) -> tuple[torch.Tensor, None]:
         pixels = normalise(images, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         return torch.nn.functional.normalize(model.get_image_features(pixel_values=pixels).pooler_output), None
 

@@ -29,7 +29,6 @@ import gc
 import html
 import json
 import multiprocessing
-import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -38,6 +37,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import recursively_apply, send_to_device
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -58,14 +58,14 @@ from common.reporting import labelled_grid
 from common.teachers import vae_factor
 
 import generate
-from evaluate import list_images
+from evaluate import label_folders, list_images
 from lift_utils import check_group_size
 from result_tables import COLUMNS, as_markdown, is_inception, judge, list_remarks, make_tables
 
 
 # What is alike in all runs: "loss", "kd", "coarse" and "fine" mean something else under every --kd_loss.
 CURVES = ("task", "kd_mse", "feat", "grad_norm", "weight", "slope_mean", "intercept_mean")
-SMOOTHING = 0.1  # each point of a curve is the mean of the last 10 % of the rows before it
+SMOOTHING = 0.1  # each point of a curve is the mean of the last 10 % of the rows up to it
 SETTINGS = ("sampler", "num_inference_steps", "guidance_scale", "variant")  # by which images of a model were made
 NOISE = -1  # in place of an image's number: seeds the noise of the inputs
 FIGURE = {"type": ["number", "null"]}
@@ -158,6 +158,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--resolution", type=int, help="pixels per side, for text-to-image models (default: the teacher's)"
     )
     parser.add_argument("--max_sequence_length", type=int, help="T5 tokens of Stable Diffusion 3 (default: 256)")
+    parser.add_argument("--no_t5", action="store_true", help="Stable Diffusion 3 without its largest text encoder")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--title", help="title of the page (default: the models' names)")
     args = parser.parse_args(input_args)
@@ -170,7 +171,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         runs = zip(args.names, args.students)
         args.runs = {name: Path(folder) for name, folder in runs if (Path(folder) / "metrics.jsonl").exists()}
     else:
-        args.runs = {run.resolve().name: run for run in args.runs}
+        args.runs = dict(zip(label_folders(args.runs, "--runs"), args.runs))
     for run in args.runs.values():
         if not read_run(run, "--runs" if given else "--students") and given:
             fail(f"--runs {run} has no metrics.jsonl with a row in it; pass a training's output folder")
@@ -203,7 +204,34 @@ def flags_of(model: str, args: argparse.Namespace) -> argparse.Namespace:
     for name in (*flags, "max_sequence_length"):
         value = getattr(args, name)
         command += [] if value is None else [f"--{name}", str(value)]
+    command += ["--no_t5"] if args.no_t5 else []
     return generate.parse_args([*command, *(["--classes", *args.classes] if args.classes else [])])
+
+
+def load_model(
+    flags: argparse.Namespace, device: torch.device, count: int, flag: str
+) -> tuple[DiffusionPipeline, list | None, tuple, dict | None]:
+    """Load a pipeline to the device. That of Stable Diffusion 3 comes without its text encoders, the largest part.
+
+    Args:
+        flags: generate.py's, whose defaults are set.
+        device: Of the pipeline.
+        count: Images; the prompts of so many are encoded.
+        flag: That the model comes from, for messages.
+
+    Returns:
+        The pipeline, its prompts or class numbers, its [`prediction_kind`], and the encoded prompts: `None` of others.
+    """
+    pipeline = generate.load_pipeline(flags, torch.device("cpu"), flag)
+    if type(pipeline).__name__ not in generate.PROTOCOLS:
+        kinds = ", ".join(generate.PROTOCOLS)
+        fail(f"{flag} {flags.model} is a {type(pipeline).__name__}; the report takes {kinds}: pass one of them")
+    conditions, kind = generate.find_conditions(pipeline, flags), prediction_kind(pipeline)
+    encoders, texts = generate.take_text_encoders(pipeline), None
+    if encoders:
+        prompts = list(dict.fromkeys(conditions[:count]))
+        texts = generate.encode_apart(pipeline, encoders, prompts, flags, device, silent=True)
+    return pipeline.to(device), conditions, kind, texts
 
 
 # ------------------------------------------------------------------------------------------------------------ the cost
@@ -231,12 +259,13 @@ def measure_cost(model: str, args: argparse.Namespace, threads: int) -> dict[str
     device = pick_device()
     before = peak_bytes(device)
     flags = flags_of(model, args)
-    pipeline = generate.load_pipeline(flags, device)
-    conditions = generate.find_conditions(pipeline, flags)
+    pipeline, conditions, _, texts = load_model(flags, device, 1 + args.latency_images, "--students")
+    if device.type == "cuda":  # else encoders that are gone would count
+        torch.cuda.reset_peak_memory_stats(device)
     seconds = []
     for index in range(1 + args.latency_images):
         start = time.perf_counter()
-        generate.generate_images(pipeline, [index], conditions, flags)  # returns images, so the device is done
+        generate.generate_images(pipeline, [index], conditions, flags, texts)  # returns images, so the device is done
         seconds.append(time.perf_counter() - start)
     return {"seconds": min(seconds[1:]), "bytes": peak_bytes(device) - before}
 
@@ -287,6 +316,7 @@ def make_inputs(
     pipeline: DiffusionPipeline,
     images: list[Image.Image],
     conditions: list | None,
+    texts: dict[str, generate.Text] | None,
     flags: argparse.Namespace,
     count: int,
 ) -> Inputs:
@@ -294,13 +324,14 @@ def make_inputs(
 
     Args:
         pipeline: The teacher.
-        images: N of them, of any size.
+        images: N of them, of the model's size: see [`fit_images`].
         conditions: Prompts or class numbers; image i gets number i, modulo their count. `None` for none.
-        flags: generate.py's, with `seed` and `max_sequence_length`.
+        texts: The encoded prompts of a Stable Diffusion 3.
+        flags: generate.py's, with `seed`.
         count: T, the number of timesteps.
     """
     batch = conditions and [conditions[index % len(conditions)] for index in range(len(images))]
-    clean, named = encode(pipeline, images, flags), {}
+    clean, named = encode(pipeline, images), {}
     device = generate.denoiser(pipeline).device
     generator = generate.seeded(flags.seed, NOISE)
     noise = torch.randn(clean.shape, generator=generator)
@@ -308,10 +339,8 @@ def make_inputs(
     if hasattr(pipeline, "text_encoder_3"):
         timesteps, sigmas = shares * pipeline.scheduler.config.num_train_timesteps, shares[:, None, None, None, None]
         noisy = (1 - sigmas) * clean + sigmas * noise
-        length = flags.max_sequence_length
-        options = {"do_classifier_free_guidance": False, "max_sequence_length": length}
-        text = pipeline.encode_prompt(batch, None, None, device, **options)
-        named = {"encoder_hidden_states": text[0], "pooled_projections": text[2]}
+        text, pooled = (torch.cat([texts[prompt][item] for prompt in batch]) for item in (0, 1))
+        named = {"encoder_hidden_states": text, "pooled_projections": pooled}
     else:
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         timesteps = (shares * scheduler.config.num_train_timesteps).long()
@@ -328,16 +357,20 @@ def make_inputs(
     return Inputs(images, noisy, timesteps, send_to_device(named, "cpu"))
 
 
-def encode(pipeline: DiffusionPipeline, images: list[Image.Image], flags: argparse.Namespace) -> torch.Tensor:
-    """Resize images to the model's size and encode them: pixels or latents, float32 (N, C, h, w) on the CPU."""
+def fit_images(pipeline: DiffusionPipeline, images: list[Image.Image], flags: argparse.Namespace) -> list[Image.Image]:
+    """Images of any size at the size and in the colours of the model."""
     vae, config = getattr(pipeline, "vae", None), generate.denoiser(pipeline).config
     channels = config.in_channels if vae is None else vae.config.in_channels
     factor = 1 if vae is None or flags.resolution else vae_factor(vae)
     sides = flags.resolution or config.sample_size
     height, width = (factor * side for side in ((sides, sides) if isinstance(sides, int) else sides))
     mode = "L" if channels == 1 else "RGB"
-    pixels = [pil_to_tensor(image.convert(mode).resize((width, height), Image.Resampling.BICUBIC)) for image in images]
-    clean = torch.stack(pixels).float() / 127.5 - 1
+    return [image.convert(mode).resize((width, height), Image.Resampling.BICUBIC) for image in images]
+
+
+def encode(pipeline: DiffusionPipeline, images: list[Image.Image]) -> torch.Tensor:
+    """What the model adds noise to: pixels or latents, float32 (N, C, h, w) on the CPU, of images of its size."""
+    clean, vae = torch.stack(list(map(pil_to_tensor, images))).float() / 127.5 - 1, getattr(pipeline, "vae", None)
     if vae is None:
         return clean
     latents = vae.encode(clean.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
@@ -440,13 +473,16 @@ def plot_errors(predictions: dict[str, torch.Tensor], inputs: Inputs, path: Path
 
 
 def smooth(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Rows of a metrics.jsonl with each value averaged over the last rows, see `SMOOTHING`."""
-    window, smoothed = round(SMOOTHING * len(rows)) or 1, []
-    for end in range(1, len(rows) + 1):
-        recent = rows[max(0, end - window) : end]
-        columns = {key: [row[key] for row in recent if row.get(key) is not None] for key in rows[end - 1]}
-        means = {key: statistics.mean(values) for key, values in columns.items() if values}
-        smoothed.append(means | {"step": rows[end - 1]["step"]})
+    """Rows of a metrics.jsonl with the values of curves averaged over the last rows, see `SMOOTHING`."""
+    smoothed = [{key: row[key] for key in ("step", "max_grad_norm") if key in row} for row in rows]
+    ends = np.arange(1, len(rows) + 1)
+    starts = ends - np.maximum(1, np.round(SMOOTHING * ends).astype(int))
+    for key in CURVES:
+        values = np.array([np.nan if row.get(key) is None else row[key] for row in rows])
+        finite = np.isfinite(values)
+        sums, counts = (np.cumsum([0, *column]) for column in (np.where(finite, values, 0), finite))
+        for row, total, count in zip(smoothed, sums[ends] - sums[starts], counts[ends] - counts[starts]):
+            row |= {key: total / count} if count else {}
     return smoothed
 
 
@@ -561,16 +597,11 @@ def compare_models(models: dict[str, str], args: argparse.Namespace) -> Comparis
     comparison = None
     for name, model in models.items():
         flags = flags_of(model, args)
-        pipeline = generate.load_pipeline(flags, pick_device(), flag_of(name))
-        if type(pipeline).__name__ not in generate.PROTOCOLS:
-            kinds = ", ".join(generate.PROTOCOLS)
-            fail(f"{flag_of(name)} {model} is a {type(pipeline).__name__}; the report takes {kinds}: pass one of them")
-        conditions = generate.find_conditions(pipeline, flags)
-        samples = generate.generate_images(pipeline, list(range(args.columns)), conditions, flags)
-        kind = prediction_kind(pipeline)
+        pipeline, conditions, kind, texts = load_model(flags, pick_device(), args.columns, flag_of(name))
+        samples = generate.generate_images(pipeline, list(range(args.columns)), conditions, flags, texts)
         if comparison is None:
-            images = real_images(args) or samples
-            inputs = make_inputs(pipeline, images, conditions, flags, args.timesteps)
+            images = fit_images(pipeline, real_images(args) or samples, flags)
+            inputs = make_inputs(pipeline, images, conditions, texts, flags, args.timesteps)
             comparison = Comparison(flags, conditions, getattr(pipeline, "labels", {}), kind, inputs)
             args.resolution = flags.resolution
             try:
@@ -579,14 +610,18 @@ def compare_models(models: dict[str, str], args: argparse.Namespace) -> Comparis
                 fail(f"--group_size {args.group_size}: {error}")
         if kind[0] != comparison.kind[0]:
             fail(f"--students {model} is a {type(pipeline).__name__}, unlike the teacher; pass models of one kind")
+        inputs = comparison.inputs
         if kind == comparison.kind:
-            comparison.predictions[name] = predict(pipeline, comparison.inputs)
+            comparison.predictions[name] = predict(pipeline, inputs)
         else:
-            comparison.remarks.append(f"{name} does not predict the same quantity as the teacher and is not shown.")
+            other = "does not predict the same quantity of the same inputs as the teacher"
+            comparison.remarks.append(f"{name} {other} and is not shown.")
+            images = fit_images(pipeline, inputs.images[:1], flags)
+            inputs = make_inputs(pipeline, images, conditions, texts, flags, 1)
         comparison.samples[name] = samples
         comparison.facts[name] = {
             "parameters": generate.denoiser(pipeline).num_parameters(),
-            "macs": count_macs(pipeline, comparison.inputs),
+            "macs": count_macs(pipeline, inputs),
         }
         comparison.contents[name] = generate.digest_model(flags)
         del pipeline
@@ -673,6 +708,8 @@ def make_sections(
         f"of its own; the fastest of {args.latency_images} after one to warm up. Memory is the peak beyond what "
     )
     measured += "the process held before it loaded the model."
+    if comparison.kind[0] == "StableDiffusion3Pipeline":
+        measured += " Both without the text encoders; on a CPU, memory is with them."
 
     training = ["No curves: no folder of --runs or --students has a metrics.jsonl."]
     if pictures["curves"]:

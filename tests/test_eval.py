@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import multiprocessing
 import re
 import resource
@@ -380,7 +381,7 @@ def test_images_that_overflow_end_the_run(sample, sd_teacher, prompt_file, tmp_p
         with pytest.raises(SystemExit, match=f"{model} makes images that are not finite; drop {' '.join(half)}"):
             sample(*flags, *half, name=f"{name}-images")
         assert not list((tmp_path / f"{name}-images").glob("*.png"))
-        assert read(sample(*flags, name=f"{name}-float32")).std() > 0
+        assert read(sample(*flags, name=f"{name}-images")).std() > 0  # by the remedy, into the folder without images
 
 
 def test_variant_is_a_setting(sample, teacher, tmp_path):
@@ -627,6 +628,7 @@ def test_inception_score(score, tmp_path, pool):
     results = score("--images", tmp_path / "two", tmp_path / "one", *flags)
     two, one = results["rows"]
     assert results["reference"] is None and two["fid"] is None and "Reference:" not in results["text"]
+    assert two["samples"]["inception_score"] == [200, None]
     assert two["inception_score"] == pytest.approx(2, abs=0.06)  # of 20 images at a time, not quite half each
     assert one["inception_score"] == pytest.approx(1)
 
@@ -660,6 +662,10 @@ def test_statistics_are_kept_and_used_again(score, noise, pool, tmp_path, monkey
         score("--images", noise["a"], "--reference", kept[0], "--features", twice)
     with np.load(kept[0]) as file:
         np.savez(tmp_path / "foreign.npz", mu=file["mu"], sigma=file["sigma"])  # as other programs save them
+    with pytest.raises(
+        SystemExit, match=r"--reference_resolution 6 is not that of .*, which was made with None; drop"
+    ):
+        score(*flags, kept[0], "--reference_resolution", 6)
     foreign = score(*flags, tmp_path / "foreign.npz")
     assert foreign["rows"][0]["fid"] == pytest.approx(first["rows"][0]["fid"])
     assert foreign["rows"][0]["kid"] is None and "come without features" in foreign["text"]
@@ -684,11 +690,15 @@ def test_reference_from_a_dataset(score, noise, pool, monkeypatch):
     paths = [str(path) for path in sorted(noise["b"].iterdir())]
     data = datasets.Dataset.from_dict({"image": paths, "label": [0] * 60}).cast_column("image", datasets.Image())
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: data)
+    data = data.add_column("other", [{"bytes": b"no image", "path": None}] * 60).cast_column("other", datasets.Image())
     flags = ("--images", noise["a"], "--features", pool)
     dataset, folder = (score(*flags, "--reference", source) for source in ("owner/name", noise["b"]))
     assert dataset["rows"][0]["fid"] == pytest.approx(folder["rows"][0]["fid"])
     assert dataset["reference"] == {**folder["reference"], "source": "owner/name"}
-    for column, message in (("picture", "choose one of image, label"), ("label", "pass the column of the images")):
+    for column, message in (
+        ("picture", "choose one of image, label, other"),
+        ("label", "pass the column of the images"),
+    ):
         with pytest.raises(SystemExit, match=f"--image_column {column} .*{message}"):
             score(*flags, "--reference", "owner/name", "--image_column", column)
 
@@ -709,8 +719,16 @@ class FakeInception(torch.nn.Module):
         return torch.nn.functional.linear(features, self.output.weight, bias).softmax(1)
 
 
-def test_inception_by_clean_fid(score, noise, tmp_path):
+def test_inception_by_clean_fid(score, noise, tmp_path, monkeypatch):
+    """Logits take a pass of their own, which only images whose score is asked for have."""
     torch.manual_seed(0)
+    asked, measure = [], evaluate.measure
+
+    def record(*options) -> figures.Statistics:
+        asked.append((options[2].split()[0], *options[5:]))
+        return measure(*options)
+
+    monkeypatch.setattr(evaluate, "measure", record)
     path = tmp_path / "hub" / "checkpoints" / "inception-2015-12-05.pt"
     path.parent.mkdir(parents=True)
     torch.jit.script(FakeInception()).save(str(path))
@@ -726,6 +744,8 @@ def test_inception_by_clean_fid(score, noise, tmp_path):
     assert row["kid"] == pytest.approx(fid.kernel_distance(*features), rel=1e-4)
     assert row["inception_score"] > 1 and "| IS |" in results["text"] and "| KID · 10³ |" in results["text"]
     assert "Not Inception FID" not in results["text"]
+    score("--images", noise["a"], "--reference", noise["b"], "--metrics", "kid", output="again")
+    assert asked == [("--reference",), ("--images", True), ("--images", False)]
 
 
 def test_inception_that_cannot_be_downloaded(score, noise, tmp_path, monkeypatch):
@@ -775,6 +795,53 @@ def test_what_the_last_network_lacks_is_said_before_the_first(score, noise, pool
     with pytest.raises(SystemExit, match="--dinov2_model /no/such does not load"):
         score(*flags, "fd_dinov2", "--dinov2_model", "/no/such")
     assert not (tmp_path / "statistics").exists()  # as they would be after the first
+
+
+def test_what_is_measured_is_kept_when_the_next_network_fails(score, noise, pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "check_networks", lambda args: None)
+    flags = ("--images", noise["a"], "--reference", noise["b"], "--features", pool, "--metrics", "fid")
+    with pytest.raises(SystemExit, match="--dinov2_model /no/such does not load"):
+        score(*flags, "fd_dinov2", "--dinov2_model", "/no/such")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["metrics"] == ["fid"] and results["rows"][0]["fid"] > 0
+    assert "fd_dinov2" not in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.parametrize("output", [".", "results.json"])
+def test_names_that_no_suffix_can_follow(noise, output):
+    with pytest.raises(SystemExit, match=rf"--output {re.escape(output)} is no name that \.json and \.md can follow"):
+        evaluate.parse_args(["--images", str(noise["a"]), "--reference", "x", "--output", output])
+
+
+def test_folders_are_those_that_are_trained_on(noise, tmp_path):
+    """Links are followed, as to classes of a larger set; what is hidden is no image of it."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "class").symlink_to(noise["a"])
+    shutil.copytree(noise["b"], tmp_path / "set" / ".thumbnails")
+    files = evaluate.list_images(tmp_path / "set", "--reference")
+    assert [path.parent.name for path in files] == ["class"] * 60
+
+
+def test_images_of_another_size_than_the_reference(score, noise, pool, tmp_path):
+    """Networks resize both, so nothing else would show it."""
+    (tmp_path / "large").mkdir()
+    for path in noise["a"].iterdir():
+        with Image.open(path) as image:
+            image.resize((24, 24)).save(tmp_path / "large" / path.name)
+    flags = (
+        "--features",
+        pool,
+        "--features_size",
+        12,
+        "--metrics",
+        "kid",
+        "inception_score",
+        "--reference",
+        noise["b"],
+    )
+    large, alike = score("--images", tmp_path / "large", noise["a"], *flags)["rows"]
+    assert large["warnings"]["kid"].endswith("sizes differ, 24x24 and the reference 12x12")
+    assert "sizes differ" not in str(alike) + str(large["warnings"].get("inception_score"))
 
 
 def test_workers_hold_few_files_open(score, noise, pool):
@@ -1190,6 +1257,7 @@ def test_report_of_each_kind(write_report, sd_teacher, dit, sd3, prompt_file, tm
         facts = summary["facts"]
         assert facts[student.name]["macs"] < facts["teacher"]["macs"]
         assert facts[student.name]["parameters"] < facts["teacher"]["parameters"]
+        assert all(fact["seconds"] > 0 for fact in facts.values())
         assert text.count("data:image/png") == 3 and "No curves" in text and "No quality" in text
         assert ("Prompt 1: a photo of a dark bag" in text) == ("--prompt_file" in flags)
 
@@ -1222,8 +1290,12 @@ def test_report_of_images_that_are_not_square(write_report, tmp_path):
         DDPMPipeline(UNet2DModel(**{**TINY_UNET, "sample_size": [16, 24]}), DDPMScheduler()).save_pretrained(
             tmp_path / name
         )
-    folder = write_report(tmp_path / "teacher", [tmp_path / "student"])
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (400, 300)).save(tmp_path / "photos" / "0.png")
+    folder = write_report(tmp_path / "teacher", [tmp_path / "student"], "--images", tmp_path / "photos")
     assert json.loads((folder / "report.json").read_text())["errors"].keys() == {"student"}
+    with Image.open(folder / "groups.png") as picture:
+        assert 3 * 24 < picture.width < 3 * 400  # of pixels as the model has them, not as the photograph
     assert {path.name for path in folder.glob("*.png")} >= {"samples.png", "errors.png", "groups.png"}
 
 
@@ -1231,7 +1303,35 @@ def test_other_predictions_are_not_shown(write_report, sd_teacher, prompt_file, 
     student = save_sd_pipeline(tmp_path / "velocity", prediction_type="v_prediction")
     folder = write_report(sd_teacher, [student], "--prompt_file", prompt_file)
     text = (folder / "index.html").read_text()
-    assert "velocity does not predict the same quantity as the teacher" in text and text.count("data:image/png") == 1
+    assert "velocity does not predict the same quantity of the same inputs as the teacher" in text
+    assert text.count("data:image/png") == 1
+
+
+def test_students_of_other_conditions_are_counted_by_their_own(write_report, sd_teacher, prompt_file, tmp_path):
+    """As of SD 1.x under SD 2.1: their embeddings have other widths."""
+    student = save_sd_pipeline(tmp_path / "other", cross_attention_dim=24)
+    folder = write_report(sd_teacher, [student], "--prompt_file", prompt_file)
+    facts = json.loads((folder / "report.json").read_text())["facts"]
+    assert 0 < facts["other"]["macs"] != facts["teacher"]["macs"]
+
+
+def test_curves_are_smoothed_over_the_last_tenth_of_the_rows_so_far():
+    rows = [{"step": step, "task": float(step), "feat": None, "loss": 1.0} for step in range(1, 41)]
+    rows[19] |= {"task": math.inf}  # as a gradient of float16 may be
+    smoothed = report.smooth(rows)
+    assert [row["step"] for row in smoothed] == list(range(1, 41)) and "feat" not in smoothed[0]
+    assert smoothed[9]["task"] == 10 and smoothed[24]["task"] == 24.5
+    assert smoothed[20]["task"] == 21 and smoothed[39]["task"] == 38.5
+    assert smoothed[19]["task"] == 19
+
+
+def test_runs_of_one_name_have_a_curve_each(tmp_path):
+    for seed in (0, 1):
+        (tmp_path / f"seed{seed}" / "student").mkdir(parents=True)
+        (tmp_path / f"seed{seed}" / "student" / "metrics.jsonl").write_text('{"step": 1}\n')
+    runs = [str(tmp_path / f"seed{seed}" / "student") for seed in (0, 1)]
+    args = report.parse_args(["--teacher", "t", "--students", "s", "--runs", *runs])
+    assert list(args.runs) == ["seed0/student", "seed1/student"]
 
 
 # -------------------------------------------------------------------------------------------------------------- README
