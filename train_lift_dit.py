@@ -73,6 +73,7 @@ from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
+from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
@@ -951,9 +952,6 @@ def print_dry_run(
         total, features = teacher.num_parameters(), count_features(teacher, recipe["features"], inputs)
         teacher_macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
         print(f"teacher: {total:,} parameters, {teacher_macs:,} MACs; the student is {count / total:.2%} of it")
-        outputs = math.prod((student.config.out_channels, *inputs["hidden_states"].shape[2:]))
-        cached = args.cache_teacher, outputs, args.cache_teacher_dtype, teacher_macs
-        print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, processes)
     live = args.kd_loss != "none" and args.cache_teacher is None
     encoding, decoding = NO_ENCODING, 0
     if args.vae != "none":
@@ -964,7 +962,8 @@ def print_dry_run(
     if args.cache_latents:
         print(f"beforehand, the VAE, batch {batch}: {encoding.peak / 2**20:,.1f} MiB")
         encoding = NO_ENCODING
-    held = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if live else 0
+    weights = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if teacher is not None else 0
+    held = weights if live else 0
     accumulates = args.gradient_accumulation_steps > 1
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     whole = count_whole(make_student(), teacher, held) if args.fsdp else None
@@ -974,6 +973,9 @@ def print_dry_run(
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
     print_time_estimate(macs, teacher_macs if live else 0, *how, processes, encoding.macs)
+    outputs = math.prod((student.config.out_channels, *inputs["hidden_states"].shape[2:]))
+    cached = args.cache_teacher, outputs, args.cache_teacher_dtype, teacher_macs
+    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, weights + decoding, processes)
     print(json.dumps(public_config(student.config), indent=2))
 
 
@@ -1049,8 +1051,8 @@ def main(args: argparse.Namespace) -> None:
         how = passes, args.seed, args.cache_teacher_dtype, source, ["transformer"], key
         how += partial(cache, batch_size=args.train_batch_size), device
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
-        teacher_samples += sample(teacher, vae=copy.deepcopy(vae).to(device))
-        teacher = None
+        with fits_the_gpu("the grid of the teacher's samples", "pass fewer --validation_classes"):
+            teacher_samples, teacher = sample(teacher, vae=copy.deepcopy(vae).to(device)), None
     dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator)
     length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
     args.max_train_steps = count_steps(*length, accelerator)

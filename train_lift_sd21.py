@@ -78,6 +78,7 @@ from common.errors import fail
 from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.levels import pair_levels
+from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.pruning import check_prunable, is_pruned, prune_width
@@ -791,20 +792,21 @@ def print_dry_run(
         encoding = NO_ENCODING
     features = count_features(teacher, recipe["features"], inputs)
     live = args.kd_loss != "none" and args.cache_teacher is None
-    on_device = live and not args.offload_teacher
-    held = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if on_device else 0
+    weights = 0 if args.offload_teacher else count_bytes(teacher, args.teacher_dtype, args.mixed_precision)
+    held = weights if live else 0
     parameters = count + trained if args.lora_rank else count, held
     accumulates = args.gradient_accumulation_steps > 1
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     whole = count_whole(make_student(), teacher, held) if args.fsdp else None
-    rest = {"processes": processes, "whole": whole, "decoding": estimate_decoding(vae, args.resolution)}
+    decoding = estimate_decoding(vae, args.resolution)
+    rest = {"processes": processes, "whole": whole, "decoding": decoding}
     memory = estimate_memory(activations, *parameters, *settings, trained, encoding, features, **rest)
     print_memory_estimate(*memory, processes)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
     print_time_estimate(macs, teacher_macs if live else 0, *how, processes, encoding.macs, args.lora_rank > 0)
     cached = args.cache_teacher, inputs["sample"].numel(), args.cache_teacher_dtype, teacher_macs
-    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, processes)
+    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, weights + decoding, processes)
     print(json.dumps(public_config(student.config), indent=2))
 
 
@@ -882,8 +884,8 @@ def main(args: argparse.Namespace) -> None:
         how = passes, args.seed, args.cache_teacher_dtype, source, [*PARTS], key
         how += partial(cache, batch_size=args.train_batch_size), device, partial(latent_shape, vae=vae_shape)
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
-        teacher_samples += sample(teacher, vae=load_vae())
-        teacher = None
+        with fits_the_gpu("the grid of the teacher's samples", "pass fewer --validation_prompts"):
+            teacher_samples, teacher = sample(teacher, vae=load_vae()), None
     dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator, contents.get("buckets"))
     length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
     args.max_train_steps = count_steps(*length, accelerator)

@@ -154,6 +154,7 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils.memory import clear_device_cache
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -495,7 +496,9 @@ def choose_blocks(
             plot_influence(influence, kept, output_dir / "influence.png")
         return influence, kept
 
-    return choose_once(output_dir / "blocks.json", depth, measure, resume_from, accelerator)
+    chosen = choose_once(output_dir / "blocks.json", depth, measure, resume_from, accelerator)
+    clear_device_cache(garbage_collection=True)  # of the teacher, whose hooks and compressed weights have cycles
+    return chosen
 
 
 def fill_student(
@@ -943,23 +946,26 @@ def print_dry_run(
         print(f"beforehand, one encoder at a time, batch {batch}: {size} for the {most}")
         encoding = NO_ENCODING
     trained = sum(parameter.numel() for parameter in trained_parameters(make_student()))
-    held = count + trained if args.lora_rank else count
-    held = trained if args.share_backbone else held
     live = args.kd_loss != "none" and args.cache_teacher is None
-    on_device = live and not args.offload_teacher
-    teacher_held = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if on_device else 0
+    held = count + trained if args.lora_rank else count
+    held = trained if args.share_backbone and live else held  # the rest is the teacher's
+    weights = 0 if args.offload_teacher else count_bytes(teacher, args.teacher_dtype, args.mixed_precision)
+    teacher_held = weights if live else 0
     features = count_features(teacher, recipe["features"], inputs, item=1)
     accumulates = args.gradient_accumulation_steps > 1
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     whole = count_whole(make_student(), teacher, teacher_held) if args.fsdp else None
-    rest = {"processes": processes, "whole": whole, "decoding": estimate_decoding(vae, args.resolution)}
+    decoding = estimate_decoding(vae, args.resolution)
+    positions = student.pos_embed.pos_embed.nbytes, teacher.pos_embed.pos_embed.nbytes
+    tables = positions[0] + (positions[1] * dtype_of(args.mixed_precision).itemsize // 4 if live else 0)
+    rest = {"processes": processes, "whole": whole, "decoding": decoding, "tables": tables}
     memory = estimate_memory(activations, held, teacher_held, *settings, trained, encoding, features, **rest)
     print_memory_estimate(*memory, processes)
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
     print_time_estimate(macs, teacher_macs if live else 0, *how, processes, encoding.macs, args.lora_rank > 0)
     cached = args.cache_teacher, inputs["hidden_states"].numel(), args.cache_teacher_dtype, teacher_macs
-    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, processes)
+    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, weights + decoding, processes)
     print(json.dumps(public_config(student.config), indent=2))
 
 
@@ -1041,8 +1047,8 @@ def main(args: argparse.Namespace) -> None:
         how = passes, args.seed, args.cache_teacher_dtype, source, [*PARTS, *TEXT_PARTS], key
         how += partial(cache, batch_size=args.train_batch_size), device, partial(latent_shape, vae=vae_shape)
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
-        teacher_samples += sample(teacher, vae=load_vae())
-        teacher = None
+        with fits_the_gpu("the grid of the teacher's samples", "pass fewer --validation_prompts"):
+            teacher_samples, teacher = sample(teacher, vae=load_vae()), None
     dataloader = make_dataloader(dataset, args.train_batch_size, workers, accelerator, contents.get("buckets"))
     length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
     args.max_train_steps = count_steps(*length, accelerator)

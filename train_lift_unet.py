@@ -607,13 +607,12 @@ def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dic
         total, features = teacher.num_parameters(), count_features(teacher, recipe["features"], inputs)
         teacher_macs, *_ = profile_forward(skeleton(teacher).requires_grad_(False), **inputs)
         print(f"teacher: {total:,} parameters, {teacher_macs:,} MACs; the student is {count / total:.2%} of it")
-        cached = args.cache_teacher, inputs["sample"].numel(), args.cache_teacher_dtype, teacher_macs
-        print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, processes)
     live = args.kd_loss != "none" and args.cache_teacher is None
     accumulates = args.gradient_accumulation_steps > 1
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
-    on_device = live and not args.offload_teacher
-    held = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if on_device else 0
+    absent = teacher is None or args.offload_teacher
+    weights = 0 if absent else count_bytes(teacher, args.teacher_dtype, args.mixed_precision)
+    held = weights if live else 0
     whole = count_whole(skeleton(student), teacher, held) if args.fsdp else None
     spread = {"processes": processes, "whole": whole}
     memory = estimate_memory(activations, count, held, *settings, features=features, **spread)
@@ -621,6 +620,8 @@ def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dic
     images = args.train_batch_size * args.gradient_accumulation_steps
     how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
     print_time_estimate(macs, teacher_macs if live else 0, *how, processes)
+    cached = args.cache_teacher, inputs["sample"].numel(), args.cache_teacher_dtype, teacher_macs
+    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, weights, processes)
     print(student.to_json_string())
 
 
@@ -694,8 +695,8 @@ def main(args: argparse.Namespace) -> None:
         cache = partial(cache_encodings, **settings, num_workers=args.dataloader_num_workers, accelerator=accelerator)
         how = passes, args.seed, args.cache_teacher_dtype, source, parts, key, cache, device
         dataset = cache_predictions(dataset, teacher, inputs_of, draw, *how)
-        teacher_samples += sample(teacher)
-        teacher = None
+        with fits_the_gpu("the grid of the teacher's samples", "pass fewer --num_validation_images"):
+            teacher_samples, teacher = sample(teacher), None
     dataloader = make_dataloader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator)
     length = args.max_train_steps, args.num_train_epochs, len(dataloader) / passes
     args.max_train_steps = count_steps(*length, accelerator)

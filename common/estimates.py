@@ -33,6 +33,7 @@ def estimate_memory(
     processes: int = 1,
     whole: Whole | None = None,
     decoding: int = 0,
+    tables: int = 0,
 ) -> tuple[str, dict[str, int]]:
     """What a training holds on one process when it holds most: that moment's name, and the bytes by part.
 
@@ -55,13 +56,15 @@ def estimate_memory(
         whole: What is whole for a while where `--fsdp` spreads student and teacher over them, see [`count_whole`];
             `None` without. One process has nobody to spread to.
         decoding: Bytes of what decodes the samples of a grid.
+        tables: Bytes of the models' tables of positions, which each process holds as they are.
     """
     width = dtype_of(mixed_precision).itemsize
     trained = student if trained is None else trained
     kept, recomputed = activations
     whole = whole if processes > 1 else None
     # DistributedDataParallel's buckets, of which the gradients are views, are there from the first step to the last.
-    keeps_gradients = keeps_gradients or (processes > 1 and whole is None)
+    buckets = processes > 1 and whole is None
+    keeps_gradients = keeps_gradients or buckets
     held = {
         "trained weights (fp32)": 4 * trained,
         "frozen weights of the student": width * (student - trained),
@@ -71,7 +74,7 @@ def estimate_memory(
         "teacher weights": teacher_bytes,
     }
     always = {name: size // (processes if whole else 1) for name, size in held.items()}
-    always["encoders' weights"] = encoders.weights
+    always |= {"encoders' weights": encoders.weights, "tables of positions": tables}
     gradients = {} if keeps_gradients else {"gradients (fp32)": always.pop("gradients (fp32)")}
     batch = f"student activations, batch {batch_size}"
     # The feature term has both models' features in float32. The backward pass begins with the gradients of them all.
@@ -94,6 +97,8 @@ def estimate_memory(
         begins[weights] = max(whole.weights, whole.teacher)
         for moment in later:
             moment |= {weights: whole.weights, unspread: whole.gradients}
+    if use_ema and buckets:  # elsewhere gradients have just made room for it
+        moments["while weights are averaged"] = {"their difference to the average": 4 * trained}
     moments["while images are encoded"] = {"working set of the VAE": encoders.working_set}  # and nothing is whole
     moments["while samples are decoded"] = {"VAE that decodes and its working set (fp32)": decoding}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
@@ -155,9 +160,10 @@ def print_cache_estimate(
     teacher_macs: int,
     images: int | None,
     mixed_precision: str | None,
+    beforehand: int,
     processes: int = 1,
 ) -> None:
-    """Print what the cache of the teacher's predictions takes on the disk, and how long it takes to fill it.
+    """Print what the teacher's predictions take, on the device and on the disk, and how long it takes to cache them.
 
     Args:
         passes: `--cache_teacher`; `None` prints nothing.
@@ -166,6 +172,7 @@ def print_cache_estimate(
         teacher_macs: Multiply-accumulates of a forward pass on one image.
         images: Of the data set. A dry run does not read it: `None` prints the size for each thousand.
         mixed_precision: "fp16", "bf16", "no" or `None`.
+        beforehand: Bytes of the teacher on the device, and of what decodes its samples.
         processes: That fill it together.
     """
     if passes is None:
@@ -173,6 +180,7 @@ def print_cache_estimate(
     width = dtype_of(storage).itemsize
     rows = passes * (images or 1000)
     of = f"{images:,} images" if images is not None else "each 1,000 images (--max_train_samples says how many)"
+    print(f"beforehand, the teacher and what decodes its samples: {beforehand / 2**20:,.1f} MiB")
     print(f"the teacher's predictions, cached beforehand, for {of}: {rows * outputs * width / 2**20:,.1f} MiB")
     for card, seconds in _seconds_by_card(2 * rows * teacher_macs / processes, mixed_precision).items():
         print(f"  {card:<40}{seconds / 60:>12,.3g} min")

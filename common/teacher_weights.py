@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from common.costs import dtype_of
+from common.memory import fits_the_gpu
 from common.teachers import PLAIN, check_weights, freeze
 
 import torch
@@ -25,6 +26,7 @@ BLOCK = 64  # weights of nf4 that share a float32 scale
 COMPRESSED = {"fp8": 1, "nf4": 0.5 + 4 / BLOCK}  # bytes per weight, by --teacher_dtype
 
 
+@fits_the_gpu("the teacher", "pass --teacher_dtype or --offload_teacher")
 def hold_teacher(
     teacher: torch.nn.Module, teacher_dtype: str | None, working: torch.dtype, device: torch.device, offload: bool
 ) -> torch.nn.Module:

@@ -32,6 +32,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
 )
+from accelerate.utils.memory import clear_device_cache
 from diffusers import optimization
 from diffusers.training_utils import EMAModel
 
@@ -119,6 +120,7 @@ def prepare_models(
     fsdp: bool = False,
 ) -> None:
     """Set both models up as asked for, in place."""
+    clear_device_cache(garbage_collection=True)  # of a teacher that is gone, in whose hooks and weights are cycles
     models = [model for model in (student, teacher) if model is not None]
     if gradient_checkpointing:
         student.model.enable_gradient_checkpointing()

@@ -384,6 +384,14 @@ def test_what_does_not_fit_the_gpu_is_named(distil, monkeypatch):
         patch.setattr(train_lift_sd21, "sample_images", full)
         with pytest.raises(SystemExit, match=r"^error: the sample grid does not fit .* fewer --validation_prompts"):
             distil("sampling", "--cache_latents")
+        with pytest.raises(SystemExit, match=r"^error: the grid of the teacher's samples does not fit"):
+            distil("sampling", "--cache_latents", "--cache_teacher", 1, "--lambda_kd_feat", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("common.teacher_weights.freeze", full)
+        with pytest.raises(
+            SystemExit, match=r"^error: the teacher does not fit .* pass --teacher_dtype or --offload_"
+        ):
+            distil("holding", "--cache_latents")
 
 
 def test_each_access_draws_from_the_cached_moments_anew(monkeypatch):

@@ -3,10 +3,12 @@
 import copy
 import json
 import re
+import weakref
 from pathlib import Path
 
 from common.metrics import read_metrics
 from common.teacher_weights import count_bytes, hold_teacher
+from common.training import make_accelerator, prepare_models
 
 import pytest
 import torch
@@ -83,6 +85,17 @@ def test_predictions_stay_near_and_weights_get_small(name):
     assert errors["fp32"] == 0 < errors["fp16"] < errors["bf16"] < errors["fp8"] < 0.2 and errors["nf4"] < 0.35
     assert sizes["fp32"] == 2 * sizes["fp16"] == 2 * sizes["bf16"] > 2 * sizes["fp8"]
     assert sizes["nf4"] < sizes["bf16"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp8", "nf4"])
+def test_a_teacher_that_is_gone_is_freed_before_the_first_step(dtype, tmp_path):
+    """Its hooks and its compressed weights point at it, and it at them."""
+    accelerator = make_accelerator(str(tmp_path), "none", 0, 1, "no", False)
+    teacher = hold_teacher(MODELS["unet"](), dtype, torch.float32, CPU, offload=False)
+    weights = [weakref.ref(weight) for weight in teacher.parameters()]
+    del teacher
+    prepare_models(FeatureModel(UNet2DModel(**TINY_UNET), []), None, accelerator, False, False, False)
+    assert weights and not any(weight() is not None for weight in weights)
 
 
 def test_without_a_choice_it_is_the_runs_precision():

@@ -706,12 +706,13 @@ def print_dry_run(
         encoding = NO_ENCODING
     features = count_features(teacher, recipe["features"], inputs)
     live = args.kd_loss != "none" and args.cache_teacher is None
-    on_device = live and not args.offload_teacher
-    held = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if on_device else 0
+    weights = 0 if args.offload_teacher else count_bytes(teacher, args.teacher_dtype, args.mixed_precision)
+    held = weights if live else 0
     accumulates = args.gradient_accumulation_steps > 1
     settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
     whole = count_whole(make_student(), teacher, held) if args.fsdp else None
-    rest = {"processes": processes, "whole": whole, "decoding": estimate_decoding(vae, args.resolution)}
+    decoding = estimate_decoding(vae, args.resolution)
+    rest = {"processes": processes, "whole": whole, "decoding": decoding}
     memory = estimate_memory(activations, count, held, *settings, trained, encoding, features, **rest)
     print_memory_estimate(*memory, processes)
     images = args.train_batch_size * args.gradient_accumulation_steps
@@ -719,7 +720,7 @@ def print_dry_run(
     print_time_estimate(macs, teacher_macs if live else 0, *how, processes, encoding.macs)
     outputs = student.config.out_channels * inputs["hidden_states"][0, 0].numel()
     cached = args.cache_teacher, outputs, args.cache_teacher_dtype, teacher_macs
-    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, processes)
+    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, weights + decoding, processes)
     print(json.dumps(public_config(student.config), indent=2))
 
 
