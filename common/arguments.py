@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from common.attention import check_xformers
 from common.errors import fail, first_line
+from common.folders import check_data_dir
 from common.ranges import ANY, RANGES
 
 import torch
@@ -199,14 +200,12 @@ def check_args(args: argparse.Namespace) -> None:
             fail(f"--num_processes {args.num_processes} is for --dry_run; drop it, and pass it to the launcher")
         if (args.dataset_name is None) == (args.train_data_dir is None):
             fail("--dataset_name or --train_data_dir must say where the images are: pass one of them")
-        if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
-            fail(f"--train_data_dir {args.train_data_dir} is no folder; pass a folder of images")
-        if args.train_data_dir is not None and not any(Path(args.train_data_dir).iterdir()):
-            fail(f"--train_data_dir {args.train_data_dir} is empty; put images into it")
-        for name in ("pretrained_teacher_model", "train_data_dir"):
-            given = getattr(args, name)
-            if given is not None and Path(given).resolve() == Path(args.output_dir).resolve():
-                fail(f"--output_dir {args.output_dir} is --{name}, which it would overwrite; pass another folder")
+        if args.train_data_dir is not None:
+            check_data_dir(args.train_data_dir, args.output_dir)
+        teacher = args.pretrained_teacher_model
+        if teacher is not None and Path(teacher).resolve() == Path(args.output_dir).resolve():
+            which = "is --pretrained_teacher_model, which it would overwrite"
+            fail(f"--output_dir {args.output_dir} {which}; pass another folder")
         if args.cache_dir is not None and Path(args.cache_dir).exists() and not Path(args.cache_dir).is_dir():
             fail(f"--cache_dir {args.cache_dir} is no folder; pass one, or drop the flag")
     if args.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", args.license):

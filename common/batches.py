@@ -64,7 +64,11 @@ def endless_batches(
             batches = dataloader.batches_from(skip)  # which do not end
         else:
             dataloader.set_epoch(epoch)
-            batches = iter(skip_first_batches(dataloader, skip) if skip else dataloader)
+            resumed = skip_first_batches(dataloader, skip) if skip else dataloader
+            resumed._non_blocking = (
+                dataloader._non_blocking
+            )  # which Accelerate does not hand on: each batch would wait
+            batches = iter(resumed)
         while (batch := fetch(batches, None)) is not None:
             stop.check()
             yield batch

@@ -39,6 +39,7 @@ except ModuleNotFoundError:
 # What a whole checkpoint has at least.
 FILES = {"state.json", "optimizer.safetensors"}
 
+NO_FOLDERS = {errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP}  # what file systems answer that flush no folders
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what file systems without locks answer
 
 # Output folders that this process locks, with whether it makes them; and the locks, open for as long as it holds them.
@@ -148,6 +149,9 @@ def save_checkpoint(
     """
     folder, temporary = output_dir / f"checkpoint-{step}", output_dir / f".tmp-{step}"
     shutil.rmtree(temporary, ignore_errors=True)
+    needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+    if limit is not None:
+        make_room(output_dir, needed)
     try:
         temporary.mkdir(parents=True)
         for name, group in tensors.items():
@@ -168,7 +172,6 @@ def save_checkpoint(
             flush(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
         fail(
             f"--output_dir {output_dir} cannot take {folder.name}: {first_line(error)}; make room for {needed:,} "
             f"bytes ({shutil.disk_usage(output_dir).free:,} are free); earlier checkpoints are whole"
@@ -183,6 +186,16 @@ def save_checkpoint(
         (output_dir / name).rename(output_dir / name.replace("checkpoint", ".del"))
     sweep(output_dir)
     return folder
+
+
+def make_room(output_dir: Path, needed: int) -> None:
+    """Remove the oldest checkpoints, but never the newest, while fewer bytes are free than another one needs."""
+    oldest = list_checkpoints(output_dir)[:-1]
+    while oldest and shutil.disk_usage(output_dir).free < needed:
+        path = oldest.pop(0)
+        print(f"the disk is almost full: {path.name} makes room for the next checkpoint", flush=True)
+        path.rename(output_dir / path.name.replace("checkpoint", ".del"))
+        sweep(output_dir)
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
@@ -258,11 +271,14 @@ def hash_file(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk; on native Windows, which opens no folders, a file."""
+    """Wait until a file is on the disk, or a folder, where the file system can; native Windows opens no folders."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in NO_FOLDERS:
+            raise
     finally:
         os.close(descriptor)

@@ -12,6 +12,7 @@ import errno
 import glob
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import fail, first_line
@@ -31,6 +32,17 @@ class Folder(NamedTuple):
     metadata: list[str]  # the paths of metadata files
     shards: list[str]  # the patterns of .tar files
     has_texts: bool  # any .txt files
+
+
+def check_data_dir(path: str, output_dir: str) -> None:
+    """Refuse a `--train_data_dir` without data, or around `--output_dir`, whose samples would be trained on later."""
+    if not os.path.isdir(path):
+        fail(f"--train_data_dir {path} is no folder; pass a folder of images")
+    if not os.listdir(path):
+        fail(f"--train_data_dir {path} is empty; put images into it")
+    if Path(output_dir).resolve().is_relative_to(Path(path).resolve()):
+        inside = f"is in --train_data_dir {path}, so that its own samples would be trained on"
+        fail(f"--output_dir {output_dir} {inside}; pass a folder outside")
 
 
 def look_into(path: str) -> Folder:

@@ -8,23 +8,32 @@
 # specific language governing permissions and limitations under the License.
 """How is a finished student saved, and how does it get to the Hub?"""
 
+import json
 from pathlib import Path
 
 from common.ending import Stopped
 from common.errors import fail, first_line
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import auth_check, create_repo, model_info, upload_folder
 
 
+# What a run writes beside the folders of the pipeline's parts; the grids of its samples/ stay here.
+SHOWN = ("README.md", "samples.png", "curves.png", "metrics.jsonl", "blocks.json", "influence.png")
+
+
 def save_with_variant(pipeline: DiffusionPipeline, output_dir: Path, fp16_variant: bool) -> None:
-    """Save a pipeline in float32, and where asked for its fp16 variant beside that; its models change in place."""
-    for path in output_dir.glob("*/*.fp16.*"):
-        path.unlink()  # it would be an earlier student's
+    """Save a pipeline in float32, and where asked for its fp16 variant beside that; its parts change in place."""
+    for name in pipeline.components:
+        for path in (output_dir / name).glob("*.fp16.*"):
+            path.unlink()  # it would be an earlier student's
     models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     for model in models:
         model.float()
+    for part in (pipeline, *pipeline.components.values()):
+        if isinstance(part, ConfigMixin):  # else the path that it was loaded from, within the user's home, is saved
+            part.register_to_config(_name_or_path=output_dir.resolve().name)
     pipeline.save_pretrained(output_dir)
     if not fp16_variant:
         return
@@ -59,11 +68,15 @@ def create_hub_repo(repo_id: str | None, output_dir: Path, private: bool) -> str
 
 
 def push_to_hub(output_dir: Path, repo_id: str) -> None:
-    """Upload the finished pipeline without checkpoints, logs and hidden files. The token is the one of the login.
+    """Upload the finished pipeline, its card and what that shows. The token is the one of the login.
 
-    The repository keeps none of the weights that it had in the same folders: variants and shards of another student.
+    Whatever else lies in the folder stays here: checkpoints, logs, a cache, the user's own files. The repository keeps
+    none of the weights that it had in the same folders: variants and shards of another student.
     """
-    options = {"commit_message": "End of training", "ignore_patterns": ["checkpoint-*", ".*", "logs/*"]}
+    index = json.loads((output_dir / "model_index.json").read_text())
+    wanted = [f"{name}/*" for name, part in index.items() if isinstance(part, list)]
+    options = {"commit_message": "End of training", "ignore_patterns": [".*", "*/.*"]}
+    options["allow_patterns"] = ["model_index.json", *SHOWN, *wanted, "lora/*"]
     parts = {path.parent.name for path in output_dir.glob("*/*.safetensors")}
     options["delete_patterns"] = [f"{part}/*.safetensors*" for part in sorted(parts)]
     try:

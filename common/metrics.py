@@ -66,7 +66,8 @@ class MetricsLog:
                 step = path.stem.removeprefix("step-")
                 if step.isdecimal() and int(step) > first_step:
                     path.unlink()
-            accelerator.init_trackers("lift", flags)
+            undone = {"tensorboard": {"purge_step": first_step + 1}}  # what a killed run has logged since
+            accelerator.init_trackers("lift", flags, init_kwargs=undone)
         hidden = not accelerator.is_local_main_process
         self.progress_bar = tqdm(total=steps, initial=first_step, desc="Steps", disable=hidden)
         self.first_step, self.max_grad_norm = first_step, flags["max_grad_norm"]

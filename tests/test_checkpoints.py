@@ -1,19 +1,23 @@
 """Checkpoints: a resumed run goes on bit for bit, and a killed one loses nothing that was saved."""
 
 import copy
+import errno
 import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import common.data
 import common.train_state
+from common.batches import endless_batches
 from common.checkpoints import (
     find_checkpoint,
     flush,
@@ -22,17 +26,19 @@ from common.checkpoints import (
     save_checkpoint,
     sweep,
 )
+from common.ending import StopSignals
 from common.metrics import read_metrics
 from common.train_state import flatten_optimizer
 from common.training import guarded_step, make_optimizer, seed_step
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.optimizer import AcceleratedOptimizer
 from conftest import ROOT, digest, run_file
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_lift_unet
 
@@ -218,6 +224,63 @@ def test_the_oldest_go_and_nothing_is_pickled(distil):
     for path in (path for path in folder.rglob("*") if path.is_file()):
         # A pickle of protocol 2 to 5, or the zip file that torch.save makes.
         assert not path.read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"))
+
+
+def test_a_full_disk_keeps_the_newest(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 1, 2, 3)
+
+    def usage(path: Path) -> SimpleNamespace:  # each checkpoint weighs 512 bytes, and there is room for three
+        return SimpleNamespace(free=3 * 512 - 512 * len(list_checkpoints(path)))
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    save(tmp_path, 4, limit=3)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert capsys.readouterr().out == "the disk is almost full: checkpoint-1 makes room for the next checkpoint\n"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    save(tmp_path, 5)  # all are kept
+    assert len(list_checkpoints(tmp_path)) == 4
+    save(tmp_path, 6, limit=3)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_file_systems_that_flush_no_folders(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def flush_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush_files)
+    save(tmp_path, 1)
+    assert load_checkpoint(tmp_path / "checkpoint-1")[1] == {"step": 1}
+
+
+def test_the_curves_of_a_tracker_have_each_step_once(distil, tmp_path):
+    """Those of steps that a kill has undone go, as they do from metrics.jsonl."""
+    tracked = ("--max_train_steps", 4, "--report_to", "tensorboard")
+    folder = distil("student", *tracked)
+    for name in ("checkpoint-3", "checkpoint-4"):
+        shutil.rmtree(folder / name)
+    distil("student", *tracked, *LATEST)
+    events = EventAccumulator(str(folder / "logs" / "lift")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_no_batch_waits_for_the_device_after_a_resume(monkeypatch):
+    """As before it: Accelerate's `skip_first_batches` forgets that copies need not wait."""
+    accelerator, seen = Accelerator(dataloader_config=DataLoaderConfiguration(non_blocking=True)), []
+
+    def send(batch, device, non_blocking: bool = False, **options):
+        seen.append(non_blocking)
+        return batch
+
+    monkeypatch.setattr("accelerate.data_loader.send_to_device", send)
+    dataloader = accelerator.prepare_data_loader(torch.utils.data.DataLoader(range(8), batch_size=2))
+    for done in (0, 2):
+        batches = endless_batches(dataloader, done, StopSignals(1))
+        assert next(batches).tolist() == [2 * done, 2 * done + 1]
+    assert seen and all(seen)
 
 
 # ------------------------------------------------------------------------------------------------------- interruptions

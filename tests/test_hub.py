@@ -144,7 +144,12 @@ def pushed(start_hub, teacher, images, tmp_path_factory):
     """A finished run that was pushed: the server, the process and the output folder."""
     folder = tmp_path_factory.mktemp("hub") / "digits"
     (folder / ".notes").mkdir(parents=True)
-    (folder / ".notes" / "private.txt").write_text("nobody's business")
+    for other in (".notes", "cache/lift-encodings", "wandb/run-1/files", "photos"):
+        (folder / other).mkdir(parents=True, exist_ok=True)
+        (folder / other / "private.txt").write_text("nobody's business")
+    (folder / "unet").mkdir()
+    (folder / "unet" / ".private.txt").write_text("nobody's business")
+    (folder / "photo.png").write_bytes(b"nobody's business")
     server = start_hub(folder)
     server.there = [".gitattributes", *STALE, "unet/diffusion_pytorch_model.safetensors", "notes/own.safetensors"]
     finished = push(server, teacher, images, folder, "--hub_model_id", "someone/tiny-digits", "--hub_private_repo")
@@ -178,7 +183,8 @@ def test_the_repository_is_created_before_a_step_is_taken(pushed):
     wanted = json.loads(server.requests[0][2])
     assert (wanted["organization"], wanted["name"]) == ("someone", "tiny-digits")
     assert wanted.get("visibility") == "private" or wanted.get("private") is True
-    assert server.found_at_creation == [".lock", "private.txt"]  # no metrics, no checkpoint
+    others = [".lock", ".private.txt", "photo.png", *["private.txt"] * 4]
+    assert server.found_at_creation == others  # no metrics, no checkpoint
     assert names[-1] == "POST /api/models/someone/tiny-digits/commit/main"
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -202,12 +208,13 @@ def test_another_students_weights_do_not_stay_on_the_hub(pushed):
     assert [line["value"]["path"] for line in commit if line["key"] == "deletedFile"] == STALE
 
 
-def test_checkpoints_logs_and_hidden_files_stay_here(pushed):
+def test_what_is_not_the_students_stays_here(pushed):
     server, _, folder = pushed
-    parts = {part for path in uploaded(server) for part in Path(path).parts}
-    assert not [part for part in parts if part.startswith((".", "checkpoint-", "logs", "events"))]
+    files = {"model_index.json", "README.md", "samples.png", "curves.png", "metrics.jsonl"}
+    files |= {"unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"}
+    assert uploaded(server).keys() == files
     here = {path.name for path in folder.iterdir()}
-    assert {"checkpoint-1", "checkpoint-2", "logs", ".notes"} <= here  # they did exist
+    assert {"checkpoint-1", "checkpoint-2", "logs", "samples", ".notes", "cache"} <= here  # they did exist
 
 
 def leaks(server, process, folder: Path) -> list[str]:
@@ -264,6 +271,8 @@ def test_the_other_scripts_push_too(kind, start_hub, sd_teacher, captioned, arti
     assert leaks(server, finished, tmp_path) == elsewhere
     files = uploaded(server)
     assert {path: (folder / path).read_bytes() for path in files} == files
+    settings = [content for path, content in files.items() if path.endswith(".json")]
+    assert settings and not any(b"/teacher" in content or b'"/' in content for content in settings)  # no paths of here
     denoiser = "unet" if kind in ("sd21", "sdxl") else "transformer"
     wanted = {"model_index.json", f"{denoiser}/diffusion_pytorch_model.safetensors", "README.md", "samples.png"}
     assert files.keys() >= wanted | {"vae/diffusion_pytorch_model.safetensors"}
