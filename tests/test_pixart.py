@@ -108,6 +108,10 @@ def test_captions_are_tokenized_as_by_the_pipeline(pixart):
         (["--lora_rank", 2], "--lora_rank 2 is for pipelines that load LoRA"),
         (["--student", "tiny"], "--student tiny is unknown; pass half"),
         (["--group_size", 7], "--group_size 7"),
+        (
+            ["--enable_xformers_memory_efficient_attention", "--max_sequence_length", 12],
+            ".* not --max_sequence_length 12;",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(run, pixart, captioned, tmp_path, flags, says):

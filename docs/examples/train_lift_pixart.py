@@ -192,6 +192,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     parser.set_defaults(**RECIPE)
     args = parser.parse_args(input_args)
+    if args.enable_xformers_memory_efficient_attention and args.max_sequence_length % 8:
+        length = f"not --max_sequence_length {args.max_sequence_length}"
+        fail(f"--enable_xformers_memory_efficient_attention takes masks of a multiple of 8 tokens, {length}; drop it")
     check_args(args)
     check_streaming(vars(args))
     if args.lora_rank:
