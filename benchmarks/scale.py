@@ -180,8 +180,8 @@ them. `--dry_run --num_processes 4` prints the estimate of any other student, wi
 it says, and the sum was within 10 % of the most that lived at once. Not included are the teacher's working set, the
 CUDA context, and what NCCL holds for itself.
 
-- **DDP** adds no copy of gradients, which are views of its buckets. But the buckets stay, so that gradients are held in
-  the forward pass too, and while weights are averaged, which takes as much once more.
+- **DDP** adds no copy of gradients, which are views of its buckets. But the buckets stay, so that gradients are held
+  in the forward pass too, and while weights are averaged, which takes as much once more.
 - **FSDP2** adds what is whole for a while. That is the rest of a model beside its blocks, and two of its largest
   blocks: the one that computes, and the one that PyTorch fetches meanwhile. In the backward pass two blocks' gradients
   come on top: those being computed, and those being reduced.
