@@ -93,7 +93,7 @@ def estimate(script: str, teacher: Path, flags: str) -> dict:
         "FLOPs": number(r" are ([\d.e+]+) FLOPs"),
         "hours": {card: float(time.replace(",", "")) for card, time in hours},
     }
-    beforehand = [float(size.replace(",", "")) for size in re.findall(r"^beforehand, .*: ([\d.,]+) MiB$", text, re.M)]
+    beforehand = [float(size.replace(",", "")) for size in re.findall(r"^beforehand, .*: ([\d.,]+) MiB", text, re.M)]
     if beforehand:
         found["GiB beforehand"] = round(max(beforehand) / 1024, 1)
     return found
