@@ -371,7 +371,8 @@ def test_students_are_sampled_in_other_ways(page, classifier, tmp_path, monkeypa
         save_pixel_pipeline(model)
         (model / "place.txt").write_text(str(at))
     classifier.rename(folder / "classifier.pt")
-    np.save(folder / "unseen.npy", np.random.default_rng(0).integers(100, 120, (24, 16, 16), dtype=np.uint8))
+    ramps = np.linspace(0, 1, 256).reshape(16, 16) * np.random.default_rng(0).uniform(100, 255, (24, 1, 1))
+    np.save(folder / "unseen.npy", ramps.astype(np.uint8))
 
     steps = {name: sampler._replace(steps=sampler.steps // 10) for name, sampler in samplers.SAMPLERS.items()}
     monkeypatch.setattr(samplers, "SAMPLERS", steps)
