@@ -459,6 +459,11 @@ def draw_samples(name: str, experiment: Experiment, study: Study, path: Path) ->
             pipeline = DDPMPipeline.from_pretrained(folder)
             sampler = DDIMScheduler.from_config(pipeline.scheduler.config)
             strips[run.name] = sample(pipeline.unet.eval(), sampler, 50, SHOWN)[:, 0]
+    draw_strips(strips, study, path)
+
+
+def draw_strips(strips: dict[str, torch.Tensor], study: Study, path: Path) -> None:
+    """A row of each strip, (SHOWN, side, side), under its name, above unseen images."""
     strips["unseen images"] = torch.from_numpy(np.load(study.folder / "unseen.npy")[:SHOWN])
     figure = Figure(figsize=(12, 0.6 * len(strips)), layout="constrained")
     for panel, (row, images) in zip(figure.subplots(len(strips), squeeze=False)[:, 0], strips.items()):

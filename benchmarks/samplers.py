@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, SchedulerMixin, UNet2DModel
 from tqdm import tqdm
 
 
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
 from common.errors import fail
 
-from evidence import EXPERIMENTS, list_runs, tune
+from evidence import EXPERIMENTS, SHOWN, draw_strips, list_runs, tune
 from figures import frechet_distance
 from seeds import cell, interval
 from study import ROOT, SCALES, Run, Study, moments_of, run_of, sample, set_environment
@@ -45,6 +45,8 @@ from study import ROOT, SCALES, Run, Study, moments_of, run_of, sample, set_envi
 SAMPLES = 1000
 LATER = 900  # the first timestep of DDIM by 10 steps
 TEACHER = "the teacher"
+LEADS = "place", "place, rms"  # rows that the others are compared with
+PICTURED = "DDPM, 50 from 980"
 
 
 class LaterStart(DDIMScheduler):
@@ -85,6 +87,12 @@ def roughness(images: torch.Tensor) -> torch.Tensor:
     return (across.flatten(1).mean(1) + down.flatten(1).mean(1)) / 2 / contrast
 
 
+def load(folder: Path, name: str) -> tuple[UNet2DModel, SchedulerMixin]:
+    """A pipeline's model, and one of [`SAMPLERS`] with its noise schedule."""
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    return pipeline.unet.eval(), SAMPLERS[name].make(pipeline.scheduler)
+
+
 @torch.no_grad()
 def measure(folder: Path, study: Path, name: str) -> dict[str, float]:
     """The Fréchet distance of a pipeline's samples to photographs, and the share of them that is noise.
@@ -97,9 +105,7 @@ def measure(folder: Path, study: Path, name: str) -> dict[str, float]:
     torch.set_num_threads(1)
     classifier = torch.jit.load(str(study / "classifier.pt")).eval()
     unseen = torch.from_numpy(np.load(study / "unseen.npy")).float().unsqueeze(1)
-    pipeline = DDPMPipeline.from_pretrained(folder)
-    sampler = SAMPLERS[name].make(pipeline.scheduler)
-    images = sample(pipeline.unet.eval(), sampler, SAMPLERS[name].steps, SAMPLES)
+    images = sample(*load(folder, name), SAMPLERS[name].steps, SAMPLES)
     moments = [moments_of(classifier(pixels)[0].numpy()) for pixels in (images, unseen)]
     noisy = roughness(images) > roughness(unseen).quantile(0.999)
     return {"distance": frechet_distance(*moments[0], *moments[1]), "noise": noisy.float().mean().item()}
@@ -118,12 +124,14 @@ def find_students(experiment: str, study: Study) -> Iterator[tuple[Run, Path]]:
         yield run, folder
 
 
-def measure_all(experiment: str, study: Study, results: Path, jobs: int) -> list[dict[str, Any]]:
-    """A line for each student and the teacher by each sampler, `jobs` side by side; those of the file are kept."""
+def measure_all(models: dict[tuple[str, int], Path], study: Study, results: Path, jobs: int) -> list[dict[str, Any]]:
+    """A line for each model by each sampler, `jobs` side by side; those of the file are kept.
+
+    Args:
+        models: Folders by name and seed.
+    """
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     done = {(line["name"], line["seed"], line["sampler"]) for line in lines}
-    models = {(run.name, run.seed): folder for run, folder in find_students(experiment, study)}
-    models = {(TEACHER, 0): study.folder / "teacher", **models}
     left = [(*model, name) for model in models for name in SAMPLERS if (*model, name) not in done]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool, results.open("a") as file:
         waiting = {}
@@ -151,14 +159,27 @@ def describe(experiment: str, lines: list[dict[str, Any]]) -> str:
     students = list(EXPERIMENTS[experiment]().rows)
     distances = table([*students, TEACHER], lambda row, name: cell(values(row, name)))
     noise = table([*students, TEACHER], lambda row, name: cell([100 * one for one in values(row, name, "noise")], 0))
-    others = [row for row in students if row != "place"]
-    leads = table(others, lambda row, name: interval(values("place", name), values(row, name)))
+    text = ""
+    for lead in [row for row in LEADS if row in students]:
+        others = [row for row in students if row != lead]
+        leads = table(others, lambda row, name, lead=lead: interval(values(lead, name), values(row, name)))
+        text += f"\nThe distance of `{lead}` less that of others:\n\n{leads}"
     return (
         f"# Other samplers\n\nThe students of `{experiment}`, {SAMPLES:,} samples each, by `benchmarks/samplers.py`: "
         "steps, and the timestep of the first. Fréchet distances:\n\n"
-        f"{distances}\nThe share of samples that is noise, in per cent:\n\n{noise}\n"
-        f"The distance of `place` less that of others:\n\n{leads}"
+        f"{distances}\nThe share of samples that is noise, in per cent:\n\n{noise}{text}"
+        f"\n![Samples of the first seed, {PICTURED}](samplers-{experiment}.png)\n"
     )
+
+
+@torch.no_grad()
+def draw(models: dict[tuple[str, int], Path], study: Study, path: Path) -> None:
+    """Samples of each row's first seed by [`PICTURED`], from the same noise, above unseen images."""
+    strips = {}
+    for (name, _), folder in models.items():
+        if name not in strips:
+            strips[name] = sample(*load(folder, PICTURED), SAMPLERS[PICTURED].steps, SHOWN)[:, 0]
+    draw_strips(strips, study, path)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -179,9 +200,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Measure what is left, then write the page."""
     study = Study(args.folder / "cpu", args.results / "runs.jsonl", args.jobs, SCALES["cpu"])
-    lines = measure_all(args.experiment, study, args.results / f"samplers-{args.experiment}.jsonl", args.jobs)
+    models = {(run.name, run.seed): folder for run, folder in find_students(args.experiment, study)}
+    models = {(TEACHER, 0): study.folder / "teacher", **models}
+    path = args.results / f"samplers-{args.experiment}.jsonl"
+    lines = measure_all(models, study, path, args.jobs)
+    draw(models, study, path.with_suffix(".png"))
     page = describe(args.experiment, lines)
-    (args.results / f"samplers-{args.experiment}.md").write_text(page, encoding="utf-8")
+    path.with_suffix(".md").write_text(page, encoding="utf-8")
     print(page)
 
 

@@ -402,6 +402,13 @@ def test_students_are_sampled_in_other_ways(page, classifier, tmp_path, monkeypa
     assert (tmp_path / "samplers-one.md").read_text() == text
 
 
+def test_the_page_of_samplers_says_what_was_measured():
+    results = evidence.ROOT / "benchmarks" / "results" / "evidence" / "samplers-tiny-tuned.jsonl"
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert len(lines) == len(samplers.SAMPLERS) * (1 + 5 * len(evidence.LOSSES))
+    assert samplers.describe("tiny-tuned", lines) == results.with_suffix(".md").read_text()
+
+
 def test_ddim_can_start_later_with_the_same_steps():
     schedule = study.DDPMScheduler()
     first = {}
