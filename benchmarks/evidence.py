@@ -368,6 +368,19 @@ def difference(values: Values, row: str, other: str, figure: str = "fd_50") -> s
     return interval(figures_of(values[row], figure), figures_of(values[other], figure))
 
 
+def count_means(values: Values, pixels: int) -> str:
+    """How many runs of each row have learned the mean of the noise, which decides how bright an image is.
+
+    Of noise of N pixels the mean has the variance 1 / N. So large is the error of a student that does not see it, in
+    the mean of its prediction where all is noise; one has learned it if its error is less than half of that.
+    """
+    at = TIMESTEPS.index(950)
+    learned = {
+        row: [shift[at] < 0.5 / pixels for shift in figures_of(found, "shifts")] for row, found in values.items()
+    }
+    return ", ".join(f"{row} {sum(each)} of {len(each)}" for row, each in learned.items())
+
+
 def explain(experiment: Experiment, values: Values, noise: float) -> str:
     """The differences of other pairs, and which errors to the teacher the distance goes along with, as Markdown.
 
@@ -381,6 +394,8 @@ def explain(experiment: Experiment, values: Values, noise: float) -> str:
         )
         text += f"- `{pair[0]}` less `{pair[1]}`: {by_50} by 50 steps, {by_10} by 10; "
         text += f"kernel distance {kernel_50}, {kernel_10}\n"
+    pixels = SCALES[experiment.scale].side ** 2
+    text += f"\nRuns that have learned the mean of the noise: {count_means(values, pixels)}.\n"
     if experiment.teachers:
         return text
     means = {row: np.mean(figures_of(found, "fd_50")) for row, found in values.items()}

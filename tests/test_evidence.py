@@ -34,6 +34,7 @@ def line_of(run: study.Run, distance: float) -> dict:
         "curve": {"5": 8.0, "10": 7.0},
     }
     figures |= {"errors": [0.1] * len(study.TIMESTEPS), "gradients": [1 / 11] * len(study.TIMESTEPS)}
+    figures["shifts"] = [distance / 2560] * len(study.TIMESTEPS)  # half the variance of the mean where it is 5
     return {**run._asdict(), "figures": figures}
 
 
@@ -70,6 +71,7 @@ def test_runs_are_compared_by_seed_with_the_best_of_a_group(page, tmp_path):
     for line in lines:  # the error at the noisy end grows with the distance, that at the other end falls
         line["figures"]["errors"] = [1 / line["figures"]["fd_50"], *[line["figures"]["fd_50"]] * 10]
     text = page(lines, EXPERIMENT._replace(pairs=(("none", "rms"),)))
+    assert "Runs that have learned the mean of the noise: none 0 of 3, mse 1 of 3, rms 2 of 3.\n" in text
     assert "- `none` less `rms`: +5.00 (+2.52 to +7.48) by 50 steps, +10.00 (+5.03 to +14.97) by 10; " in text
     assert re.search(r"by 10; kernel distance \+0\.0\d .*, \+5\.00 \(\+2\.52 to \+7\.48\)\n", text)
     for which in ("all: 9", "of rows nearer than white noise: 6"):
@@ -402,11 +404,12 @@ def test_students_are_sampled_in_other_ways(page, classifier, tmp_path, monkeypa
     assert (tmp_path / "samplers-one.md").read_text() == text
 
 
-def test_the_page_of_samplers_says_what_was_measured():
-    results = evidence.ROOT / "benchmarks" / "results" / "evidence" / "samplers-tiny-tuned.jsonl"
+@pytest.mark.parametrize("name", ["tiny-tuned", "tiny-longer", "small"])
+def test_the_page_of_samplers_says_what_was_measured(name):
+    results = evidence.ROOT / "benchmarks" / "results" / "evidence" / f"samplers-{name}.jsonl"
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert len(lines) == len(samplers.SAMPLERS) * (1 + 5 * len(evidence.LOSSES))
-    assert samplers.describe("tiny-tuned", lines) == results.with_suffix(".md").read_text()
+    assert len(lines) == len(samplers.SAMPLERS) * (1 + len(evidence.list_runs(name, evidence.EXPERIMENTS[name]())))
+    assert samplers.describe(name, lines) == results.with_suffix(".md").read_text()
 
 
 def test_ddim_can_start_later_with_the_same_steps():
