@@ -33,7 +33,7 @@ def save_with_variant(pipeline: DiffusionPipeline, output_dir: Path, fp16_varian
         model.float()
     for part in (pipeline, *pipeline.components.values()):
         if isinstance(part, ConfigMixin):  # else the path that it was loaded from, within the user's home, is saved
-            part.register_to_config(_name_or_path=output_dir.resolve().name)
+            part.register_to_config(_name_or_path="")
     pipeline.save_pretrained(output_dir)
     if not fp16_variant:
         return

@@ -294,7 +294,7 @@ def test_step_benchmark_keeps_other_cells_where_one_fails(tmp_path, monkeypatch,
 
 
 def test_shrunk_models_keep_the_proportions():
-    args = train_lift_sd21.parse_args(["--student", "bk_tiny", "--train_data_dir", str(ROOT)])
+    args = train_lift_sd21.parse_args(["--student", "bk_tiny", "--train_data_dir", str(ROOT / "tests")])
     shares = []
     for sizes in ((8, 128, 200, cache.TOKENS), (1, 512, 49408, 77)):
         macs = cache.count_macs(*cache.make_models(*sizes), args)

@@ -488,11 +488,13 @@ def test_a_streamed_run_that_was_stopped_ends_as_one_that_was_not(run, teacher, 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_that_break_off_lose_no_step(run, teacher, shards, tmp_path, caplog, workers):
     """The steps that are done are saved before the run ends with the message."""
+    data = tmp_path / "shards"
+    data.mkdir()
     for path in shards.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    whole = (tmp_path / "020.tar").read_bytes()
-    (tmp_path / "020.tar").write_bytes(whole[:5000])
-    command = ("--pretrained_teacher_model", teacher, "--train_data_dir", tmp_path, "--student", 0.5, *SHORT)
+        (data / path.name).write_bytes(path.read_bytes())
+    whole = (data / "020.tar").read_bytes()
+    (data / "020.tar").write_bytes(whole[:5000])
+    command = ("--pretrained_teacher_model", teacher, "--train_data_dir", data, "--student", 0.5, *SHORT)
     command += ("--num_validation_images", 1, "--shuffle_buffer", 6, "--dataloader_num_workers", workers)
     command += ("--output_dir", tmp_path / "run", "--max_train_steps", 12, "--checkpointing_steps", 12)
     caplog.set_level("INFO")
@@ -501,7 +503,7 @@ def test_data_that_break_off_lose_no_step(run, teacher, shards, tmp_path, caplog
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     done = int(checkpoint.name.removeprefix("checkpoint-"))
     assert 0 < done < 12 and f"the data cannot be read: saved step {done}; go on with" in caplog.text
-    (tmp_path / "020.tar").write_bytes(whole)
+    (data / "020.tar").write_bytes(whole)
     run("train_lift_unet", *command, "--resume_from_checkpoint", "latest")
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 12
 
