@@ -762,7 +762,7 @@ def make_manifest(
 def save_manifest(manifest: dict, args: argparse.Namespace) -> None:
     """Write manifest.json. Ends the process if the folder holds images that were made with other settings."""
     folder, path = args.output_dir, args.output_dir / "manifest.json"
-    has_images = any(folder.glob("*.png"))  # hidden ones are unfinished
+    has_images = any(image.name[0] != "." for image in folder.glob("*.png"))  # hidden ones are unfinished
     if has_images and path.exists():
         saved = read_manifest(folder, "--output_dir")
         for key in sorted(manifest.keys() | saved.keys()):
