@@ -65,9 +65,8 @@ def endless_batches(
         else:
             dataloader.set_epoch(epoch)
             resumed = skip_first_batches(dataloader, skip) if skip else dataloader
-            resumed._non_blocking = (
-                dataloader._non_blocking
-            )  # which Accelerate does not hand on: each batch would wait
+            # Accelerate does not hand this on: each batch would wait for the device.
+            resumed._non_blocking = dataloader._non_blocking
             batches = iter(resumed)
         while (batch := fetch(batches, None)) is not None:
             stop.check()
