@@ -182,10 +182,15 @@ def save_checkpoint(
     flush(output_dir)
     names = [path.name for path in list_checkpoints(output_dir)]
     newest = names.index(folder.name) + 1
-    for name in [*names[newest:], *(names[: max(0, newest - limit)] if limit is not None else [])]:
+    discard(output_dir, [*names[newest:], *(names[: max(0, newest - limit)] if limit is not None else [])])
+    return folder
+
+
+def discard(output_dir: Path, names: list[str]) -> None:
+    """Remove checkpoints; a kill meanwhile leaves rubbish, but none that looks like a checkpoint."""
+    for name in names:
         (output_dir / name).rename(output_dir / name.replace("checkpoint", ".del"))
     sweep(output_dir)
-    return folder
 
 
 def make_room(output_dir: Path, needed: int) -> None:
@@ -194,8 +199,7 @@ def make_room(output_dir: Path, needed: int) -> None:
     while oldest and shutil.disk_usage(output_dir).free < needed:
         path = oldest.pop(0)
         print(f"the disk is almost full: {path.name} makes room for the next checkpoint", flush=True)
-        path.rename(output_dir / path.name.replace("checkpoint", ".del"))
-        sweep(output_dir)
+        discard(output_dir, [path.name])
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
