@@ -81,6 +81,7 @@ PASSES = {"max_train_samples": 8000, "antithetic_timesteps": False}
 # experiments on draws and on fresh ones.
 LONG = {**PASSES, "max_train_steps": 6000, "train_batch_size": 32, "lr_warmup_steps": 200, "checkpointing_steps": 1000}
 LONGER = {**LONG, "max_train_steps": 12_000, "checkpointing_steps": 2000}
+SMALL = {"student": 0.3125, "max_train_steps": 2000, "checkpointing_steps": 500}
 # A search by fewer steps than those of the reported runs may find rates that are too high, as it did for mse in the
 # first experiments: see the one on rates.
 SHORT_SEARCH, FULL_SEARCH = Search(3000), Search(6000, seeds=(100, 101), first=8e-3)
@@ -104,6 +105,12 @@ LOSSES = {
     "place, rms": {"kd_loss": "place", "task_loss": "rms", **CACHED},
     "place + FitNet": {"kd_loss": "place", "lambda_kd_feat": 1e-6},
 }
+DECIDING_PAIRS = *(("place", other) for other in ("lift", "rms", "none")), ("rms", "none"), ("mse", "none")
+# The best rates from a random start, of 6,000 steps for students of 1.6 % and of 1,000 for those of 16 %.
+TINY_RATES = {"none": 0.016, "none, rms": 0.004, "mse": 0.008, "rms": 0.004, "rms, rms": 0.004}
+TINY_RATES |= {"lift": 0.008, "place": 0.008, "place, rms": 0.008}
+SMALL_RATES = {"none": 0.004, "none, rms": 0.008, "mse": 0.008, "rms": 0.008}
+SMALL_RATES |= {"lift": 0.004, "place": 0.008, "place, rms": 0.004}
 
 
 def tiny_experiment(shared: Flags, search: Search, names: tuple[str, ...] = tuple(LOSSES)) -> Experiment:
@@ -122,16 +129,23 @@ def tiny_experiment(shared: Flags, search: Search, names: tuple[str, ...] = tupl
     return Experiment(question, rows, (0, 1, 2, 3, 4), shared, compared, search, pairs=pairs)
 
 
-def other_experiment(size: str, student: float, init: str, steps: int, search: Search) -> Experiment:
-    """The losses that decide, on another student or from another start."""
-    start = {"random": "from a random start", "magnitude": "pruned from the teacher"}[init]
-    shared = {**LONG, "student": student, "student_init": init, "max_train_steps": steps}
-    shared["checkpointing_steps"] = steps // 4
+def small_experiment() -> Experiment:
+    """The losses that decide, on a student ten times as large."""
     names = ("none", "none, rms", "mse", "rms", "FitNet", "lift", "place", "place, rms")
     rows, compared = {name: LOSSES[name] for name in names}, (("mse",), ("none", "none, rms"))
-    question = f"Which loss helps a student of {size} of the teacher, {start}?"
-    pairs = *(("place", other) for other in ("lift", "rms", "none")), ("rms", "none"), ("mse", "none")
-    return Experiment(question, rows, (0, 1, 2), shared, compared, search, pairs=pairs)
+    question = "Which loss helps a student of 16 % of the teacher, from a random start?"
+    return Experiment(question, rows, (0, 1, 2), {**LONG, **SMALL}, compared, Search(1000), pairs=DECIDING_PAIRS)
+
+
+def pruned_experiment(size: str, shared: Flags, rates: dict[str, float]) -> Experiment:
+    """The losses that decide, from a pruned start, at the best rates from a random one."""
+    names = ("none", "none, rms", "mse", "rms", "lift", "place", "place, rms")
+    rows = {name: {**LOSSES[name], "learning_rate": rates[name]} for name in names}
+    shared = {**LONG, "student_init": "magnitude", **shared}
+    question = (
+        f"Which loss helps a student of {size} of the teacher, pruned from it, at the best rates of a random start?"
+    )
+    return Experiment(question, rows, (0, 1, 2), shared, (("mse",), ("none", "none, rms")), pairs=DECIDING_PAIRS)
 
 
 def draws_experiment() -> Experiment:
@@ -206,8 +220,8 @@ def longer_rates_experiment() -> Experiment:
 
 def long_experiment() -> Experiment:
     """Losses that decide, for three times the steps, each at its best rate of 6,000 steps."""
-    rates = {"none, rms": 0.004, "mse": 0.008, "rms, rms": 0.004, "place": 0.008, "place, rms": 0.008}
-    rows = {loss: {**LOSSES[loss], "learning_rate": rate} for loss, rate in rates.items()}
+    losses = "none, rms", "mse", "rms, rms", "place", "place, rms"
+    rows = {loss: {**LOSSES[loss], "learning_rate": TINY_RATES[loss]} for loss in losses}
     shared = {**LONG, "max_train_steps": 18_000, "checkpointing_steps": 3000}
     question = "Which loss helps a student of 1.6 % of the teacher, in 18,000 steps, at the best rates of 6,000?"
     pairs = *(("place", other) for other in ("none, rms", "rms, rms")), ("rms, rms", "none, rms")
@@ -216,13 +230,15 @@ def long_experiment() -> Experiment:
 
 
 def ablations_experiment() -> Experiment:
-    """PLACE's choices, one at a time, on the student of 1.6 %."""
+    """PLACE's choices, one at a time, on the student of 1.6 %, at the rate that is the best for it and for LIFT."""
     rows = {"place": {}, "groups of 4": {"group_size": 4}, "groups of 64": {"group_size": 64}}
     rows |= {"one group (lift)": {"kd_loss": "lift"}, "groups by position": {"group_by": "position"}}
     rows |= {name.replace("_", " "): {"kd_weighting": name} for name in ("constant", "linear", "cosine")}
     rows |= {"coarse only": {"kd_weighting": "coarse_only"}, "fine only": {"kd_weighting": "fine_only"}}
-    shared = {**LONG, **CACHED, "kd_loss": "place"}
-    return Experiment("Which of PLACE's choices matter?", rows, (0, 1, 2), shared, (("place",),), FULL_SEARCH)
+    shared = {**LONG, **CACHED, "kd_loss": "place", "learning_rate": TINY_RATES["place"]}
+    question = "Which of PLACE's choices matter, for a student of 1.6 % of the teacher?"
+    pairs = tuple((row, "place") for row in rows if row != "place")
+    return Experiment(question, rows, (0, 1, 2), shared, (("place",),), pairs=pairs)
 
 
 def batches_experiment() -> Experiment:
@@ -231,9 +247,11 @@ def batches_experiment() -> Experiment:
     for batch in (32, 128):
         for loss in ("mse", "place"):
             rows[f"{loss}, batch {batch}"] = {"kd_loss": loss, "train_batch_size": batch}
-    question, shared = "Does PLACE's noise matter less in large batches?", {**LONG, **CACHED}
+    shared = {**LONG, **CACHED, "learning_rate": TINY_RATES["mse"]}
+    question = "Does PLACE's noise matter less in large batches, in as many steps, at the best rate of both by 32?"
     pairs = tuple((f"place, batch {batch}", f"mse, batch {batch}") for batch in (32, 128))
-    return Experiment(question, rows, (0, 1, 2), shared, (("mse, batch 32",),), FULL_SEARCH, pairs=pairs)
+    pairs += tuple((f"{loss}, batch 128", f"{loss}, batch 32") for loss in ("mse", "place"))
+    return Experiment(question, rows, (0, 1, 2), shared, (("mse, batch 32",),), pairs=pairs)
 
 
 def large_experiment() -> Experiment:
@@ -266,9 +284,9 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
     "teachers": teachers_experiment,
     "ablations": ablations_experiment,
     "batches": batches_experiment,
-    "small": partial(other_experiment, "16 %", 0.3125, "random", 2000, Search(1000)),
-    "tiny-pruned": partial(other_experiment, "1.6 %", 0.125, "magnitude", 6000, FULL_SEARCH),
-    "small-pruned": partial(other_experiment, "16 %", 0.3125, "magnitude", 2000, Search(2000, (100, 101), 8e-3)),
+    "small": small_experiment,
+    "tiny-pruned": partial(pruned_experiment, "1.6 %", {}, TINY_RATES),
+    "small-pruned": partial(pruned_experiment, "16 %", SMALL, SMALL_RATES),
     "large": large_experiment,
 }
 

@@ -170,6 +170,15 @@ def test_experiments_are_command_lines_of_the_script(name, tmp_path):
     assert rows <= set(experiment.rows)
 
 
+@pytest.mark.parametrize(("name", "rates"), [("tiny-tuned", evidence.TINY_RATES), ("small", evidence.SMALL_RATES)])
+def test_experiments_without_a_search_take_the_rates_that_one_has_found(name, rates):
+    found = study.Study(
+        evidence.ROOT, evidence.ROOT / "benchmarks/results/evidence/runs.jsonl", 1, study.SCALES["cpu"]
+    )
+    tuned = evidence.tune(name, evidence.EXPERIMENTS[name](), found.finished())
+    assert rates == {row: tuned.rows[row]["learning_rate"] for row in rates}
+
+
 def test_questions_name_the_share_of_the_teacher_that_students_have():
     """Channels are rounded to the groups of the normalisation, so a width does not tell it."""
     lines = (evidence.ROOT / "benchmarks" / "results" / "evidence" / "runs.jsonl").read_text().splitlines()
