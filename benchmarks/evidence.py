@@ -141,7 +141,7 @@ def pruned_experiment(size: str, shared: Flags, rates: dict[str, float]) -> Expe
     """The losses that decide, from a pruned start, at the best rates from a random one."""
     names = ("none", "none, rms", "mse", "rms", "lift", "place", "place, rms")
     rows = {name: {**LOSSES[name], "learning_rate": rates[name]} for name in names}
-    shared = {**LONG, "student_init": "magnitude", **shared}
+    shared = {**LONG, "student_init": "magnitude", "checkpointing_steps": 2000, **shared}
     question = (
         f"Which loss helps a student of {size} of the teacher, pruned from it, at the best rates of a random start?"
     )
@@ -235,7 +235,7 @@ def ablations_experiment() -> Experiment:
     rows |= {"one group (lift)": {"kd_loss": "lift"}, "groups by position": {"group_by": "position"}}
     rows |= {name.replace("_", " "): {"kd_weighting": name} for name in ("constant", "linear", "cosine")}
     rows |= {"coarse only": {"kd_weighting": "coarse_only"}, "fine only": {"kd_weighting": "fine_only"}}
-    shared = {**LONG, **CACHED, "kd_loss": "place", "learning_rate": TINY_RATES["place"]}
+    shared = {**LONG, **CACHED, "kd_loss": "place", "learning_rate": TINY_RATES["place"], "checkpointing_steps": 2000}
     question = "Which of PLACE's choices matter, for a student of 1.6 % of the teacher?"
     pairs = tuple((row, "place") for row in rows if row != "place")
     return Experiment(question, rows, (0, 1, 2), shared, (("place",),), pairs=pairs)
@@ -247,7 +247,7 @@ def batches_experiment() -> Experiment:
     for batch in (32, 128):
         for loss in ("mse", "place"):
             rows[f"{loss}, batch {batch}"] = {"kd_loss": loss, "train_batch_size": batch}
-    shared = {**LONG, **CACHED, "learning_rate": TINY_RATES["mse"]}
+    shared = {**LONG, **CACHED, "learning_rate": TINY_RATES["mse"], "checkpointing_steps": 2000}
     question = "Does PLACE's noise matter less in large batches, in as many steps, at the best rate of both by 32?"
     pairs = tuple((f"place, batch {batch}", f"mse, batch {batch}") for batch in (32, 128))
     pairs += tuple((f"{loss}, batch 128", f"{loss}, batch 32") for loss in ("mse", "place"))
