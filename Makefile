@@ -30,10 +30,9 @@ quality: .venv/installed
 bench: export MALLOC_MMAP_THRESHOLD_ = 8589934592
 bench: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 bench: export MALLOC_TOP_PAD_ = 268435456
-bench: .venv/installed  ## time the loss, training steps, and cached latents
+bench: .venv/installed  ## time the loss and training steps
 	$(PY) benchmarks/loss.py
 	$(PY) benchmarks/step.py
-	$(PY) benchmarks/cache.py
 
 endings: .venv/installed  ## kill and interrupt runs of every script everywhere, and look at how they end (hours)
 	$(PY) benchmarks/kills.py

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.arguments import HelpFormatter, check_values
+from common.costs import DTYPES
 from common.errors import fail, first_line
 from common.finite import first_non_finite
 from common.single_file import State, convert_pipeline
@@ -43,7 +44,6 @@ REFUSED = {
     "DDPMPipeline": PIXELS,
     "DDIMPipeline": PIXELS,
 }
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SD_CPP = "stable-diffusion.cpp"
 
 

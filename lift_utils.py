@@ -210,20 +210,20 @@ def make_kd_loss(
         return partial(_plain_loss, kind)
 
     def kd_loss(
-        student_prediction: torch.Tensor, teacher_prediction: torch.Tensor, progress: float, weights: None = None
+        student: torch.Tensor, teacher: torch.Tensor, progress: float, weights: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if weights is not None:
             raise ValueError(f"{kind} compares a batch's groups, and has no weights of samples; use mse or rms")
         parts = lift_place_loss(
-            student_prediction,
-            teacher_prediction,
+            student,
+            teacher,
             group_size=group_size if kind == "place" else None,
             norm=norm,
             weighting=fine_weighting(weighting, progress),
             group_by=group_by,
         )
         logs = {"coarse": parts.coarse, "fine": parts.fine, "weight": parts.weight}
-        logs |= _plain_loss("mse", student_prediction.detach(), teacher_prediction, progress)[1]
+        logs |= _plain_loss("mse", student.detach(), teacher, progress)[1]
         for name, value in (("slope", parts.slope), ("intercept", parts.intercept)):
             logs |= {f"{name}_mean": value.mean(), f"{name}_std": value.std(correction=0)}
         return parts.fine if weighting == "fine_only" else parts.loss, logs

@@ -123,7 +123,6 @@ from common.training import (
     prepare_models,
     seed_step,
     trained_parameters,
-    working_dtype,
 )
 from common.vae import identify_vae, load_vae
 
@@ -1006,7 +1005,7 @@ def main(args: argparse.Namespace) -> None:
         args.hub_model_id = create_hub_repo(args.hub_model_id, output_dir, args.hub_private_repo)
 
     # ---- data
-    device, dtype = accelerator.device, working_dtype(accelerator)
+    device, dtype = accelerator.device, dtype_of(accelerator.mixed_precision)
     num_classes = student_shape.config.num_embeds_ada_norm
     resolution = student_shape.config.sample_size * vae_factor(vae)
     with accelerator.main_process_first():

@@ -146,7 +146,6 @@ from common.training import (
     prepare_models,
     seed_step,
     trained_parameters,
-    working_dtype,
 )
 
 import datasets
@@ -469,7 +468,7 @@ def choose_blocks(
     """
 
     def measure() -> tuple[list[float], list[int]]:
-        device, dtype = accelerator.device, working_dtype(accelerator)
+        device, dtype = accelerator.device, dtype_of(accelerator.mixed_precision)
         how = teacher_dtype, dtype, device, offload
         teacher = load_frozen(source, SD3Transformer2DModel, "transformer", *first_place(*how))
         with fits_the_gpu(f"--student_depth {depth}: the teacher", "pass --teacher_dtype, or choose by --keep_blocks"):
@@ -1001,7 +1000,7 @@ def main(args: argparse.Namespace) -> None:
         args.hub_model_id = create_hub_repo(args.hub_model_id, output_dir, args.hub_private_repo)
 
     # ---- data
-    device, dtype = accelerator.device, working_dtype(accelerator)
+    device, dtype = accelerator.device, dtype_of(accelerator.mixed_precision)
     with accelerator.main_process_first():
         dataset, contents = make_dataset(args, tokenizers)
     prompts = args.validation_prompts or first_captions(dataset, args.caption_column)

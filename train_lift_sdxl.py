@@ -130,7 +130,6 @@ from common.training import (
     prepare_models,
     seed_step,
     trained_parameters,
-    working_dtype,
 )
 from common.vae import identify_vae, load_vae
 
@@ -939,7 +938,7 @@ def main(args: argparse.Namespace) -> None:
         args.hub_model_id = create_hub_repo(args.hub_model_id, output_dir, args.hub_private_repo)
 
     # ---- data
-    device, dtype = accelerator.device, working_dtype(accelerator)
+    device, dtype = accelerator.device, dtype_of(accelerator.mixed_precision)
     with accelerator.main_process_first():
         dataset, contents = make_dataset(args, tokenizers)
     prompts = args.validation_prompts or first_captions(dataset, args.caption_column)

@@ -46,7 +46,7 @@ from common.batches import endless_batches, make_dataloader
 from common.cache import cache_encodings
 from common.card import write_model_card
 from common.checkpoints import prepare_output
-from common.costs import estimate_activations, profile_forward
+from common.costs import dtype_of, estimate_activations, profile_forward
 from common.data import choose_samples, drop_unreadable, flip_rows, load_images, load_pixels
 from common.ending import Stopped, StopSignals
 from common.errors import fail
@@ -88,7 +88,6 @@ from common.training import (
     prepare_models,
     seed_step,
     trained_parameters,
-    working_dtype,
 )
 
 import datasets
@@ -655,7 +654,7 @@ def main(args: argparse.Namespace) -> None:
         args.hub_model_id = create_hub_repo(args.hub_model_id, output_dir, args.hub_private_repo)
 
     # ---- data
-    device, dtype = accelerator.device, working_dtype(accelerator)
+    device, dtype = accelerator.device, dtype_of(accelerator.mixed_precision)
     with accelerator.main_process_first():
         dataset, contents = make_dataset(args, unet.config.in_channels, *image_size(unet))
 

@@ -550,7 +550,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", default="full", choices=SIZES, help="of the models (default: full)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON lists")
     parser.add_argument("--inputs", type=Path, default=ROOT / "runs" / "gpu", help="folder of teachers and images")
-    parser.add_argument("--in_process", help=argparse.SUPPRESS)  # a run: what `run_apart` gives its process
+    parser.add_argument("--in_process", help=argparse.SUPPRESS)  # a run: what `run_wave` gives its process
     parser.add_argument(
         "--estimates", action="store_true", help="add what --dry_run says to slice 1, 2, 3 or 7; no GPU"
     )

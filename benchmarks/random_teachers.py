@@ -46,7 +46,7 @@ from full_models import CELEBA, DIT_XL, SD3_MEDIUM, SD21, SDXL, make_vae
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from small_runs import SCRIPTS, TEACHERS, write_images
-from tiny_models import TOKENS, make_tokenizer
+from tiny_models import TOKENS, WORDS, make_tokenizer
 
 
 SIZES = ("tiny", "small", "full")
@@ -140,7 +140,7 @@ def make_pipeline(script: str, size: str) -> DiffusionPipeline:
         return DDPMPipeline(*models, DDPMScheduler())
     if script == "dit":
         return DiTPipeline(*models, DDIMScheduler(clip_sample=False))
-    tokenizer = make_tokenizer(TOKENS if size == "small" else 77)
+    tokenizer = make_tokenizer(WORDS, TOKENS if size == "small" else 77)
     if script == "sd21":
         unet, vae, text_encoder = models
         scheduler = DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, steps_offset=1)
@@ -177,7 +177,7 @@ def make_models(script: str, config: dict, narrower: int) -> tuple[torch.nn.Modu
 
 def make_clip(kind: type, width: int, layers: int, heads: int, narrower: int) -> torch.nn.Module:
     """A text encoder; a small one has no words but the tokenizer's."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(WORDS, TOKENS)
     last = len(tokenizer) - 1
     text = CLIPTextConfig(
         vocab_size=49408 if narrower == 1 else len(tokenizer),

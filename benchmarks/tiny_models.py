@@ -8,6 +8,7 @@
 # specific language governing permissions and limitations under the License.
 """Pipelines of random weights in full layout, so small that a training step takes a fraction of a second on a CPU."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demos"))
+
+from small_models import make_tokenizer
 
 
 TINY_UNET = {
@@ -100,7 +106,7 @@ def save_pixel_pipeline(folder: Path, **unet: Any) -> Path:
 def save_sd_pipeline(folder: Path, prediction_type: str = "epsilon", **unet: Any) -> Path:
     """A tiny random Stable Diffusion pipeline: 32 pixels, four levels; `unet` overrides its U-Net's config."""
     torch.manual_seed(0)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(WORDS, TOKENS)
     vae = _vae()
     config = {
         "sample_size": 8,
@@ -128,7 +134,7 @@ def save_sd_pipeline(folder: Path, prediction_type: str = "epsilon", **unet: Any
 def save_sdxl_pipeline(folder: Path, prediction_type: str = "epsilon", **unet: Any) -> Path:
     """A tiny random Stable Diffusion XL pipeline: 32 pixels, three levels; `unet` overrides its U-Net's config."""
     torch.manual_seed(0)
-    vae, tokenizer = _vae(force_upcast=True), make_tokenizer()
+    vae, tokenizer = _vae(force_upcast=True), make_tokenizer(WORDS, TOKENS)
     config = {
         "sample_size": 8,
         "block_out_channels": [8, 16, 32],
@@ -197,17 +203,6 @@ def _vae(**config: Any) -> AutoencoderKL:
     )
 
 
-def make_tokenizer(length: int = TOKENS) -> CLIPTokenizer:
-    """A token for each of WORDS; others are spelt by letters. Captions have `length` tokens."""
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'!-"
-    spelt = [[*word[:-1], f"{word[-1]}</w>"] for word in WORDS]
-    merges = [("".join(parts[:at]), parts[at]) for parts in spelt for at in range(1, len(parts))]
-    merges = list(dict.fromkeys(merges))
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
-    tokens = dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"])
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=length)
-
-
 def _clip_config(width: int, tokenizer: CLIPTokenizer, **config: Any) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -224,7 +219,7 @@ def _clip_config(width: int, tokenizer: CLIPTokenizer, **config: Any) -> CLIPTex
 
 
 def _clip(width: int) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(WORDS, TOKENS)
     return CLIPTextModelWithProjection(_clip_config(width, tokenizer, projection_dim=width)), tokenizer
 
 

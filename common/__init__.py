@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""What the four training scripts share and is not the method: a question a file. The method is lift_utils.py."""
+"""What the training scripts share and is not the method: a question a file. The method is lift_utils.py."""
 
 import logging
 import os

@@ -135,11 +135,11 @@ def find_no_caption(row: dict[str, Any], caption_column: str) -> str | None:
     return None if (row[caption_column] or "").strip() else "have no caption"
 
 
-def first_captions(dataset: datasets.Dataset | StreamedDataset, column: str, count: int = 4) -> list[str]:
-    """The captions of the first images."""
+def first_captions(dataset: datasets.Dataset | StreamedDataset, column: str) -> list[str]:
+    """The captions of the first four images."""
     if isinstance(dataset, StreamedDataset):
-        return [row[column] for row in dataset.head(count)]
-    return list(dataset.with_format(None)[:count][column])
+        return [row[column] for row in dataset.head(4)]
+    return list(dataset.with_format(None)[:4][column])
 
 
 def count_longer(captions: list[str], tokenizer: Callable, limit: int) -> int:

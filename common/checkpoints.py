@@ -275,9 +275,7 @@ def hash_file(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file is on the disk, or a folder, where the file system can; native Windows opens no folders."""
-    if os.name == "nt" and path.is_dir():
-        return
+    """Wait until a file is on the disk, or a folder, where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

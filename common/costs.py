@@ -31,13 +31,17 @@ from transformers import PreTrainedModel
 CHECKPOINTED = re.compile(r"(^|\.)(resnets|transformer_blocks)\.\d+$")
 
 
+# What the flags call the dtypes.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 def dtype_of(mixed_precision: str | None) -> torch.dtype:
     """What a run computes in, and what frozen models are kept in.
 
     Args:
         mixed_precision: "fp16", "bf16", "no" or `None`.
     """
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+    return DTYPES.get(mixed_precision, torch.float32)
 
 
 def profile_forward(model: torch.nn.Module, dtype: torch.dtype = torch.float32, **inputs: Any) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@
 # specific language governing permissions and limitations under the License.
 """What will a run hold in memory and on the disk, and how long will it take?"""
 
-from common.costs import NO_ENCODING, Encoding, dtype_of
+from common.costs import DTYPES, NO_ENCODING, Encoding, dtype_of
 from common.sharding import Whole
 
 
@@ -177,7 +177,7 @@ def print_cache_estimate(
     """
     if passes is None:
         return
-    width = dtype_of(storage).itemsize
+    width = DTYPES[storage].itemsize
     rows = passes * (images or 1000)
     of = f"{images:,} images" if images is not None else "each 1,000 images (--max_train_samples says how many)"
     print(f"beforehand, the teacher and what decodes its samples: {beforehand / 2**20:,.1f} MiB")

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from common.training import averaged_weights, trained_parameters, working_dtype
+from common.costs import dtype_of
+from common.training import averaged_weights, trained_parameters
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def sample_models(
 
 def autocast_of(model: torch.nn.Module, accelerator: Accelerator) -> AbstractContextManager:
     """The run's autocast, but for a teacher in the other half precision, with which that fails: it casts by itself."""
-    other = {torch.float16, torch.bfloat16} - {working_dtype(accelerator)}
+    other = {torch.float16, torch.bfloat16} - {dtype_of(accelerator.mixed_precision)}
     return nullcontext() if model.dtype in other else accelerator.autocast()
 
 

@@ -17,7 +17,8 @@ from functools import partial
 from typing import Any
 
 from common.cache import JoinedDataset, identify, read_rows
-from common.teachers import PLAIN, TeacherSource
+from common.costs import DTYPES
+from common.teachers import TeacherSource
 from common.training import place_seed
 
 import torch
@@ -107,7 +108,7 @@ def cache_predictions(
     def load_teacher() -> Callable:
         def encode(batch: Batch) -> dict[str, torch.Tensor]:
             inputs = make_inputs(send_to_device(batch, device))[0]
-            return {"teacher": predict(model, inputs, batch)[0].to(PLAIN[storage])}
+            return {"teacher": predict(model, inputs, batch)[0].to(DTYPES[storage])}
 
         return encode
 

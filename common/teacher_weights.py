@@ -13,9 +13,9 @@ import re
 from functools import partial
 from typing import Any
 
-from common.costs import dtype_of
+from common.costs import DTYPES, dtype_of
 from common.memory import fits_the_gpu
-from common.teachers import PLAIN, check_weights, freeze
+from common.teachers import check_weights, freeze
 
 import torch
 
@@ -68,7 +68,7 @@ def first_place(
 ) -> tuple[torch.device, torch.dtype]:
     """Where, and in what dtype, a teacher's weights are before [`hold_teacher`] compresses or offloads them."""
     on_cpu = offload or teacher_dtype in COMPRESSED
-    return torch.device("cpu") if on_cpu else device, PLAIN.get(teacher_dtype, working)
+    return torch.device("cpu") if on_cpu else device, DTYPES.get(teacher_dtype, working)
 
 
 def _quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -128,7 +128,7 @@ def count_bytes(teacher: torch.nn.Module, teacher_dtype: str | None, mixed_preci
         teacher: It may be on the meta device.
         mixed_precision: "fp16", "bf16", "no" or `None`.
     """
-    wide = PLAIN.get(teacher_dtype, dtype_of(mixed_precision)).itemsize
+    wide = DTYPES.get(teacher_dtype, dtype_of(mixed_precision)).itemsize
     narrow = count_narrow(teacher, teacher_dtype)
     total = sum(parameter.numel() for parameter in teacher.parameters())
     return round(wide * (total - narrow) + COMPRESSED.get(teacher_dtype, 0) * narrow)

@@ -35,8 +35,6 @@ UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, L
 
 # Schedulers of the noise that DDPM adds. EDM's is called compatible too, but has no betas.
 DDPM_NOISE = {kind.__name__ for kind in DDPMScheduler().compatibles} - {"EDMEulerScheduler"}
-# What --teacher_dtype and --cache_teacher_dtype call the plain dtypes.
-PLAIN = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 

@@ -10,7 +10,6 @@
 
 import hashlib
 import logging
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from accelerate.utils import (
 from accelerate.utils.memory import clear_device_cache
 from diffusers import optimization
 from diffusers.training_utils import EMAModel
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from lift_utils import FeatureModel
 
@@ -105,11 +105,6 @@ def make_accelerator(
     return accelerator
 
 
-def working_dtype(accelerator: Accelerator) -> torch.dtype:
-    """What frozen models are kept in: the precision of the run."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-
-
 def prepare_models(
     student: FeatureModel,
     teacher: FeatureModel | None,
@@ -166,18 +161,10 @@ def get_scheduler(
     """Diffusers' learning rate schedule of this name, or "cosine_to_half", a cosine down to half the peak."""
     if name == "constant" and num_warmup_steps:  # Diffusers' own "constant" has no warm-up
         name = "constant_with_warmup"
-    if name != "cosine_to_half":
-        return optimization.get_scheduler(
-            name, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps
-        )
-
-    def factor(step: int) -> float:
-        if step < num_warmup_steps:
-            return step / num_warmup_steps
-        share = (step - num_warmup_steps) / max(1, num_training_steps - num_warmup_steps)
-        return 0.75 + 0.25 * math.cos(math.pi * min(1, share))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    steps = {"num_warmup_steps": num_warmup_steps, "num_training_steps": num_training_steps}
+    if name == "cosine_to_half":
+        return get_cosine_with_min_lr_schedule_with_warmup(optimizer, **steps, min_lr_rate=0.5)
+    return optimization.get_scheduler(name, optimizer, **steps)
 
 
 @contextmanager

@@ -71,6 +71,7 @@ LOSSES = {
 NAMES = "the names end with the loss and the seed; `none_rms` is `--kd_loss none --task_loss rms`"
 RIVALS = ("none", "mse", "place")  # that all students of several seeds are compared with
 TRAIN_BATCH_SIZE = 32
+MAX_SAMPLES = 50_000
 SAMPLE_BATCH_SIZE = 100
 
 start = time.perf_counter()
@@ -105,14 +106,14 @@ def make_parser(description: str, output_dir: str, **defaults: int) -> argparse.
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, input_args: list[str] | None, max_samples: int) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, input_args: list[str] | None) -> argparse.Namespace:
     """Parse the command line, or `input_args`. Ends the process if a number is out of range."""
     args = parser.parse_args(input_args)
     for name, value in vars(args).items():
         if isinstance(value, int) and value < 1:
             fail(f"--{name} {value} is too small; pass at least 1")
-    if not 2 * FEATURES <= args.samples <= max_samples:
-        fail(f"--samples {args.samples} does not suit {FEATURES} features; pass {2 * FEATURES} to {max_samples}")
+    if not 2 * FEATURES <= args.samples <= MAX_SAMPLES:
+        fail(f"--samples {args.samples} does not suit {FEATURES} features; pass {2 * FEATURES} to {MAX_SAMPLES}")
     return args
 
 

@@ -75,7 +75,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("flags", nargs="*", help="after --: further flags for the training of the students")
     parser.set_defaults(threads=min(8, available_cores()))
-    return demo.parse(parser, input_args, max_samples=50_000)
+    return demo.parse(parser, input_args)
 
 
 def available_cores() -> int:

@@ -75,25 +75,23 @@ def caption(label: int, image: np.ndarray) -> str:
     return f"a photo of a {tone} {CLASSES[label]}"
 
 
-def pad(images: np.ndarray, side: int = 32) -> np.ndarray:
-    """Centre images, uint8 (N, 28, 28), on black: uint8 (N, side, side)."""
-    margin = (side - 28) // 2
-    return np.pad(images, ((0, 0), (margin, margin), (margin, margin)))
+def pad(images: np.ndarray) -> np.ndarray:
+    """Centre images, uint8 (N, 28, 28), on black: uint8 (N, 32, 32)."""
+    return np.pad(images, ((0, 0), (2, 2), (2, 2)))
 
 
-def write_captioned(folder: Path, images: np.ndarray, labels: np.ndarray, side: int = 32) -> Path:
-    """Write a folder of RGB PNGs with captions in metadata.jsonl; returns it.
+def write_captioned(folder: Path, images: np.ndarray, labels: np.ndarray) -> Path:
+    """Write a folder of RGB PNGs of 32 pixels with captions in metadata.jsonl; returns it.
 
     Args:
         folder: Is made if it is missing.
         images: Grey, uint8 (N, 28, 28). They are centred on black.
         labels: (N,), from 0 to 9.
-        side: Width and height of the PNGs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index, (pixels, label) in enumerate(zip(images, labels)):
-        Image.fromarray(pad(pixels[None], side)[0]).convert("RGB").save(folder / f"{index:05d}.png")
+        Image.fromarray(pad(pixels[None])[0]).convert("RGB").save(folder / f"{index:05d}.png")
         lines.append(json.dumps({"file_name": f"{index:05d}.png", "text": caption(label, pixels)}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder

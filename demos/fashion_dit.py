@@ -59,7 +59,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     defaults = {"teacher_steps": 1800, "student_steps": 900, "samples": 500, "inference_steps": 25}
     parser = demo.make_parser(__doc__, "demo-dit", **defaults)
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance; 1 is none")
-    return demo.parse(parser, input_args, max_samples=50_000)
+    return demo.parse(parser, input_args)
 
 
 def write_articles(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:

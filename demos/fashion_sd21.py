@@ -62,7 +62,7 @@ def parse_args(
     parser.add_argument("--autoencoder_steps", type=int, default=5000, help="training steps of the autoencoder")
     parser.add_argument("--clip_steps", type=int, default=400, help="training steps of the CLIP")
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance; 1 is none")
-    return demo.parse(parser, input_args, max_samples=50_000)
+    return demo.parse(parser, input_args)
 
 
 def make_parts(args: argparse.Namespace) -> tuple:

@@ -48,6 +48,7 @@ import datasets
 import numpy as np
 import torch
 from cleanfid.utils import EXTENSIONS
+from datasets.arrow_dataset import Column
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -178,7 +179,7 @@ class Images(torch.utils.data.Dataset):
         crop: Before that the shorter side is resized to it and the longer side is cropped to it.
     """
 
-    def __init__(self, records: "list[Path] | Column", prepare: Prepare, crop: int | None = None):
+    def __init__(self, records: list[Path] | Column, prepare: Prepare, crop: int | None = None):
         self.records, self.prepare, self.crop = records, prepare, crop
 
     def __len__(self) -> int:
@@ -331,7 +332,7 @@ def load_reference(extractor: Extractor, args: argparse.Namespace, device: torch
     return statistics
 
 
-def load_dataset(args: argparse.Namespace) -> "tuple[Column, str]":
+def load_dataset(args: argparse.Namespace) -> tuple[Column, str]:
     """The undecoded images of the dataset `--reference`, and a string that identifies its contents."""
     flag = f"--reference {args.reference}"
     try:
@@ -342,20 +343,7 @@ def load_dataset(args: argparse.Namespace) -> "tuple[Column, str]":
         fail(f"--image_column {args.image_column} is not in the data; choose one of {', '.join(dataset.column_names)}")
     images = undecode(dataset.select_columns(args.image_column), args.image_column)
     dataset = follow_files(images, args.image_column)
-    return Column(dataset, args.image_column), f"{dataset._fingerprint} {args.image_column}"
-
-
-class Column:
-    """One column of a dataset, as a sequence."""
-
-    def __init__(self, dataset: datasets.Dataset, name: str):
-        self.dataset, self.column = dataset, name
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.dataset[index][self.column]
+    return dataset[args.image_column], f"{dataset._fingerprint} {args.image_column}"
 
 
 def save_statistics(path: Path, statistics: Statistics, key: dict) -> None:

@@ -65,6 +65,7 @@ from common.finite import first_non_finite
 from common.processes import TIMEOUT, check_connected
 from common.teachers import DDPM_NOISE, PREDICTIONS, read_weights
 from common.texts import read_lines
+from common.training import place_seed
 
 
 # The published protocol of each kind: the sampler, steps, guidance.
@@ -498,8 +499,7 @@ def encode_apart(
 
 def seeded(seed: int, index: int) -> torch.Generator:
     """The random generator of image `index`. It is on the CPU, so that the noise is the same on any device."""
-    digest = hashlib.sha256(repr((seed, index)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(place_seed(seed, index))
 
 
 @torch.no_grad()

@@ -19,11 +19,12 @@ from typing import Any
 
 import common.card
 from common.checkpoints import unlock_output
+from common.students import public_config
 
 import psutil
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 import fashion
 import tiny_models
+from lift_utils import FeatureModel
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +112,19 @@ def decoded(monkeypatch) -> list[torch.Tensor]:
 
     monkeypatch.setattr(AutoencoderKL, "decode", spied)
     return calls
+
+
+@pytest.fixture
+def compile_quickly(monkeypatch) -> list[torch.nn.Module]:
+    """--compile uses a backend that traces the models without the minutes of code generation; what it has compiled."""
+    compile_module, compiled = torch.nn.Module.compile, []
+
+    def compile_and_count(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        compile_module(module, fullgraph=True, backend="aot_eager")
+
+    monkeypatch.setattr(FeatureModel, "compile", compile_and_count)
+    return compiled
 
 
 @pytest.fixture
@@ -320,6 +335,26 @@ def weights(folder: Path, part: str | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a pipeline's U-Net or transformer, or of another part."""
     part = part or next(name for name in ("unet", "transformer") if (folder / name).is_dir())
     return load_file(folder / part / "diffusion_pytorch_model.safetensors")
+
+
+def widened(small: ModelMixin) -> ModelMixin:
+    """A U-Net of twice the width that computes the same: every second channel is a copy that nothing reads."""
+    config = public_config(small.config)
+    config["block_out_channels"] = [2 * width for width in config["block_out_channels"]]
+    wide = type(small).from_config(config)
+    state = {}
+    for name, target in wide.state_dict().items():
+        value = small.state_dict()[name]
+        if target.shape[0] != value.shape[0]:
+            value = value.repeat_interleave(2, dim=0)
+        if ".to_q." in name:
+            value = value * 2**0.5  # the wider head divides by the root of its width
+            value[1::2] = 0
+        if value.ndim > 1 and target.shape[1] != value.shape[1]:
+            value = torch.stack([value, torch.zeros_like(value)], dim=2).flatten(1, 2)
+        state[name] = value
+    wide.load_state_dict(state)
+    return wide
 
 
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:

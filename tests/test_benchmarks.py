@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,13 +15,11 @@ from conftest import ROOT, run_file
 from diffusers import DDIMPipeline
 from PIL import Image
 
-import cache
 import demo
 import digits
 import gpu
 import random_teachers
 import step
-import train_lift_sd21
 import turns
 from result_tables import as_markdown, tables_from_files
 
@@ -291,34 +288,3 @@ def test_step_benchmark_keeps_other_cells_where_one_fails(tmp_path, monkeypatch,
     assert "| error: a flag |" in capsys.readouterr().out
     errors = iter(({"error": step.FITS_NOT},))  # the other one is a result
     step.main(args, "a command")
-
-
-def test_shrunk_models_keep_the_proportions():
-    args = train_lift_sd21.parse_args(["--student", "bk_tiny", "--train_data_dir", str(ROOT / "tests")])
-    shares = []
-    for sizes in ((8, 128, 200, cache.TOKENS), (1, 512, 49408, 77)):
-        macs = cache.count_macs(*cache.make_models(*sizes), args)
-        shares.append([value / sum(macs.values()) for value in macs.values()])
-    assert shares[0] == pytest.approx(shares[1], abs=0.02) and shares[1][0] > 0.3
-
-
-def test_cache_benchmark_prints_the_ratio(run, monkeypatch, tmp_path, capsys):
-    commands = []
-
-    def run_in_process(command: list[str], **options) -> SimpleNamespace:
-        commands.append(command[2:])
-        run(Path(command[1]).stem, *command[2:])
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(cache, "subprocess", SimpleNamespace(run=run_in_process, PIPE=None, STDOUT=None))
-    path = tmp_path / "cache.json"
-    flags = ["--steps", "2", "--warmup", "1", "--runs", "1", "--resolution", "64", "--threads", "1"]
-    cache.main(cache.parse_args([*flags, "--json", str(path), "--", "--train_batch_size", "2", "--group_size", "8"]))
-    assert ["--cache_latents" in flags for flags in commands] == [False, True]
-    result = json.loads(path.read_text())
-    speeds = result["steps per second"]
-    assert result["batch"] == 2 and len(speeds["with"]) == len(speeds["without"]) == 1
-    assert result["ratio"] == speeds["with"][0] / speeds["without"][0] > 0
-    assert f"with / without --cache_latents: {result['ratio']:.2f}" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="--scale 3 does not divide"):
-        cache.parse_args(["--scale", "3"])

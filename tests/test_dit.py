@@ -30,7 +30,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_lift_dit
-from lift_utils import FeatureModel
 from tiny_models import TINY_DIT, save_dit_pipeline
 from train_lift_dit import STUDENTS
 
@@ -392,19 +391,11 @@ def test_pixel_vae_changes_nothing():
         torch.testing.assert_close(half.float(), images, rtol=0, atol=1 / 255)
 
 
-def test_compiled_equals_eager(distil, tmp_path, monkeypatch):
-    """The whole run; by a backend that traces both models without the minutes of code generation."""
-    compile_module, calls = torch.nn.Module.compile, []
-
-    def counted(module):
-        calls.append(module)
-        compile_module(module, backend="aot_eager")
-
-    monkeypatch.setattr(FeatureModel, "compile", counted)
+def test_compiled_equals_eager(distil, compile_quickly, tmp_path):
     eager = distil("--keep_blocks", "1,3", output_dir=tmp_path / "eager")
-    assert not calls
+    assert not compile_quickly
     compiled = distil("--keep_blocks", "1,3", "--compile", output_dir=tmp_path / "compiled")
-    assert len(calls) == 2
+    assert len(compile_quickly) == 2
     for ours, theirs in zip(metrics(eager), metrics(compiled)):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     assert weights(compiled).keys() == weights(eager).keys()
@@ -675,9 +666,9 @@ def test_cached_and_uncached_runs_see_the_same_data(distil, tmp_path):
     assert len(list((tmp_path / "cache" / "lift-encodings").iterdir())) == 2
 
 
-@pytest.mark.parametrize("flags", [["--cache_latents"], ["--student_depth", 3]], ids=lambda flags: flags[0])
-def test_a_resumed_run_equals_an_uninterrupted_one(distil, tmp_path, flags):
-    flags = [*flags, "--max_train_steps", 3, "--checkpointing_steps", 2, "--cache_dir", tmp_path / "cache"]
+def test_a_resumed_run_equals_an_uninterrupted_one(distil, tmp_path):
+    flags = ["--student_depth", 3, "--cache_latents", "--cache_dir", tmp_path / "cache"]
+    flags += ["--max_train_steps", 3, "--checkpointing_steps", 2]
     flags += ["--train_batch_size", 20]  # two batches an epoch, eight images not in any
     whole = distil(*flags, output_dir=tmp_path / "whole")
     resumed = tmp_path / "resumed"

@@ -13,12 +13,13 @@ from unittest import mock
 
 from common.adapters import add_adapters
 from common.attention import check_xformers
+from common.costs import dtype_of
 from common.data import flip_views
 from common.sd3_text import T5, TextLayout, join_text
 from common.students import pair_features
 from common.teacher_weights import hold_teacher
 from common.teachers import TeacherSource, load_part, load_skeleton
-from common.training import make_accelerator, prepare_models, working_dtype
+from common.training import make_accelerator, prepare_models
 
 import pytest
 import torch
@@ -223,7 +224,7 @@ def make_step(
     accelerator = argparse.Namespace(mixed_precision=precision, device=torch.device("cpu"))
     source = TeacherSource(str(folder), None, None, script.EXPECTED)
     make = {"unet": unet_step, "dit": dit_step, "sd3": sd3_step}.get(name, latent_unet_step)
-    dtype = working_dtype(accelerator)
+    dtype = dtype_of(accelerator.mixed_precision)
     step = make(script, args, source, accelerator.device, dtype, cached)
     hold_teacher(step.teacher.model, None, dtype, accelerator.device, offload=False)
     prepare_models(step.student, step.teacher, accelerator, compiled, xformers=False, compiled=compiled)

@@ -1,4 +1,4 @@
-"""The shape of the repository: a small method, rooms without circles, four scripts side by side."""
+"""The shape of the repository: a small method, rooms without circles, the scripts side by side."""
 
 import ast
 import inspect
@@ -85,7 +85,7 @@ def test_every_parameter_has_a_type(path):
     assert [pair for pair in untyped if pair[1] not in ("self", "cls")] == []
 
 
-# --------------------------------------------------------------------------------------------------- the four scripts
+# -------------------------------------------------------------------------------------------------------- the scripts
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import ROOT, copy_script, digest, launch, metrics, same, weights, without_time
+from conftest import ROOT, copy_script, digest, launch, metrics, same, weights, widened, without_time
 from diffusers import (
     AutoencoderKL,
     PNDMScheduler,
@@ -276,26 +276,6 @@ def test_feature_pairs_of_the_full_size_have_one_size(full_size):
         assert all(isinstance(layer, torch.nn.Conv2d) == projected for layer in pair.projections)
 
 
-def widened(small: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A teacher of twice the width that computes the same: every second channel is a copy that nothing reads."""
-    config = {key: value for key, value in small.config.items() if not key.startswith("_")}
-    config["block_out_channels"] = [2 * width for width in config["block_out_channels"]]
-    wide = UNet2DConditionModel.from_config(config)
-    state = {}
-    for name, target in wide.state_dict().items():
-        value = small.state_dict()[name]
-        if target.shape[0] != value.shape[0]:
-            value = value.repeat_interleave(2, dim=0)
-        if ".to_q." in name:
-            value = value * 2**0.5  # the wider head divides by the root of its width
-            value[1::2] = 0
-        if value.ndim > 1 and target.shape[1] != value.shape[1]:
-            value = torch.stack([value, torch.zeros_like(value)], dim=2).flatten(1, 2)
-        state[name] = value
-    wide.load_state_dict(state)
-    return wide
-
-
 @pytest.mark.parametrize("linear", [True, False], ids=["linear projections", "convolutions"])
 def test_pruning_finds_the_channels_that_matter(linear):
     """GEGLU's halves, heads and cross attention stay consistent: the function survives."""
@@ -467,15 +447,7 @@ def test_features_under_checkpointing(sd_teacher, preset):
         torch.testing.assert_close(gradients(plain), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_compiled_equals_eager(distil, tmp_path, monkeypatch):
-    """The whole run; by a backend that traces both models without the minutes of code generation."""
-    compile_module, calls = torch.nn.Module.compile, []
-
-    def compile_quickly(module):
-        calls.append(module)
-        compile_module(module, fullgraph=True, backend="aot_eager")
-
-    monkeypatch.setattr(FeatureModel, "compile", compile_quickly)
+def test_compiled_equals_eager(distil, compile_quickly, tmp_path):
     teacher = save_sd_pipeline(
         tmp_path / "teacher",
         block_out_channels=[8],
@@ -487,9 +459,9 @@ def test_compiled_equals_eager(distil, tmp_path, monkeypatch):
     )
     flags = (TEACHER, teacher, "--student", "whole", "--student_init", "random", "--max_train_steps", 1)
     eager = distil(*flags, output_dir=tmp_path / "eager")
-    assert not calls
+    assert not compile_quickly
     compiled = distil(*flags, "--compile", output_dir=tmp_path / "compiled")
-    assert len(calls) == 2
+    assert len(compile_quickly) == 2
     assert metrics(eager)[0]["loss"] == pytest.approx(metrics(compiled)[0]["loss"], rel=1e-4)
     assert weights(compiled).keys() == weights(eager).keys()
 

@@ -240,11 +240,13 @@ def test_a_whole_student_starts_as_the_teacher(distil, monkeypatch):
     assert (teacher - student).abs().max() <= 2 and (teacher - averaged).abs().max() <= 2
 
 
-def test_compiled_equals_eager(distil, tmp_path):
+def test_compiled_equals_eager(distil, compile_quickly, tmp_path):
     teacher = save_sd3_pipeline(tmp_path / "teacher", num_layers=1)
     flags = ("--pretrained_teacher_model", teacher, "--student", "whole", "--lora_rank", 2, "--share_backbone")
     eager = distil(*flags, output_dir=tmp_path / "eager")
+    assert not compile_quickly
     compiled = distil(*flags, "--compile", output_dir=tmp_path / "compiled")
+    assert len(compile_quickly) == 2
     assert losses(eager) == pytest.approx(losses(compiled), rel=1e-3)
     assert weights(compiled).keys() == weights(eager).keys()
 

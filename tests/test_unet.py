@@ -12,7 +12,7 @@ from common.students import copy_blocks, is_narrower
 import datasets
 import pytest
 import torch
-from conftest import TWO_PROCESSES, copy_script, digest, launch, metrics, run_several, same, weights
+from conftest import TWO_PROCESSES, copy_script, digest, launch, metrics, run_several, same, weights, widened
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -263,25 +263,6 @@ def test_presets_of_the_celeba_ddpm(preset, parameters):
     assert teacher.num_parameters() == 78_700_803
     assert student.num_parameters() == parameters
     assert is_narrower(student, teacher)
-
-
-def widened(small: UNet2DModel) -> UNet2DModel:
-    """A teacher of twice the width that computes the same: every second channel is a copy that nothing reads."""
-    config = {**small.config, "block_out_channels": [2 * width for width in small.config.block_out_channels]}
-    wide = UNet2DModel.from_config(config)
-    state = {}
-    for name, target in wide.state_dict().items():
-        value = small.state_dict()[name]
-        if target.shape[0] != value.shape[0]:
-            value = value.repeat_interleave(2, dim=0)
-        if ".to_q." in name:
-            value = value * 2**0.5  # the wider head divides by the root of its width
-            value[1::2] = 0
-        if value.ndim > 1 and target.shape[1] != value.shape[1]:
-            value = torch.stack([value, torch.zeros_like(value)], dim=2).flatten(1, 2)
-        state[name] = value
-    wide.load_state_dict(state)
-    return wide
 
 
 @pytest.mark.parametrize("init", ["magnitude", "diffusion"])
