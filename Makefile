@@ -43,5 +43,5 @@ evidence: .venv/installed  ## run the experiments that are left (days), and writ
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --requirement requirements.txt
+	.venv/bin/pip install --requirement requirements.txt
 	touch $@

@@ -24,8 +24,8 @@ from common.arguments import HelpFormatter, check_values
 from common.costs import DTYPES
 from common.errors import fail, first_line
 from common.finite import first_non_finite
+from common.loading import explain, read_weights
 from common.single_file import State, convert_pipeline
-from common.teachers import read_weights
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -218,6 +218,8 @@ def load_student(model: str, revision: str | None, variant: str | None) -> Diffu
         fail(f"--model {model} is an adapter alone; pass the student's folder around it, where it is merged")
     if (folder / "state.json").is_file():
         fail(f"--model {model} is a checkpoint of a training; let the run end, and pass its --output_dir")
+    if not (folder / "model_index.json").is_file() and any(folder.glob("checkpoint-*/state.json")):
+        fail(f"--model {model} is a run that has not ended; let it end")
     if not folder.is_dir() and (folder.is_absolute() or model.startswith(".") or model.count("/") > 1):
         fail(f"--model {model} is no folder; {EXPECTED}")
     try:
@@ -232,7 +234,7 @@ def load_student(model: str, revision: str | None, variant: str | None) -> Diffu
         options = {"revision": revision, "variant": variant, **dict.fromkeys(absent)}
         return read_weights(PIPELINES[kind].from_pretrained, model, **options)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        fail(f"--model {model} does not load: {first_line(error)} Remedy: {EXPECTED}")
+        fail(f"--model {model} does not load: {explain(error, variant, EXPECTED)}")
 
 
 def describe(pipeline: DiffusionPipeline, family: Family, title: str) -> dict[str, str]:

@@ -43,7 +43,6 @@ from common.arguments import (
     add_shared_arguments,
     check_args,
     describe_run,
-    end_in_one_line,
     tracked_flags,
 )
 from common.batches import endless_batches, make_dataloader
@@ -72,6 +71,7 @@ from common.data import (
 from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
+from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
@@ -189,7 +189,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     group = groups["models"]
     group.add_argument(
-        "--pretrained_teacher_model", help=f"DiTPipeline: a folder or Hub id (default, but from scratch: {TEACHER})"
+        "--pretrained_teacher_model",
+        help=f"DiTPipeline: a folder or Hub id (default unless trained from scratch: {TEACHER})",
     )
     group.add_argument(
         "--vae", help='"none" for pixels, or an AutoencoderKL, a folder or Hub id (default: the teacher\'s)'
@@ -484,7 +485,7 @@ def make_dataset(
     load = partial(load_examples, **columns, mode=mode, size=resolution)
     if args.streaming:
         stream, source = load_images(*folders, columns, streaming=True)
-        numbers, found = number_labels(stream, args.label_column, num_classes)
+        numbers, found = number_labels(stream, args.label_column, num_classes, names)
         how = args.image_column, args.max_unreadable, args.seed, args.shuffle_buffer, args.output_dir
         labelled = partial(find_wrong_label, label_column=args.label_column, numbers=numbers, num_classes=num_classes)
         return StreamedDataset(stream, source, partial(load, numbers=numbers), *how, labelled), {}, names or found
@@ -492,10 +493,11 @@ def make_dataset(
     if args.train_data_dir is not None:
         report_unlisted(args.train_data_dir, dataset, args.image_column, source, "have no label", args.max_unreadable)
     dataset = choose_samples(dataset, args.max_train_samples, args.seed)
-    numbers, found = number_classes(dataset, args.label_column, num_classes)
+    numbers, found = number_classes(dataset, args.label_column, num_classes, names)
     how = args.max_unreadable, args.dataloader_num_workers, resolution
     dataset = drop_unreadable(dataset, args.image_column, source, *how)
     contents = {"data": dataset._fingerprint, "image": args.image_column, "label": args.label_column}
+    contents |= {"classes": str(numbers)} if numbers is not None else {}
     return dataset.with_transform(partial(load, numbers=numbers)), contents, names or found
 
 
@@ -841,7 +843,7 @@ def sample_images(
     latents = torch.randn(count, config.in_channels, config.sample_size, config.sample_size)[mine].to(device)
     labels = [classes[row] for row in mine] + [config.num_embeds_ada_norm] * len(mine)
     labels = torch.tensor(labels, device=device)
-    scheduler.set_timesteps(num_inference_steps, device=device)
+    scheduler.set_timesteps(min(num_inference_steps, scheduler.config.num_train_timesteps), device=device)
     for step in scheduler.timesteps:
         both = scheduler.scale_model_input(latents, step).repeat(2, 1, 1, 1).to(transformer.dtype)
         with autocast_of(transformer, accelerator):
@@ -926,6 +928,7 @@ def save_pipeline(
     usage += f"image = pipeline(class_labels=[0], guidance_scale={guidance}).images[0]"
     kind, tags = "A class-conditional diffusion transformer", ["class-conditional-image-generation"]
     write_model_card(output_dir, kind, facts, describe_run(args), usage, tags)
+    logger.info(f"the student is in {output_dir}: see README.md, or draw by eval/generate.py --model {output_dir}")
 
 
 def print_dry_run(

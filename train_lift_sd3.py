@@ -42,7 +42,6 @@ from common.arguments import (
     add_shared_arguments,
     check_args,
     describe_run,
-    end_in_one_line,
     tracked_flags,
 )
 from common.batches import endless_batches, make_dataloader
@@ -80,6 +79,7 @@ from common.data import (
 from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
+from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
@@ -901,6 +901,7 @@ def save_pipeline(
     usage += f'image = pipeline("a prompt"{length}).images[0]'
     kind, tags = "A text-to-image model", ["text-to-image"]
     write_model_card(output_dir, kind, facts, describe_run(args), usage, tags)
+    logger.info(f"the student is in {output_dir}: see README.md, or draw by eval/generate.py --model {output_dir}")
 
 
 def print_dry_run(

@@ -38,7 +38,6 @@ from common.arguments import (
     add_shared_arguments,
     check_args,
     describe_run,
-    end_in_one_line,
     tracked_flags,
 )
 from common.batches import endless_batches, make_dataloader
@@ -80,6 +79,7 @@ from common.data import (
 from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
+from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.levels import pair_levels
 from common.memory import fits_the_gpu
@@ -776,7 +776,7 @@ def sample_images(
             pooled_prompt_embeds=text["pooled"][1:],
             negative_pooled_prompt_embeds=text["pooled"][:1].expand(len(mine), -1),
             latents=noise,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=min(num_inference_steps, scheduler.config.num_train_timesteps),
             guidance_scale=guidance_scale,
             output_type="latent",
         ).images
@@ -848,6 +848,7 @@ def save_pipeline(
     usage += f'image = StableDiffusionXLPipeline.from_pretrained("{name}")("a prompt").images[0]'
     kind, tags = "A text-to-image model", ["text-to-image"]
     write_model_card(output_dir, kind, facts, describe_run(args), usage, tags)
+    logger.info(f"the student is in {output_dir}: see README.md, or draw by eval/generate.py --model {output_dir}")
 
 
 def print_dry_run(

@@ -39,7 +39,6 @@ from common.arguments import (
     add_shared_arguments,
     check_args,
     describe_run,
-    end_in_one_line,
     tracked_flags,
 )
 from common.batches import endless_batches, make_dataloader
@@ -51,6 +50,7 @@ from common.data import choose_samples, drop_unreadable, flip_rows, load_images,
 from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
+from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub
 from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
@@ -152,7 +152,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--prediction_type",
         default="epsilon",
         choices=("epsilon", "v_prediction", "sample"),
-        help="what a model without a teacher predicts; with one, the teacher's scheduler says",
+        help="what a model without a teacher predicts, or a teacher without a scheduler; others say it in theirs",
     )
 
     group = groups["data"]
@@ -248,6 +248,11 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
         config["norm_num_groups"] or 1,
         fixed="norm_num_groups" in recipe.get("config", {}),
     )
+    attended = [width for width, kind in zip(narrow, config["down_block_types"]) if "Attn" in kind]
+    attended += narrow[-1:] if config.get("add_attention", True) else []
+    head = config.get("attention_head_dim") or 1
+    if attended and min(attended) < head:
+        raise ValueError(f"its width leaves {min(attended)} channels to attention heads of {head}; pass a larger one")
     config |= {"block_out_channels": narrow, "norm_num_groups": groups}
     if config.get("time_embedding_dim"):
         config["time_embedding_dim"] = 4 * narrow[0]
@@ -539,7 +544,7 @@ def sample_images(
 ) -> list[Image.Image]:
     """Samples by DDIM from the noise that the seed fixes, the same for every model, whatever its precision."""
     sampler = DDIMScheduler.from_config(scheduler.config)
-    sampler.set_timesteps(num_inference_steps)
+    sampler.set_timesteps(min(num_inference_steps, sampler.config.num_train_timesteps))
     shape = count, unet.config.in_channels, *image_size(unet)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     images = images[share_of(count, accelerator)].to(accelerator.device)
@@ -592,6 +597,7 @@ def save_pipeline(
     usage += f'image = DDIMPipeline.from_pretrained("{args.hub_model_id or output_dir.name}")().images[0]'
     kind, tags = "An unconditional diffusion model", ["unconditional-image-generation"]
     write_model_card(output_dir, kind, facts, describe_run(args), usage, tags)
+    logger.info(f"the student is in {output_dir}: see README.md, or draw by eval/generate.py --model {output_dir}")
 
 
 def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dict, args: argparse.Namespace) -> None:

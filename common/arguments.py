@@ -9,52 +9,19 @@
 """Which flags do the training scripts share, what values may they have, and how does a run end on a wrong one?"""
 
 import argparse
-import errno
-import functools
 import importlib.util
 import os
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.attention import check_xformers
-from common.errors import fail, first_line
-from common.folders import check_data_dir
+from common.errors import fail
+from common.folders import check_data_dir, check_writable
 from common.ranges import ANY, RANGES
 
 import torch
-from safetensors import SafetensorError
-from tqdm import tqdm
-
-
-def end_in_one_line(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
-    """A script's `main`, which ends with one line where a disk or the GPU's memory is full.
-
-    A full disk is what `OSError` or, from within safetensors, its text says: no space, no quota, or too large a file.
-    """
-
-    @functools.wraps(main)
-    def run(args: argparse.Namespace) -> None:
-        try:
-            main(args)
-        except torch.OutOfMemoryError as error:
-            remedy = "lower it, or see --dry_run and what saves memory in docs/training.md"
-            fail(f"--train_batch_size {args.train_batch_size} does not fit the GPU: {first_line(error)} {remedy}")
-        except (OSError, SafetensorError) as error:
-            full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-            if getattr(error, "errno", None) not in full and not re.search(r"os error (28|122|27)\b", str(error)):
-                raise
-            where = f"--output_dir {args.output_dir} or --cache_dir {args.cache_dir}"
-            free = f"{shutil.disk_usage(args.output_dir).free:,} bytes are free in the first"
-            remedy = "make room, then add --resume_from_checkpoint latest; checkpoints are whole"
-            fail(f"{where}: {first_line(error)} ({free}); {remedy}")
-        finally:
-            for bar in list(tqdm._instances):  # else they would be drawn once more after the last line
-                bar.close()
-
-    return run
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -99,7 +66,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     term = "teacher's term; place is the published one, rms was better at 16 %% of a teacher, see README.md"
     kd.add_argument("--kd_loss", default="place", choices=("place", "lift", "mse", "rms", "none"), help=term)
     kd.add_argument("--task_loss", default="mse", choices=("mse", "rms"), help="data's term; rms: its root per image")
-    draws = "run the teacher before the training alone, for this many draws of noise per image"
+    draws = "run the teacher only before the training, for this many draws of noise per image"
     kd.add_argument("--cache_teacher", type=int, metavar="DRAWS", help=draws)
     kd.add_argument("--cache_teacher_dtype", default="fp16", choices=("fp32", "fp16", "bf16"), help="of what it keeps")
     kd.add_argument("--group_size", type=int, default=16, help="elements per PLACE group")
@@ -110,7 +77,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
         "--kd_weighting",
         default="adaptive",
         choices=("adaptive", "constant", "linear", "cosine", "coarse_only", "fine_only"),
-        help="weight of the fine term: by distance, 1, rising over the run, 0; or the fine term alone",
+        help="weight of the fine term: adaptive: by the distance; constant: 1; linear, cosine: rising over the run; "
+        "coarse_only: 0; fine_only: the fine term without the coarse one",
     )
 
     training = parser.add_argument_group("training")
@@ -206,8 +174,10 @@ def check_args(args: argparse.Namespace) -> None:
         if teacher is not None and Path(teacher).resolve() == Path(args.output_dir).resolve():
             which = "is --pretrained_teacher_model, which it would overwrite"
             fail(f"--output_dir {args.output_dir} {which}; pass another folder")
-        if args.cache_dir is not None and Path(args.cache_dir).exists() and not Path(args.cache_dir).is_dir():
-            fail(f"--cache_dir {args.cache_dir} is no folder; pass one, or drop the flag")
+        if args.cache_dir is not None:
+            check_writable(f"--cache_dir {args.cache_dir}", Path(args.cache_dir))
+        if args.hub_model_id is not None and not args.push_to_hub:
+            fail(f"--hub_model_id {args.hub_model_id} without --push_to_hub uploads nothing; add it, or drop the flag")
     if args.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", args.license):
         fail(f"--license {args.license} is no licence's id on the Hub; pass one such as apache-2.0 or openrail++")
     if args.enable_xformers_memory_efficient_attention:
@@ -229,6 +199,8 @@ def check_args(args: argparse.Namespace) -> None:
         check_sharded(args)
     if getattr(args, "lora_rank", 0) and importlib.util.find_spec("peft") is None:
         fail(f"--lora_rank {args.lora_rank} needs peft; pip install peft, or drop the flag")
+    if args.report_to not in ("all", "none", *LOGGER_TYPE_TO_CLASS):
+        fail(f"--report_to {args.report_to} is no tracker; pass {', '.join(LOGGER_TYPE_TO_CLASS)}, all or none")
     if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
         fail(f"--report_to {args.report_to} is not installed; pip install {args.report_to}, or pass none")
 

@@ -76,7 +76,8 @@ def cache_encodings(
     Returns:
         The named tensors without their batch dimension, row for row.
     """
-    text = json.dumps({**key, "version": CACHE_VERSION}, sort_keys=True, indent=2)
+    shorter = {"tf32": True} if torch.backends.cuda.matmul.allow_tf32 else {}
+    text = json.dumps({**key, **shorter, "version": CACHE_VERSION}, sort_keys=True, indent=2)
     root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "lift-encodings"
     folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
     period = period or len(dataset)

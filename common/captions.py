@@ -78,7 +78,7 @@ def load_captioned(
         return load_images(*folders, columns)
     image, caption = columns["image_column"], columns["caption_column"]
     folder = look_into(train_data_dir)
-    if folder.has_texts and not folder.metadata and caption != image:
+    if folder.suffixes[".txt"] and not folder.metadata and caption != image:
         dataset, source = load_images(*folders, {"image_column": image}, drop_labels=True)
         names = [os.path.splitext(record["path"])[0] for record in dataset[image][:]]
         captions = [_read_caption(f"{name}.txt", source) for name in names]
@@ -86,7 +86,7 @@ def load_captioned(
             # The fingerprint that `datasets` gives to the result follows the captions: no cache outlives a change.
             return dataset.add_column(caption, captions, feature=datasets.Value("string")), source
     dataset, source = load_images(*folders, columns)
-    if folder.has_texts:
+    if folder.suffixes[".txt"]:
         names = sorted({os.path.basename(path) for path in folder.metadata})
         logger.info(f"{source}: the captions are those of {', '.join(names)}; .txt files are not read")
     report_unlisted(train_data_dir, dataset, image, source, "have no caption", max_unreadable)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common.arguments import RunFacts
+from common.changes import read_changes
 from common.metrics import plot_curves, read_metrics
 
 import torch
@@ -36,7 +37,7 @@ from huggingface_hub import (
 
 CURVES = "loss", "task", "kd", "kd_mse", "feat", "coarse", "fine", "weight", "grad_norm"
 LIBRARIES = ("torch", "diffusers", "accelerate", "transformers")
-SECRET = re.compile(r"(TOKEN|API_KEY|SECRET|PASSWORD)$")  # names of variables
+SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")  # names of variables
 
 
 def write_model_card(
@@ -62,14 +63,18 @@ def write_model_card(
             f"\n{kind}, made with LIFT and PLACE (arXiv 2605.19729).\n",
             *facts,
             *run.lines,
+            *(f"- Other flags {line}." for line in read_changes(output_dir)),
             *describe_machine(state, training_hours(rows, run.images * state.num_processes)),
             "\n![Samples](samples.png)" + "\n\n![Curves](curves.png)" * bool(curves) + f"\n\n```python\n{usage}\n```",
             f"\nThe command:\n\n```\n{launch_command(state)}\n```",
         ]
     )
+    text = without_secrets(text)
+    if "--push_to_hub" in sys.argv:  # a reader there has other folders, and need not know these
+        text = without_folders(text)
     tags = ["diffusers", *tags, "knowledge-distillation", "lift-place"]
     data = ModelCardData(library_name="diffusers", tags=tags, **describe_origin(run))
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{without_secrets(text)}\n").save(output_dir / "README.md")
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(output_dir / "README.md")
 
 
 def describe_origin(run: RunFacts) -> dict[str, Any]:
@@ -146,3 +151,9 @@ def without_secrets(text: str) -> str:
     text = re.sub(r"\bhf_[A-Za-z0-9]{20,}", "REMOVED", text)
     home = os.path.expanduser("~").rstrip("/")
     return re.sub(rf"(?<=[\s`='\"]){re.escape(home)}/", "~/", text) if home else text
+
+
+def without_folders(text: str) -> str:
+    """The text with the last names alone of absolute paths, and of those in the home folder."""
+    text = re.sub(r"(?<=['\"])~?/[^'\"\n]*/(?=[^'\"/\n]+/?['\"])", "", text)  # these may have spaces
+    return re.sub(r"(?<=[\s`=])~?/[^\s`'\"]*/(?=[^\s`'\"/])", "", text)

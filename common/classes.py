@@ -20,14 +20,18 @@ logger = get_logger(__name__)
 
 
 def number_labels(
-    dataset: datasets.Dataset | datasets.IterableDataset, column: str, num_classes: int
+    dataset: datasets.Dataset | datasets.IterableDataset, column: str, num_classes: int, known: dict[int, str]
 ) -> tuple[list[int] | None, dict[int, str]]:
     """How the labels of a dataset number the classes of a model, by the kind of their column alone.
+
+    Names that are numbers are these. Others are those of the model's classes, or where it does not know them all, they
+    are numbered in their order.
 
     Args:
         dataset: Of which the features are asked.
         column: The column of the labels: class numbers, or names as the sub-folders of images give them.
         num_classes: Of the model. Its classes are 0, ..., num_classes - 1.
+        known: Names of these classes by number, if the model has names. One may list several, with commas between.
 
     Returns:
         The model's class of each label of the dataset, `None` where the two are the same; and the names of the
@@ -37,6 +41,7 @@ def number_labels(
     if isinstance(kind, datasets.ClassLabel):
         # Sorted as text, "10" comes before "2".
         numbers = [int(name) for name in kind.names] if all(name.isdecimal() for name in kind.names) else None
+        numbers = numbers or _match_names(kind.names, known)
         names = dict(zip(numbers or range(len(kind.names)), kind.names))
     elif not (isinstance(kind, datasets.Value) and "int" in kind.dtype):
         fail(f"--label_column {column} holds {kind}; pass a column of class numbers, or a sub-folder per class")
@@ -45,11 +50,29 @@ def number_labels(
     return numbers, names
 
 
+def _match_names(names: list[str], known: dict[int, str]) -> list[int] | None:
+    """The numbers of these names among the known ones, `None` where they are not all known."""
+    numbers = _numbers_by_name(known)
+    unknown = [name for name in names if name not in numbers]
+    if len(unknown) == len(names):
+        return None
+    if unknown:
+        found = f"{unknown[0]} is none of the teacher's classes, and {len(names) - len(unknown)} others are"
+        logger.warning(f"{found}: class i is the i-th name; for its classes name all as it does, or by their numbers")
+        return None
+    return [numbers[name] for name in names]
+
+
+def _numbers_by_name(names: dict[int, str]) -> dict[str, int]:
+    """The number of each name, and of each of several in one."""
+    return {part.strip(): number for number, name in names.items() for part in [name, *name.split(",")]}
+
+
 def number_classes(
-    dataset: datasets.Dataset, column: str, num_classes: int
+    dataset: datasets.Dataset, column: str, num_classes: int, known: dict[int, str]
 ) -> tuple[list[int] | None, dict[int, str]]:
     """[`number_labels`] of a dataset, whose labels are all looked at: one that is no class ends the run."""
-    numbers, names = number_labels(dataset, column, num_classes)
+    numbers, names = number_labels(dataset, column, num_classes, known)
     labels = [number_label(label, numbers) for label in dataset[column][:]]
     wrong = [row for row, label in enumerate(labels) if label is None or not 0 <= label < num_classes]
     if wrong:
@@ -84,8 +107,7 @@ def read_classes(chosen: list[str] | None, num_classes: int, names: dict[int, st
     Returns:
         A label for each class, by number.
     """
-    numbers = {part.strip(): number for number, name in names.items() for part in [name, *name.split(",")]}
-    classes = {}
+    numbers, classes = _numbers_by_name(names), {}
     for entry in chosen or [str(number) for number in sorted(names or range(num_classes))[:8]]:
         number = int(entry) if entry.isdecimal() else numbers.get(entry, -1)
         if not 0 <= number < num_classes:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from common.errors import fail, first_line
-from common.folders import find_unlisted, in_order, look_into
+from common.folders import check_images, find_unlisted, in_order, look_into
 from common.shards import forgive_damage
 
 import datasets
@@ -64,10 +64,14 @@ def load_images(
             source, hint = f"--train_data_dir {train_data_dir}", ", or give it in the folder's metadata.jsonl"
             if "caption_column" in columns and not streaming:
                 hint += ", or in a .txt file beside each image"
+            if "label_column" in columns:
+                hint += ", or put the images of each class into a sub-folder of its own"
             folder = look_into(train_data_dir)
             where = {"path": "imagefolder", "data_files": {"train": folder.patterns}, **options}
             if streaming and folder.shards:
                 where, hint = {"path": "webdataset", "data_files": {"train": folder.shards}}, ""
+            else:
+                check_images(folder, train_data_dir)
         forgive_damage()
         dataset = datasets.load_dataset(**where, split="train", cache_dir=cache_dir, streaming=streaming)
     except (OSError, ValueError, IndexError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:

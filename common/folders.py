@@ -11,6 +11,7 @@
 import errno
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +19,20 @@ from typing import NamedTuple
 from common.errors import fail, first_line
 
 import datasets
+from accelerate.logging import get_logger
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 
+logger = get_logger(__name__)
+
+# Images that `datasets` does not look for, and what a folder may hold in place of images.
+UNREAD = (".heic", ".heif", ".avif", ".jxl")
+REMEDIES = {
+    ".tar": "add --streaming, and --image_column with the suffix of the images in the .tar files",
+    ".parquet": "pass the folder of its .parquet files as --dataset_name",
+    ".arrow": "pass it as --dataset_name",
+    **dict.fromkeys((".zip", ".gz", ".7z", ".rar"), "unpack what is in it"),
+}
 SPLITS = {"train", "test", "val", "valid", "validation"}
 
 
@@ -31,7 +43,7 @@ class Folder(NamedTuple):
     patterns: list[str]  # of all files, as `datasets` takes them
     metadata: list[str]  # the paths of metadata files
     shards: list[str]  # the patterns of .tar files
-    has_texts: bool  # any .txt files
+    suffixes: Counter[str]  # how many files have each, in lower case
 
 
 def check_data_dir(path: str, output_dir: str) -> None:
@@ -45,6 +57,21 @@ def check_data_dir(path: str, output_dir: str) -> None:
         fail(f"--output_dir {output_dir} {inside}; pass a folder outside")
 
 
+def check_writable(flag: str, folder: Path) -> None:
+    """End the process if a folder cannot be made or written to. Nothing is made yet.
+
+    Args:
+        flag: Name and value of the flag, for the message.
+    """
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        fail(f"{flag} cannot be written to: {place} is no folder; pass another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        fail(f"{flag} cannot be written to: {place} is read-only; pass another")
+
+
 def look_into(path: str) -> Folder:
     """Find out what the folder `--train_data_dir` holds.
 
@@ -53,7 +80,7 @@ def look_into(path: str) -> Folder:
     """
     try:
         root = _find_root(os.path.abspath(path))  # as `datasets` names its images
-        roots, metadata, shards, has_texts = {root: False}, [], [], False
+        roots, metadata, shards, suffixes = {root: False}, [], [], Counter()
         for folder, names in walk(root):
             if folder != root and os.path.islink(folder):
                 roots[folder] = False
@@ -62,11 +89,23 @@ def look_into(path: str) -> Folder:
                 roots[max(within, key=len)] = True
             metadata += [os.path.join(folder, name) for name in names if name in ImageFolder.METADATA_FILENAMES]
             shards += [glob.escape(os.path.join(folder, name)) for name in names if name.endswith(".tar")]
-            has_texts = has_texts or any(name.endswith(".txt") for name in names)
+            suffixes.update(os.path.splitext(name)[1].lower() for name in names)
     except OSError as error:
         fail(f"--train_data_dir {path} does not load: {first_line(error)}; pass a folder of images or a Hub dataset")
     filled = [each for each, has_files in roots.items() if has_files] or [root]
-    return Folder(root, [f"{glob.escape(each)}/**" for each in filled], metadata, sorted(shards), has_texts)
+    return Folder(root, [f"{glob.escape(each)}/**" for each in filled], metadata, sorted(shards), suffixes)
+
+
+def check_images(folder: Folder, path: str) -> None:
+    """Refuse a folder `--train_data_dir` without images, and say which images are of a kind that is left out."""
+    kinds = {kind: folder.suffixes[kind] for kind in UNREAD if folder.suffixes[kind]}
+    found = " and ".join(f"{count} {kind}" for kind, count in kinds.items())
+    if folder.suffixes.keys().isdisjoint(ImageFolder.EXTENSIONS):
+        held = (remedy for suffix, remedy in REMEDIES.items() if folder.suffixes[suffix])
+        remedy = "convert them to JPEG or PNG" if kinds else next(held, "pass a folder of images")
+        fail(f"--train_data_dir {path} holds no images" + f" but {found} files" * bool(kinds) + f"; {remedy}")
+    if kinds:
+        logger.warning(f"--train_data_dir {path}: {found} files are left out; convert them to JPEG or PNG")
 
 
 def _find_root(path: str) -> str:

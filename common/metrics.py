@@ -14,13 +14,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common.changes import keep_flags
 from common.errors import fail, first_line
 from common.train_state import RunningMeans
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
+
+logger = get_logger(__name__)
 
 SHOWN = ("loss", "task", "kd", "feat")  # beside the progress bar: the loss and its terms
 UNLOGGED = ("teacher_finite",)
@@ -62,6 +66,8 @@ class MetricsLog:
         self.images_per_step = images * accelerator.num_processes
         if accelerator.is_main_process:
             rewind_metrics(self.path, first_step)
+            if changes := keep_flags(output_dir, flags, first_step):
+                logger.warning(f"the run goes on with other flags, {changes}; its card will say so")
             for path in (output_dir / "samples").glob("step-*.png"):
                 step = path.stem.removeprefix("step-")
                 if step.isdecimal() and int(step) > first_step:

@@ -8,30 +8,20 @@
 # specific language governing permissions and limitations under the License.
 """How are the parts of the teacher's pipeline loaded, and what does a run say where that fails?"""
 
-import functools
-import logging
-import os
-import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import fail, first_line
 from common.finite import first_non_finite
+from common.loading import causes_of, explain, read_weights
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.training_utils import compute_snr
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from safetensors import SafetensorError
 
-
-logger = logging.getLogger(__name__)  # not Accelerate's, which says nothing before a run is set up: eval/ loads too
-
-# What an OSError comes from where a file of weights is damaged or refused, and not just missing.
-UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError)
 
 # Schedulers of the noise that DDPM adds. EDM's is called compatible too, but has no betas.
 DDPM_NOISE = {kind.__name__ for kind in DDPMScheduler().compatibles} - {"EDMEulerScheduler"}
@@ -68,83 +58,7 @@ def load_from(source: TeacherSource, load: Callable, **options: Any) -> Any:
             fail(f"--pretrained_teacher_model {path} is gated; {remedy}")
         if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
             fail(f"--pretrained_teacher_model {path} is not on the Hub, or private; {source.expected}")
-        variant = "pass --variant fp16 if its files have that in their names; else " * (source.variant is None)
-        remedy = f"{variant if 'no file named' in first_line(error) else ''}{source.expected}"
-        fail(f"--pretrained_teacher_model {path} does not load: {first_line(error)} Remedy: {remedy}")
-
-
-def causes_of(error: BaseException) -> list[BaseException]:
-    """The error, and those that led to it."""
-    causes, cause = [error], error.__cause__ or error.__context__
-    while cause is not None:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return causes
-
-
-def read_weights(load: Callable, path: str, **options: Any) -> Any:
-    """`load(path, **options)`, a `from_pretrained`, by safetensors files, or where there are none by `.bin` files.
-
-    Those are said in one line. Diffusers and Transformers read them by `torch.load(weights_only=True)`, which runs
-    none of their code.
-
-    Args:
-        load: Of a Diffusers or Transformers model, or of a pipeline.
-
-    Raises:
-        OSError: `load` fails, for whatever reason.
-    """
-    name = f"{path}/{options['subfolder']}" if "subfolder" in options else path
-    # By itself Transformers asks a service to convert such a repository, and waits for it.
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    missing = []
-    with _no_complaints():
-        # Diffusers takes None for a pipeline of both kinds, and its own `.bin` files in shards for False alone.
-        for use_safetensors in (True, None, False):
-            try:
-                loaded = load(path, use_safetensors=use_safetensors, **options)
-            except Exception as error:  # reading a damaged pickle may fail in any way
-                causes = [cause for cause in causes_of(error) if not isinstance(cause, OSError)]
-                if not isinstance(error, OSError) or any(isinstance(cause, UNREADABLE) for cause in causes):
-                    raise OSError(_why_unreadable(name, error)) from error
-                missing.append(error)
-            else:
-                if not use_safetensors:
-                    _say_bin(name)
-                return loaded
-    raise missing[0]
-
-
-@contextmanager
-def _no_complaints() -> Iterator[None]:
-    """Without what Diffusers logs of a model that has no safetensors files, as an error."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(("An error occurred while trying to fetch", "Defaulting to unsafe"))
-
-    theirs = logging.getLogger("diffusers.models.modeling_utils")
-    theirs.addFilter(is_other)
-    try:
-        yield
-    finally:
-        theirs.removeFilter(is_other)
-
-
-@functools.cache  # a model may be loaded for every validation
-def _say_bin(name: str) -> None:
-    logger.warning(f"{name} has no safetensors weights: reading .bin files by torch.load(weights_only=True)")
-
-
-def _why_unreadable(name: str, error: Exception) -> str:
-    for cause in causes_of(error):
-        if isinstance(cause, pickle.UnpicklingError):
-            # Its first paragraph advises to load them all the same; the reason follows.
-            paragraphs = [text.strip() for text in str(cause).split("\n\n") if text.strip()]
-            reason = f": {paragraphs[1].splitlines()[0]}" if len(paragraphs) > 1 else ""
-            what = f"the .bin files of {name} hold more than weights"
-            return f"{what}, so torch.load(weights_only=True) refuses them{reason}"
-    known = isinstance(error, (OSError, ValueError))  # whose message says what is wrong
-    return first_line(error) if known else f"{name} cannot be read: {type(error).__name__}: {first_line(error)}"
+        fail(f"--pretrained_teacher_model {path} does not load: {explain(error, source.variant, source.expected)}")
 
 
 def load_weights(source: TeacherSource, kind: type, **options: Any) -> Any:

@@ -79,7 +79,10 @@ def make_accelerator(
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=gradient_accumulation_steps, sync_with_dataloader=False
             ),
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, non_blocking=True),
+            # The sampler adds the epoch to its seed: that of the run alone would give the next seed the same orders.
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True, data_seed=place_seed(seed, -1), non_blocking=True
+            ),
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=TIMEOUT),
                 # No buffer of these models changes: SD3's table of positions alone is 226 MB and more.

@@ -13,7 +13,8 @@ from typing import Any
 
 from common.cache import identify
 from common.errors import fail, first_line
-from common.teachers import TeacherSource, check_weights, load_part, load_skeleton, read_weights
+from common.loading import read_weights
+from common.teachers import TeacherSource, check_weights, load_part, load_skeleton
 
 import torch
 from diffusers import AutoencoderKL

@@ -49,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
 from common.arguments import HelpFormatter
 from common.errors import fail
+from common.folders import check_writable
 from common.metrics import read_metrics
 
 import evaluate
@@ -337,6 +338,7 @@ def main(args: argparse.Namespace, run: Callable[[argparse.Namespace], None]) ->
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
+    check_writable(f"--output_dir {args.output_dir}", args.output_dir)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with (args.output_dir / ".lock").open("w") as lock:
         try:

@@ -39,6 +39,7 @@ from PIL import Image
 
 import demo
 import small_models
+from train_lift_unet import read_student
 
 
 SCRIPT = "train_lift_unet.py"
@@ -75,7 +76,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("flags", nargs="*", help="after --: further flags for the training of the students")
     parser.set_defaults(threads=min(8, available_cores()))
-    return demo.parse(parser, input_args)
+    args = demo.parse(parser, input_args)
+    if args.student is not None:
+        read_student(args.student)
+    return args
 
 
 def available_cores() -> int:

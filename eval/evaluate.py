@@ -58,7 +58,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.arguments import HelpFormatter, check_values
 from common.data import follow_files, open_image, undecode
 from common.errors import fail, first_line
-from common.folders import walk
+from common.folders import check_writable, walk
+from common.full import end_in_one_line
 
 from figures import (
     Figure,
@@ -70,7 +71,7 @@ from figures import (
     measure_kernel,
     measure_manifolds,
 )
-from generate import as_path, check_writable, read_manifest
+from generate import as_path, read_manifest
 from networks import (
     INCEPTION,
     MODELS,
@@ -385,7 +386,7 @@ def read_statistics(path: Path, extractor: Extractor, crop: int | None) -> Stati
             raise ValueError("mu or sigma is not finite")
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         fail(f"--reference {path} cannot be read: {first_line(error)}; pass a file that evaluate.py saved")
-    if key and (key["extractor"], key["size"]) != (extractor.digest, extractor.size):
+    if key and (key.get("extractor"), key.get("size")) != (extractor.digest, extractor.size):
         remedy = "pass the network and the --metrics it was made with, or the images themselves"
         fail(f"--reference {path} holds features of another network than {extractor.name}; {remedy}")
     if key and key.get("resize", extractor.resizing) != extractor.resizing:
@@ -649,9 +650,15 @@ def measure_prompts(
         yield
 
 
+MEMORY = "--batch_size {batch_size} does not fit the GPU: {error} lower it"
+DISK = "--output {output} or --statistics_dir {statistics_dir}: {error}; make room"
+
+
+@functools.partial(end_in_one_line, memory=MEMORY, disk=DISK)
 def main(args: argparse.Namespace) -> None:
     """Measure every folder and write the results."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # Inception in float32
     check_writable(f"--output {args.output}", args.output.parent)
     check_writable(f"--statistics_dir {args.statistics_dir}", args.statistics_dir)
     described = [describe(folder, name) for folder, name in zip(args.images, label_folders(args.images))]

@@ -38,10 +38,10 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -62,8 +62,11 @@ from common.cache import identify
 from common.checkpoints import hash_file
 from common.errors import fail, first_line
 from common.finite import first_non_finite
+from common.folders import check_writable
+from common.full import end_in_one_line
+from common.loading import explain, read_weights
 from common.processes import TIMEOUT, check_connected
-from common.teachers import DDPM_NOISE, PREDICTIONS, read_weights
+from common.teachers import DDPM_NOISE, PREDICTIONS
 from common.texts import read_lines
 from common.training import place_seed
 
@@ -93,6 +96,9 @@ SAMPLERS = {
 FLOW_SAMPLERS = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}
 EXPECTED = f"pass a pipeline folder or Hub id of a {', '.join(PROTOCOLS)} or another that draws by prompts or classes"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Settings of a model that the other parts of its pipeline ask for.
+SHARED_WITH_BASE = "in_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim"
+SHARED_WITH_BASE += "projection_class_embeddings_input_dim", "num_embeds_ada_norm"
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pillow")
 MANIFEST = {  # by JSON Schema: what is read from one
     "type": "object",
@@ -159,21 +165,6 @@ def as_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError('"" is empty; pass a path')
     return Path(text)
-
-
-def check_writable(flag: str, folder: Path) -> None:
-    """End the process if a folder cannot be made or written to. Nothing is made yet.
-
-    Args:
-        flag: Name and value of the flag, for the message.
-    """
-    place = folder.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        fail(f"{flag} cannot be written to: {place} is no folder; pass another")
-    if not os.access(place, os.W_OK | os.X_OK):
-        fail(f"{flag} cannot be written to: {place} is read-only; pass another")
 
 
 def read_json(path: Path, schema: dict) -> dict:
@@ -248,6 +239,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
     flag, folder = "--base" if checkpoint is not None else flag, Path(source)
     if not folder.is_dir() and (folder.is_absolute() or source.startswith(".") or source.count("/") > 1):
         fail(f"{flag} {source} is not a folder; {EXPECTED}")
+    check_ended(folder, flag)
+    torch.backends.cudnn.allow_tf32 = False  # as in the training: float32 is not the tensor cores' shorter kind
     try:
         parts = DiffusionPipeline.load_config(source, revision=args.revision)
         kind = parts.get("_class_name") if isinstance(parts, dict) else None
@@ -265,13 +258,15 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
         options = {"revision": args.revision, "variant": args.variant}
         options["torch_dtype"] = {"default": DTYPES[args.dtype], "vae": DTYPES[args.vae_dtype]}
         if checkpoint is not None:
-            options |= load_student(checkpoint, DTYPES[args.dtype])
+            student = load_student(checkpoint, DTYPES[args.dtype])
+            check_base(source, args.revision, parts, *next(iter(student.items())))
+            options |= student
         pipeline = read_weights(getattr(diffusers, kind).from_pretrained, source, **options, **dict.fromkeys(absent))
         if checkpoint is not None and (checkpoint / "lora").is_dir():
             averaged = checkpoint / "lora_ema"
             pipeline.load_lora_weights(averaged if averaged.is_dir() else checkpoint / "lora")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        fail(f"{flag} {source} does not load: {first_line(error)} Remedy: {EXPECTED}")
+        fail(f"{flag} {source} does not load: {explain(error, args.variant, EXPECTED)}")
     check_model(pipeline, f"{flag} {source}")
     defaults = {name: parameter.default for name, parameter in call_of(type(pipeline)).items()}
     own = "as_saved", defaults.get("num_inference_steps"), defaults.get("guidance_scale")
@@ -298,8 +293,19 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
         if most is not None and args.resolution > most:
             fail(f"--resolution {args.resolution} is more than the model takes; pass {most} at most")
     pipeline.scheduler = make_sampler(pipeline, args.sampler)
+    most = pipeline.scheduler.config.get("num_train_timesteps")
+    if most is not None and (args.num_inference_steps or 0) > most:
+        fail(f"--num_inference_steps {args.num_inference_steps} is more than the {most} of its schedule; pass {most}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def check_ended(folder: Path, flag: str) -> None:
+    """End the process where a folder is that of a training that has not ended."""
+    if not (folder / "model_index.json").exists() and (steps := list(folder.glob("checkpoint-*/state.json"))):
+        newest = max((path.parent for path in steps), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+        remedy = f"let it end, or pass {newest} to generate.py, with --base"
+        fail(f"{flag} {folder} is a run that has not ended, without a pipeline; {remedy}")
 
 
 def find_t5(parts: dict[str, list], subject: str) -> list[str]:
@@ -318,7 +324,8 @@ def as_checkpoint(args: argparse.Namespace, flag: str) -> Path | None:
             fail(f"--base {base} is for a checkpoint-N folder, which {flag} {args.model} is not; drop it")
         return None
     if base is None:
-        fail(f"{flag} {args.model} is a checkpoint, which has the student alone; add --base, its teacher's pipeline")
+        remedy = "add --base, its teacher's pipeline" if flag == "--model" else "let the run end"
+        fail(f"{flag} {args.model} is a checkpoint, which has the student alone; {remedy}")
     return folder
 
 
@@ -329,6 +336,24 @@ def load_student(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.nn.Mod
             kind = getattr(diffusers, read_json(checkpoint / name / "config.json", {"type": "object"})["_class_name"])
             return {name.removesuffix("_ema"): kind.from_pretrained(checkpoint, subfolder=name, torch_dtype=dtype)}
     fail(f"--model {checkpoint} holds no student; pass another checkpoint")
+
+
+def check_base(base: str, revision: str | None, parts: dict[str, list], name: str, student: torch.nn.Module) -> None:
+    """End the process where a student does not fit into the pipeline `--base`.
+
+    Args:
+        parts: The base's model_index.json.
+        name: That of the student in a pipeline of its own.
+    """
+    kind, theirs = type(student).__name__, (parts.get(name) or [None, None])[1]
+    if theirs != kind:
+        has = f"a {theirs}" if theirs else "none"
+        fail(f"--base {base}: the checkpoint's {name} is a {kind}, and it has {has}; pass the teacher's pipeline")
+    config = type(student).load_config(base, subfolder=name, revision=revision)
+    for key in SHARED_WITH_BASE:
+        if key in config and config[key] != student.config.get(key):
+            values = f"{key} {student.config.get(key)}, and its own has {config[key]}"
+            fail(f"--base {base}: the checkpoint's {name} has {values}; pass the teacher's pipeline")
 
 
 def check_model(pipeline: DiffusionPipeline, subject: str) -> None:
@@ -355,6 +380,11 @@ def check_model(pipeline: DiffusionPipeline, subject: str) -> None:
         predicts = config.get("prediction_type", "epsilon")
         if kind not in DDPM_NOISE or predicts not in PREDICTIONS:
             fail(f"{subject} has a {kind} that predicts {predicts}; pass a model with a scheduler such as DDPM's")
+
+
+def shift_of(pipeline: DiffusionPipeline) -> float:
+    """What the latents of its VAE are shifted by; other pipelines than Stable Diffusion 3 do not shift them."""
+    return (pipeline.vae.config.get("shift_factor") or 0.0) if is_sd3(pipeline) else 0.0
 
 
 def is_sd3(pipeline: DiffusionPipeline) -> bool:
@@ -542,7 +572,7 @@ def generate_images(
             generator=generators,
             output_type="latent",
         ).images
-        pixels = decode(pipeline.vae, latents)
+        pixels = decode(pipeline, latents)
     else:
         # Diffusers' pipelines of these two kinds work with some of the samplers only. DiTPipeline also passes no
         # generator to them, and takes 1000 as the null class of every model.
@@ -556,7 +586,7 @@ def generate_images(
         shape = (1, model.config.in_channels, *((side, side) if isinstance(side, int) else side))
         pixels = denoise(predict, pipeline.scheduler, shape, generators, args.num_inference_steps, model.device)
         if hasattr(pipeline, "vae"):
-            pixels = decode(pipeline.vae, pixels)
+            pixels = decode(pipeline, pixels)
     check_images(pixels, args)
     images = pipeline.numpy_to_pil((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
     return resize_images(images, args.resize)
@@ -617,9 +647,10 @@ def choose_texts(
     }
 
 
-def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+def decode(pipeline: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
     """Pixels, float32 (N, C, H, W), of scaled latents (N, c, h, w); one by one, because decoding takes much memory."""
-    latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
+    vae = pipeline.vae
+    latents = latents.to(vae.dtype) / vae.config.scaling_factor + shift_of(pipeline)
     return torch.cat([vae.decode(each).sample.float() for each in latents.split(1)])
 
 
@@ -806,6 +837,11 @@ def read_manifest(folder: Path, flag: str) -> dict:
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
+MEMORY = "--batch_size {batch_size} does not fit the GPU: {error} lower it, or pass --dtype bfloat16"
+DISK = "--output_dir {output_dir}: {error} ({free:,} bytes are free); make room; the same command goes on"
+
+
+@partial(end_in_one_line, memory=MEMORY, disk=DISK)
 def main(args: argparse.Namespace) -> None:
     """Generate the missing images."""
     # PartialState alone would not connect processes on a CPU. They wait for each other at the end.

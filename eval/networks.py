@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from common.checkpoints import hash_file
 from common.errors import fail, first_line
-from common.teachers import read_weights
+from common.loading import read_weights
 
 import cleanfid.downloads_helper
 import numpy as np

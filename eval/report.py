@@ -33,6 +33,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
@@ -45,6 +46,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
+from tqdm.auto import tqdm
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -53,6 +55,8 @@ from common.arguments import HelpFormatter, check_values
 from common.costs import profile_forward
 from common.data import open_image
 from common.errors import fail, first_line
+from common.folders import check_writable
+from common.full import end_in_one_line
 from common.metrics import plot_curves, read_metrics
 from common.reporting import labelled_grid
 from common.teachers import vae_factor
@@ -128,6 +132,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, or `input_args`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--teacher", required=True, help="pipeline folder or Hub id")
+    parser.add_argument("--teacher_revision", help="its branch, tag or commit on the Hub")
+    parser.add_argument("--variant", help="its weights variant, e.g. fp16")
     parser.add_argument("--students", required=True, nargs="+", help="pipeline folders or Hub ids of the same kind")
     parser.add_argument("--names", nargs="+", help="names of the students (default: those of their folders)")
     parser.add_argument("--results", type=generate.as_path, help="JSON of evaluate.py that has rows of these models")
@@ -205,6 +211,9 @@ def flags_of(model: str, args: argparse.Namespace) -> argparse.Namespace:
         value = getattr(args, name)
         command += [] if value is None else [f"--{name}", str(value)]
     command += ["--no_t5"] if args.no_t5 else []
+    if model == args.teacher:
+        of_teacher = {"--revision": args.teacher_revision, "--variant": args.variant}
+        command += [word for flag, value in of_teacher.items() if value is not None for word in (flag, value)]
     return generate.parse_args([*command, *(["--classes", *args.classes] if args.classes else [])])
 
 
@@ -286,7 +295,7 @@ def pick_device() -> torch.device:
 def measure_costs(models: dict[str, str], args: argparse.Namespace) -> dict[str, dict]:
     """Call [`measure_cost`] for each model in a new process, so that the models do not affect each other."""
     costs = {}
-    for name, model in models.items():
+    for name, model in tqdm(models.items(), desc="Time and memory"):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             try:
                 costs[name] = pool.submit(measure_cost, model, args, torch.get_num_threads()).result()
@@ -374,7 +383,7 @@ def encode(pipeline: DiffusionPipeline, images: list[Image.Image]) -> torch.Tens
     if vae is None:
         return clean
     latents = vae.encode(clean.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
-    return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+    return (latents - generate.shift_of(pipeline)) * vae.config.scaling_factor
 
 
 @torch.no_grad()
@@ -595,7 +604,7 @@ def compare_models(models: dict[str, str], args: argparse.Namespace) -> Comparis
     Sets `resolution` in `args`, so that the students' images are as large as the teacher's.
     """
     comparison = None
-    for name, model in models.items():
+    for name, model in tqdm(models.items(), desc="Samples and predictions"):
         flags = flags_of(model, args)
         pipeline, conditions, kind, texts = load_model(flags, pick_device(), args.columns, flag_of(name))
         samples = generate.generate_images(pipeline, list(range(args.columns)), conditions, flags, texts)
@@ -748,10 +757,15 @@ def quality_notes(rows: dict[str, dict], results: dict | None) -> list[str]:
     return notes + list_remarks(rows)
 
 
+MEMORY = "--columns {columns} does not fit the GPU: {error} lower it, or pass --dtype bfloat16"
+DISK = "--output_dir {output_dir}: {error} ({free:,} bytes are free); make room"
+
+
+@partial(end_in_one_line, memory=MEMORY, disk=DISK)
 def main(args: argparse.Namespace) -> None:
     """Measure the models and write the report."""
     models = {"teacher": args.teacher, **dict(zip(args.names, args.students))}
-    generate.check_writable(f"--output_dir {args.output_dir}", args.output_dir)
+    check_writable(f"--output_dir {args.output_dir}", args.output_dir)
     results = read_results(args.results) if args.results else None
     comparison = compare_models(models, args)
     rows = find_rows(results, comparison, args.results) if results is not None else {}

@@ -1,5 +1,6 @@
 """The model card of a student: whose it is, how the run is repeated by it, and what it must not say."""
 
+import json
 import os
 import shlex
 import shutil
@@ -135,6 +136,26 @@ def test_hours_are_those_of_all_parts():
     rows = [{"step": 10, "images_per_second": 4.0}, {"step": 15, "images_per_second": None}, {"step": 20}]
     rows.append({"step": 50, "images_per_second": 2.0})
     assert card.training_hours(rows, 8) * 3600 == pytest.approx(10 * 8 / 4 + 30 * 8 / 2)
+
+
+def test_no_folders_on_the_hub():
+    text = "x --a /mnt/a/b '/mnt/b c/d e' --f=/mnt/f `~/a/c` https://x.y/a/b me/name a/b.png /"
+    assert card.without_folders(text) == "x --a b 'd e' --f=f `c` https://x.y/a/b me/name a/b.png /"
+
+
+def test_a_run_that_goes_on_with_other_flags_says_so(make_student, tmp_path, run, images, caplog):
+    student, teacher = make_student(None, "--max_train_steps", 1), tmp_path / "teacher"
+    other = ("--kd_loss", "mse", "--learning_rate", 1e-3, "--resume_from_checkpoint", "latest")
+    where = ("--pretrained_teacher_model", teacher, "--train_data_dir", images, "--output_dir", student)
+    caplog.clear()
+    run("train_lift_unet", *where, *FLAGS, *other)
+    changes = "from step 2 on --kd_loss mse (before: place), --learning_rate 0.001 (before: 0.0002)"
+    assert f"the run goes on with other flags, {changes}; its card will say so" in caplog.text
+    assert f"- Other flags {changes}.\n" in (student / "README.md").read_text()
+    caplog.clear()  # what is done once more is forgotten, and the same flags are no change
+    run("train_lift_unet", *where, *FLAGS, *other, "--max_train_steps", 3)
+    assert "other flags" not in caplog.text and changes in (student / "README.md").read_text()
+    assert [part["first_step"] for part in json.loads((student / "flags.json").read_text())] == [0, 1, 2]
 
 
 def test_no_secrets_and_no_home(monkeypatch, tmp_path):

@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import common.reporting
+from common.classes import number_classes
 from common.students import spaced_blocks
 from common.vae import pixel_vae
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import (
     TWO_PROCESSES,
     copy_script,
@@ -635,6 +638,24 @@ def test_numeric_sub_folders_are_class_numbers(distil, articles, tmp_path, monke
     monkeypatch.setattr(train_lift_dit, "compute_losses", spied_losses)
     distil("--train_data_dir", tmp_path / "data", "--train_batch_size", 4, "--max_train_steps", 5)
     assert set(torch.cat(seen).tolist()) == {2, 10, 207}
+
+
+def test_sub_folders_with_the_teachers_names_are_its_classes(caplog):
+    """Not in the order of the names, as without them; a name that is not among them is said."""
+    PartialState()  # which Accelerate's loggers need
+    known = {0: "sneaker", 1: "bag, handbag", 2: "coat"}
+
+    def number(*names: str) -> tuple:
+        features = datasets.Features({"label": datasets.ClassLabel(names=list(names))})
+        rows = datasets.Dataset.from_dict({"label": list(range(len(names)))}, features=features)
+        return number_classes(rows, "label", 3, known)
+
+    assert number("bag", "coat", "sneaker") == ([1, 2, 0], {1: "bag", 2: "coat", 0: "sneaker"})
+    assert number("coat", "handbag")[0] == [2, 1]
+    assert number("n01", "n02", "n03") == (None, {0: "n01", 1: "n02", 2: "n03"})
+    assert number("2", "0")[0] == [2, 0]
+    assert number("bag", "hat")[0] is None
+    assert "hat is none of the teacher's classes, and 1 others are: class i is the i-th name" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------- cache and resume

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 from common import checkpoints
-from common.arguments import end_in_one_line
 from common.checkpoints import list_checkpoints, load_checkpoint
 from common.ending import Stopped
+from common.full import end_in_one_line
 from common.metrics import read_metrics
 from common.ranges import RANGES, Range
 

@@ -138,6 +138,15 @@ def test_a_checkpoint_draws_what_the_finished_student_does(
         sample(*checkpoint, name="none")
     with pytest.raises(SystemExit, match=r"^error: --base .* is for a checkpoint-N folder, which .* is not; drop it"):
         sample("--model", sd_teacher, "--base", sd_teacher, name="none")
+    base, why = shutil.copytree(sd_teacher, tmp_path / "base"), r"cross_attention_dim \d+, and its own has 7; pass the"
+    config = json.loads((base / "unet" / "config.json").read_text())
+    (base / "unet" / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 7}))
+    with pytest.raises(SystemExit, match=rf"^error: --base .* the checkpoint's unet has {why} teacher's pipeline"):
+        sample(*checkpoint, "--base", base, name="none")
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps({**index, "unet": ["diffusers", "UNet2DModel"]}))
+    with pytest.raises(SystemExit, match=r"^error: --base .* is a UNet2DConditionModel, .* has a UNet2DModel; pass"):
+        sample(*checkpoint, "--base", base, name="none")
 
 
 @pytest.mark.parametrize(
@@ -224,6 +233,30 @@ def test_sd3_with_a_vae_that_shifts_nothing(sample, sd3, prompt_file, tmp_path):
         (model / "vae" / "config.json").write_text(json.dumps({**config, "shift_factor": shift}))
         images.append(read(sample("--model", model, *flags, name=name)))
     assert np.array_equal(*images)
+
+
+def test_only_sd3_shifts_latents(sample, models, tmp_path):
+    """A DiT may have the VAE of one that does: DiTPipeline and the training leave its shift out."""
+    _, source, *flags = models["dit"]
+    shifted = shutil.copytree(source, tmp_path / "model")
+    config = json.loads((shifted / "vae" / "config.json").read_text())
+    (shifted / "vae" / "config.json").write_text(json.dumps({**config, "shift_factor": 0.6}))
+    images = [read(sample("--model", model, *flags, name=f"{name}")) for name, model in enumerate((source, shifted))]
+    assert np.array_equal(*images)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA is full"), OSError(28, "No space left on device")])
+def test_a_full_gpu_or_disk_is_said_in_one_line(sample, models, monkeypatch, error):
+    def fail_to_draw(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(generate, "generate_images", fail_to_draw)
+    gpu, disk = (
+        "--batch_size 16 does not fit the GPU: CUDA is full lower it, or",
+        "--output_dir .* No space .* make room",
+    )
+    with pytest.raises(SystemExit, match=f"^error: {disk if isinstance(error, OSError) else gpu}"):
+        sample(*models["dit"])
 
 
 def test_tokens_of_t5_count(sample, sd3, prompt_file):
@@ -362,8 +395,9 @@ def test_latents_are_decoded_one_by_one(sample, models, monkeypatch, kind):
     assert 0 < np.abs(read(folders[0]) - read(folders[1])).max() <= 2  # of the same latents
     assert [manifest(folder)["vae_dtype"] for folder in folders] == ["float32", "float16"]
 
-    def decode_at_once(vae, latents):
-        return decode(vae, latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
+    def decode_at_once(pipeline, latents):
+        shift = (pipeline.vae.config.shift_factor or 0) if kind == "sd3" else 0
+        return decode(pipeline.vae, latents / pipeline.vae.config.scaling_factor + shift).sample
 
     monkeypatch.setattr(generate, "decode", decode_at_once)
     assert np.abs(images - read(sample(*models[kind], name="whole"))).max() <= 1

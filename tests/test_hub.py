@@ -199,6 +199,7 @@ def test_the_pipeline_arrives_byte_for_byte(pushed):
     }
     assert any(path.endswith(".safetensors") for path in files) and len(server.storage) >= 3
     card = files["README.md"].decode()
+    assert str(folder.parent) not in card and "--output_dir " in card
     assert card.startswith("---\n") and 'from_pretrained("someone/tiny-digits")' in card
 
 

@@ -68,7 +68,7 @@ PARTS = {**dict.fromkeys((UNET, SD, XL, GENERATE, REPORT), "unet"), **dict.fromk
 
 # A line that says what to do has one of these.
 REMEDIES = re.compile(
-    r"\b(pass|drop|add|use|choose|correct|keep|put|repair|remove|raise|lower|install|wait|make|give|check|rename|run|move|switch|nearest|must|return|measure)\b"
+    r"\b(pass|drop|add|use|choose|correct|keep|put|repair|remove|raise|lower|install|wait|make|give|check|rename|run|move|switch|nearest|must|return|measure|convert|unpack)\b"
 )
 
 
@@ -157,6 +157,10 @@ INPUTS: dict[str, Callable[[Path], Any] | dict | str | bytes] = {
     "classes": {f"{'bag' if index % 2 else 'coat'}/{index}.png": data for index, data in enumerate(COLOURED.values())},
     "empty": {},
     "words": {"notes.txt": "no image", "table.csv": "a,b\n1,2\n"},
+    "packed": {"images.zip": b"PK\x03\x04"},
+    "sharded": {"0.tar": "", "1.tar": ""},
+    "parquet": {"0.parquet": ""},
+    "phone": {"0.heic": "", "1.HEIC": "", "2.avif": ""},
     "file": "",
     "binary": b"\x80\xff\x00",
     "broken": {"a.png": b"", "b.png": "text", "bag/c.png": b"\x89PNG"},
@@ -174,6 +178,7 @@ INPUTS: dict[str, Callable[[Path], Any] | dict | str | bytes] = {
     "flat_npz": lambda path: np.savez(path, mu=np.zeros(12), sigma=np.zeros(12)),
     "other_npz": lambda path: np.savez(path, mu=np.zeros(5), sigma=np.eye(5)),
     "keyed_npz": lambda path: np.savez(path, mu=np.zeros(12), sigma=np.eye(12), key=np.array("[1]")),
+    "partly_npz": lambda path: np.savez(path, mu=np.zeros(12), sigma=np.eye(12), key=np.array('{"crop": 3}')),
     "torn_npz": b"PK\x03\x04",
     "one_safetensors": b"\x80\xff\x00",
     "blank_txt": "\n \n",
@@ -513,6 +518,8 @@ DAMAGED_TEACHERS = [
     (SD3, {"transformer/config.json": {"in_channels": 3}}, "", "maps 3 channels to 4"),
     (SD3, {"tokenizer_3": None}, "", "tokenizer_3"),
     (GENERATE, {WEIGHTS: flip_last_bit}, "--output_dir {generated}", "its contents differ from those for"),
+    ((GENERATE, REPORT), {SCHEDULE: {"num_train_timesteps": 20}}, "--num_inference_steps 50", "the 20 of its sched"),
+    ((GENERATE, REPORT), {INDEX: None, "checkpoint-2/state.json": "{}"}, "", "is a run that has not ended", "let it"),
 ]
 
 COLUMN = "--caption_column text"
@@ -715,7 +722,11 @@ CASES = [
     # flags that do not go together, or with this machine
     (ALL, "--mixed_precision fp16", "GPU"),
     (ALL, "--enable_xformers_memory_efficient_attention", "needs a CUDA device"),
-    (ALL, "--report_to nosuch", "--report_to nosuch is not installed"),
+    (ALL, "--report_to nosuch", "--report_to nosuch is no tracker; pass aim, comet_ml"),
+    ((UNET, SD), "--report_to aim.b", "--report_to aim.b is no tracker; pass"),
+    (DIT, "--report_to trackio", "--report_to trackio is not installed; pip install trackio"),
+    (ALL, "--hub_model_id me/student", "--hub_model_id me/student without --push_to_hub uploads nothing; add it"),
+    (UNET, "--pretrained_teacher_model {pixel} --student 0.1", "its width leaves 4 channels to attention heads of 8"),
     ((UNET, SD3), "--push_to_hub --hub_model_id me/student", "--push_to_hub", "me/student"),
     (DIT, "--push_to_hub --hub_model_id a/b/c", "a/b/c"),
     (WEIGHTED, "--kd_loss none --lambda_task 0", "--lambda_task 0", "--kd_loss none"),
@@ -790,7 +801,11 @@ CASES = [
     (ALL, "--train_data_dir /no/such/images", "is no folder"),
     (DIT, "--train_data_dir {file}", "is no folder"),
     (ALL, "--train_data_dir {empty}", "is empty"),
-    ((UNET, SD, DIT), "--train_data_dir {words}"),
+    (ALL, "--train_data_dir {words}", "holds no images; pass a folder of images"),
+    ((UNET, SD), "--train_data_dir {packed}", "holds no images; unpack what is in it"),
+    ((UNET, DIT), "--train_data_dir {sharded}", "holds no images; add --streaming"),
+    (SD3, "--train_data_dir {parquet}", "holds no images; pass the folder of its .parquet files as --dataset_name"),
+    ((UNET, XL), "--train_data_dir {phone}", "holds no images but 2 .heic and 1 .avif files; convert them to JPEG"),
     (UNET, "--train_data_dir {broken}", "3 of 3 images cannot be read", "repair or remove"),
     (ALL, "--image_column picture", "--image_column picture is not in the data; choose one of"),
     (CAPTIONED, "--image_column text", "6 of 6 images cannot be read", "--train_data_dir {data}"),
@@ -799,9 +814,10 @@ CASES = [
     (ALL, "--train_batch_size 7", "--train_batch_size 7 is more than the 6 images"),
     ((DIT, SD3), "--max_train_samples 1", "--train_batch_size 2 is more than the 1 images"),
     ((UNET, SD), "--cache_dir {file}", "--cache_dir {file}"),
+    ((UNET, DIT), "--cache_dir {file}/cache", "--cache_dir {file}/cache cannot be written to"),
     (SD3, "--cache_latents --cache_dir {file}", "--cache_dir {file}"),
     (DIT, "--train_data_dir {captioned}", "--label_column label is not in the data"),
-    (DIT, "--train_data_dir {digits}", "--label_column label is not in the data"),
+    (DIT, "--train_data_dir {digits}", "--label_column label is not in the data", "of each class into a sub-folder"),
     (DIT, "--train_data_dir {strings} --label_column kind", "--label_column kind holds Value('string')"),
     (DIT, "--train_data_dir {numbers} --label_column kind", "the first 1000 in row 1; correct them"),
     (DIT, "--train_data_dir {numbers} --label_column gap", "1 of 6 labels are none of the model's 0 to 999"),
@@ -865,6 +881,7 @@ CASES = [
     (EVALUATE, "--reference {torn_npz}", "cannot be read"),
     (EVALUATE, "--reference {flat_npz}", "cannot be read"),
     (EVALUATE, "--reference {keyed_npz}", "cannot be read"),
+    (EVALUATE, "--reference {partly_npz}", "holds features of another network"),
     (EVALUATE, "--reference {other_npz}", "has 5 features, and the network 12"),
     (EVALUATE, "--reference clean-fid:cifar10", "is not clean-fid:NAME:RESOLUTION:SPLIT; pass"),
     (EVALUATE, "--reference clean-fid:cifar10:32:train", "holds features by Inception, not by", "drop --features"),

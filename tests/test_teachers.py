@@ -65,6 +65,14 @@ def source_of(folder: Path) -> TeacherSource:
     return TeacherSource(str(folder), None, None, "pass another")
 
 
+def test_a_hub_that_cannot_be_reached():
+    """The name may be that of a folder, misspelt."""
+    source = TeacherSource("nobody", None, None, "pass another")
+    says = "nobody does not load: it is no folder, and the Hub cannot be reached. Remedy: check its name and the net"
+    with pytest.raises(SystemExit, match=says):
+        load_part(source, UNet2DConditionModel, "unet")
+
+
 def test_weights_of_a_variant_alone(sd_teacher, tmp_path):
     """As many repositories have them: what is missing is the flag."""
     folder = Path(shutil.copytree(sd_teacher, tmp_path / "teacher"))
