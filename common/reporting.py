@@ -10,8 +10,8 @@
 
 import math
 import textwrap
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from common.costs import dtype_of
@@ -58,10 +58,23 @@ def sample_models(
     return samples
 
 
-def autocast_of(model: torch.nn.Module, accelerator: Accelerator) -> AbstractContextManager:
-    """The run's autocast, but for a teacher in the other half precision, with which that fails: it casts by itself."""
+@contextmanager
+def autocast_of(model: torch.nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """The run's autocast, but for a teacher in the other half precision, with which that fails: it casts by itself.
+
+    The model's predictions come in float32, because samplers keep their latents in the dtype of the prediction.
+    """
+
+    def widen(module: torch.nn.Module, inputs: tuple, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return outputs[0].float(), *outputs[1:]
+
     other = {torch.float16, torch.bfloat16} - {dtype_of(accelerator.mixed_precision)}
-    return nullcontext() if model.dtype in other else accelerator.autocast()
+    hook = model.register_forward_hook(widen)
+    try:
+        with nullcontext() if model.dtype in other else accelerator.autocast():
+            yield
+    finally:
+        hook.remove()
 
 
 def share_of(count: int, accelerator: Accelerator) -> list[int]:

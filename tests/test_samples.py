@@ -3,15 +3,18 @@
 import importlib
 from functools import partial
 
-from common.reporting import sample_models
+from common.reporting import autocast_of, sample_models
 from common.training import seed_step
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMPipeline, DiffusionPipeline, EulerAncestralDiscreteScheduler
+from accelerate.state import AcceleratorState
+from diffusers import DDIMPipeline, DiffusionPipeline, EulerAncestralDiscreteScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
+
+from tiny_models import TINY_UNET
 
 
 PROMPTS = ["a photo of a bag", "a dark sneaker"]
@@ -31,6 +34,20 @@ def test_samples_of_the_average_are_the_averages():
     ema.optimization_step = 1
     assert show() == {"teacher": [0.0], "student": [1.0], "EMA student": [2.0]}
     assert student.weight.item() == 1.0
+
+
+def test_predictions_come_in_float32_while_samples_are_drawn():
+    """Samplers keep their latents in the dtype of the prediction, which would round them at each step."""
+    model = UNet2DModel(**TINY_UNET)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    inputs = {"sample": torch.randn(1, 1, 16, 16), "timestep": 5, "return_dict": False}
+    with torch.no_grad(), autocast_of(model, accelerator):
+        widened = model(**inputs)[0]
+    with torch.no_grad(), accelerator.autocast():
+        plain = model(**inputs)[0]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert (widened.dtype, plain.dtype) == (torch.float32, torch.bfloat16) and torch.equal(widened, plain.float())
 
 
 @pytest.mark.parametrize("script", ["unet", "sd21", "sdxl", "dit", "sd3"])
