@@ -70,7 +70,7 @@ def write_model_card(
         ]
     )
     text = without_secrets(text)
-    if "--push_to_hub" in sys.argv:  # a reader there has other folders, and need not know these
+    if any(word.startswith("--push") for word in sys.argv):  # a reader on the Hub need not know these folders
         text = without_folders(text)
     tags = ["diffusers", *tags, "knowledge-distillation", "lift-place"]
     data = ModelCardData(library_name="diffusers", tags=tags, **describe_origin(run))

@@ -8,6 +8,7 @@
 # specific language governing permissions and limitations under the License.
 """Which class of the model is a label of the data, and what are the classes called?"""
 
+from collections import Counter
 from typing import Any
 
 from common.errors import fail
@@ -52,12 +53,12 @@ def number_labels(
 
 def _match_names(names: list[str], known: dict[int, str]) -> list[int] | None:
     """The numbers of these names among the known ones, `None` where they are not all known."""
-    numbers = _numbers_by_name(known)
-    unknown = [name for name in names if name not in numbers]
+    numbers, owners = _numbers_by_name(known), Counter(part for name in known.values() for part in _split(name))
+    unknown = [name for name in names if owners[name] != 1]  # ImageNet has two cranes
     if len(unknown) == len(names):
         return None
     if unknown:
-        found = f"{unknown[0]} is none of the teacher's classes, and {len(names) - len(unknown)} others are"
+        found = f"{unknown[0]} is not one of the teacher's classes, and {len(names) - len(unknown)} others are"
         logger.warning(f"{found}: class i is the i-th name; for its classes name all as it does, or by their numbers")
         return None
     return [numbers[name] for name in names]
@@ -65,7 +66,12 @@ def _match_names(names: list[str], known: dict[int, str]) -> list[int] | None:
 
 def _numbers_by_name(names: dict[int, str]) -> dict[str, int]:
     """The number of each name, and of each of several in one."""
-    return {part.strip(): number for number, name in names.items() for part in [name, *name.split(",")]}
+    return {part: number for number, name in names.items() for part in _split(name)}
+
+
+def _split(name: str) -> set[str]:
+    """The name of a class, and the several that it may list."""
+    return {part.strip() for part in [name, *name.split(",")]}
 
 
 def number_classes(
