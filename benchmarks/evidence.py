@@ -106,8 +106,11 @@ LOSSES = {
     "place + FitNet": {"kd_loss": "place", "lambda_kd_feat": 1e-6},
 }
 # The best rates from a random start, of 6,000 steps for students of 1.6 % and of 1,000 for those of 16 %.
-TINY_RATES = {"none, rms": 0.004, "mse": 0.008, "rms, rms": 0.004, "lift": 0.008, "place": 0.008, "place, rms": 0.008}
-SMALL_RATES = {"none, rms": 0.008, "mse": 0.008, "place": 0.008, "place, rms": 0.004}
+TINY_RATES = {"none": 0.016, "none, rms": 0.004, "mse": 0.008, "rms": 0.004, "rms, rms": 0.004}
+TINY_RATES |= {"lift": 0.008, "place": 0.008, "place, rms": 0.008}
+SMALL_RATES = {"none": 0.004, "none, rms": 0.008, "mse": 0.008, "rms": 0.008}
+SMALL_RATES |= {"lift": 0.004, "place": 0.008, "place, rms": 0.004}
+DECIDING_PAIRS = *(("place", other) for other in ("lift", "rms", "none")), ("rms", "none"), ("mse", "none")
 
 
 def tiny_experiment(shared: Flags, search: Search, names: tuple[str, ...] = tuple(LOSSES)) -> Experiment:
@@ -131,20 +134,19 @@ def small_experiment() -> Experiment:
     names = ("none", "none, rms", "mse", "rms", "FitNet", "lift", "place", "place, rms")
     rows, compared = {name: LOSSES[name] for name in names}, (("mse",), ("none", "none, rms"))
     question = "Which loss helps a student of 16 % of the teacher, from a random start?"
-    pairs = *(("place", other) for other in ("lift", "rms", "none")), ("rms", "none"), ("mse", "none")
-    return Experiment(question, rows, (0, 1, 2), {**LONG, **SMALL}, compared, Search(1000), pairs=pairs)
+    return Experiment(question, rows, (0, 1, 2), {**LONG, **SMALL}, compared, Search(1000), pairs=DECIDING_PAIRS)
 
 
 def pruned_experiment(size: str, shared: Flags, rates: dict[str, float]) -> Experiment:
     """The losses that decide, from a pruned start, at the best rates from a random one."""
-    rows = {
-        name: {**LOSSES[name], "learning_rate": rates[name]} for name in ("none, rms", "mse", "place", "place, rms")
-    }
+    names = ("none", "none, rms", "mse", "rms", "lift", "place", "place, rms")
+    rows = {name: {**LOSSES[name], "learning_rate": rates[name]} for name in names}
     shared = {**LONG, "student_init": "magnitude", "checkpointing_steps": 2000, **shared}
     question = (
         f"Which loss helps a student of {size} of the teacher, pruned from it, at the best rates of a random start?"
     )
-    return Experiment(question, rows, (0, 1, 2), shared, (("mse",), ("none, rms",)), pairs=(("place, rms", "place"),))
+    compared = ("mse",), ("none", "none, rms")
+    return Experiment(question, rows, (0, 1, 2), shared, compared, pairs=DECIDING_PAIRS)
 
 
 def draws_experiment() -> Experiment:

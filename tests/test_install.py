@@ -186,14 +186,16 @@ def test_the_verdicts_tell_what_was_measured():
 
     page = ROOT / "benchmarks" / "results" / "evidence" / "README.md"
     text = (ROOT / "docs" / "evidence.md").read_text()
-    heads = "Which loss helps", "Learning rates", "A larger teacher", "A larger student", "The verdict so far"
+    heads = "Which loss helps", "Learning rates", "A larger teacher", "A larger student"
+    heads += "A pruned start", "The verdict so far"
     sections = [text.partition(f"\n## {head}\n")[2].partition("\n## ")[0] for head in heads]
-    losses, rates, teachers, students, demos = sections
+    losses, rates, teachers, students, pruned, demos = sections
     for told, pages, least in (
         (losses, [page, *page.parent.glob("samplers-*.md")], 20),
         (rates, [page], 8),
         (teachers, [page], 8),
         (students, [page, page.with_name("samplers-small.md")], 12),
+        (pruned, [page], 12),
         (demos, RESULTS, 12),
     ):
         written = [figures for each in pages for figures in read_differences(each.read_text())]
