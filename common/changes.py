@@ -26,7 +26,7 @@ SHAPING += ("train_batch_size", "gradient_accumulation_steps")
 
 
 def keep_flags(output_dir: Path, flags: dict[str, Any], first_step: int) -> str | None:
-    """Add the flags of a part of a run to flags.json; returns how they differ from those of the part before.
+    """Add the flags of a part of a run to flags.json where they are others; returns how they differ from those before.
 
     Args:
         output_dir: Of the run.
@@ -34,8 +34,9 @@ def keep_flags(output_dir: Path, flags: dict[str, Any], first_step: int) -> str 
         first_step: Steps done before. Parts that began there or later, and were killed, are forgotten.
     """
     parts = [part for part in _read_parts(output_dir) if part["first_step"] < first_step]
-    before = _describe(parts)
-    parts.append({"first_step": first_step, **{name: flags.get(name) for name in SHAPING}})
+    before, now = _describe(parts), {name: flags.get(name) for name in SHAPING}
+    if not parts or any(parts[-1].get(name) != value for name, value in now.items()):
+        parts.append({"first_step": first_step, **now})
     temporary = output_dir / ".flags.json"
     temporary.write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")
     temporary.replace(output_dir / "flags.json")
