@@ -155,5 +155,5 @@ def without_secrets(text: str) -> str:
 
 def without_folders(text: str) -> str:
     """The text with the last names alone of absolute paths, and of those in the home folder."""
-    text = re.sub(r"(?<=['\"])~?/[^'\"\n]*/(?=[^'\"/\n]+/?['\"])", "", text)  # these may have spaces
+    text = re.sub(r"(?<=['\"`])~?/[^'\"`\n]*/(?=[^'\"`/\n]+/?['\"`])", "", text)  # these may have spaces
     return re.sub(r"(?<=[\s`=])~?/[^\s`'\"]*/(?=[^\s`'\"/])", "", text)

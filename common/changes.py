@@ -50,8 +50,9 @@ def read_changes(output_dir: Path) -> list[str]:
 
 
 def _read_parts(output_dir: Path) -> list[dict[str, Any]]:
-    with suppress(OSError, ValueError):  # none of an earlier version; a damaged one says nothing
-        return json.loads((output_dir / "flags.json").read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, TypeError, KeyError):  # none of an earlier version; a damaged one says nothing
+        parts = json.loads((output_dir / "flags.json").read_text(encoding="utf-8"))
+        return sorted(parts, key=lambda part: part["first_step"])
     return []
 
 

@@ -66,7 +66,8 @@ class MetricsLog:
         self.images_per_step = images * accelerator.num_processes
         if accelerator.is_main_process:
             rewind_metrics(self.path, first_step)
-            if changes := keep_flags(output_dir, flags, first_step):
+            # One that has no step left learns nothing by them.
+            if first_step < steps and (changes := keep_flags(output_dir, flags, first_step)):
                 logger.warning(f"the run goes on with other flags, {changes}; its card will say so")
             for path in (output_dir / "samples").glob("step-*.png"):
                 step = path.stem.removeprefix("step-")

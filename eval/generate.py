@@ -59,7 +59,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.arguments import HelpFormatter, check_values
 from common.cache import identify
-from common.checkpoints import hash_file
+from common.checkpoints import hash_file, list_checkpoints
 from common.errors import fail, first_line
 from common.finite import first_non_finite
 from common.folders import check_writable
@@ -98,7 +98,7 @@ EXPECTED = f"pass a pipeline folder or Hub id of a {', '.join(PROTOCOLS)} or ano
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Settings of a model that the other parts of its pipeline ask for.
 SHARED_WITH_BASE = "in_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim"
-SHARED_WITH_BASE += "projection_class_embeddings_input_dim", "num_embeds_ada_norm"
+SHARED_WITH_BASE += ("projection_class_embeddings_input_dim",)
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pillow")
 MANIFEST = {  # by JSON Schema: what is read from one
     "type": "object",
@@ -302,9 +302,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
 
 def check_ended(folder: Path, flag: str) -> None:
     """End the process where a folder is that of a training that has not ended."""
-    if not (folder / "model_index.json").exists() and (steps := list(folder.glob("checkpoint-*/state.json"))):
-        newest = max((path.parent for path in steps), key=lambda path: int(path.name.removeprefix("checkpoint-")))
-        remedy = f"let it end, or pass {newest} to generate.py, with --base"
+    if not (folder / "model_index.json").exists() and (checkpoints := list_checkpoints(folder)):
+        remedy = f"let it end, or pass {checkpoints[-1]} to generate.py, with --base"
         fail(f"{flag} {folder} is a run that has not ended, without a pipeline; {remedy}")
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 from common import card
 from common.arguments import RunFacts
+from common.changes import keep_flags, read_changes
 
 import pytest
 import torch
@@ -139,8 +140,15 @@ def test_hours_are_those_of_all_parts():
 
 
 def test_no_folders_on_the_hub():
-    text = "x --a /mnt/a/b '/mnt/b c/d e' --f=/mnt/f `~/a/c` https://x.y/a/b me/name a/b.png /"
-    assert card.without_folders(text) == "x --a b 'd e' --f=f `c` https://x.y/a/b me/name a/b.png /"
+    text = "x --a /mnt/a/b '/mnt/b c/d e' --f=/mnt/f `~/a/c` https://x.y/a/b me/name a/b.png / `/mnt/b c/d`"
+    assert card.without_folders(text) == "x --a b 'd e' --f=f `c` https://x.y/a/b me/name a/b.png / `d`"
+
+
+@pytest.mark.parametrize("damaged", ["{", '{"a": 1}', "[1]", "3", '[{"x": 1}]'])
+def test_damaged_flags_say_nothing(tmp_path, damaged):
+    (tmp_path / "flags.json").write_text(damaged)
+    assert keep_flags(tmp_path, {"kd_loss": "mse"}, 2) is None and read_changes(tmp_path) == []
+    assert len(json.loads((tmp_path / "flags.json").read_text())) == 1
 
 
 def test_a_run_that_goes_on_with_other_flags_says_so(make_student, tmp_path, run, images, caplog):
