@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.arguments import HelpFormatter, check_values
-from common.checkpoints import list_checkpoints
+from common.checkpoints import check_ended
 from common.costs import DTYPES
 from common.errors import fail, first_line
 from common.finite import first_non_finite
@@ -219,8 +219,7 @@ def load_student(model: str, revision: str | None, variant: str | None) -> Diffu
         fail(f"--model {model} is an adapter alone; pass the student's folder around it, where it is merged")
     if (folder / "state.json").is_file():
         fail(f"--model {model} is a checkpoint of a training; let the run end, and pass its --output_dir")
-    if not (folder / "model_index.json").is_file() and list_checkpoints(folder):
-        fail(f"--model {model} is a run that has not ended; let it end")
+    check_ended(folder, f"--model {model}")
     if not folder.is_dir() and (folder.is_absolute() or model.startswith(".") or model.count("/") > 1):
         fail(f"--model {model} is no folder; {EXPECTED}")
     try:

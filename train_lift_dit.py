@@ -848,7 +848,7 @@ def sample_images(
         both = scheduler.scale_model_input(latents, step).repeat(2, 1, 1, 1).to(transformer.dtype)
         with autocast_of(transformer, accelerator):
             output = transformer(both, step.expand(2 * len(mine)), labels, return_dict=False)[0]
-        guided, unguided = split_output(output.float(), config.in_channels)[0].chunk(2)
+        guided, unguided = split_output(output, config.in_channels)[0].chunk(2)
         guided = unguided + guidance_scale * (guided - unguided)
         latents = scheduler.step(guided, step, latents).prev_sample
     latents = latents / vae.config.scaling_factor

@@ -9,20 +9,24 @@
 """With which other flags did a run go on?"""
 
 import json
+import shlex
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 
-# Flags that say what a run learns from what, where a script has them. Those of the student are not among them: a
-# checkpoint of another student is refused.
-SHAPING = ("pretrained_teacher_model", "teacher_revision", "prediction_type")
-SHAPING += ("dataset_name", "dataset_config_name", "train_data_dir", "max_train_samples", "resolution", "random_flip")
-SHAPING += ("caption_dropout", "label_dropout", "antithetic_timesteps", "kd_loss", "task_loss", "snr_gamma")
-SHAPING += ("group_size", "group_by", "coarse_norm", "kd_weighting", "reduction", "cache_teacher", "kd_alpha")
-SHAPING += ("lambda_task", "lambda_kd_output", "lambda_kd_feat", "learning_rate", "seed")
-SHAPING += ("train_batch_size", "gradient_accumulation_steps")
+# Flags that leave what a run learns as it is, and those of the student: a checkpoint of another one is refused.
+INCIDENTAL = {
+    *("output_dir", "cache_dir", "max_train_steps", "num_train_epochs", "dry_run", "num_processes"),
+    *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "discard_later_checkpoints"),
+    *("logging_steps", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo", "license"),
+    *("validation_steps", "validation_prompts", "validation_classes", "num_validation_images"),
+    *("num_inference_steps", "guidance_scale", "save_fp16_variant", "cache_latents", "encoding_batch_size"),
+    *("dataloader_num_workers", "gradient_checkpointing", "enable_xformers_memory_efficient_attention", "compile"),
+    *("fsdp", "offload_teacher", "allow_tf32"),
+    *("student", "student_init", "keep_blocks", "student_depth", "lora_rank", "share_backbone"),
+}
 
 
 def keep_flags(output_dir: Path, flags: dict[str, Any], first_step: int) -> str | None:
@@ -30,37 +34,38 @@ def keep_flags(output_dir: Path, flags: dict[str, Any], first_step: int) -> str 
 
     Args:
         output_dir: Of the run.
-        flags: By name, without those that are `None`.
+        flags: By name, JSON-serialisable, without those that are `None`.
         first_step: Steps done before. Parts that began there or later, and were killed, are forgotten.
     """
     parts = [part for part in _read_parts(output_dir) if part["first_step"] < first_step]
-    before, now = _describe(parts), {name: flags.get(name) for name in SHAPING}
-    if not parts or any(parts[-1].get(name) != value for name, value in now.items()):
-        parts.append({"first_step": first_step, **now})
+    now = {name: value for name, value in flags.items() if name not in INCIDENTAL}
+    other = not parts or parts[-1]["flags"] != now
+    if other:
+        parts.append({"first_step": first_step, "flags": now})
     temporary = output_dir / ".flags.json"
     temporary.write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")
     temporary.replace(output_dir / "flags.json")
-    changes = _describe(parts)
-    return changes[-1] if len(changes) > len(before) else None
+    return _describe(*parts[-2:]) if other and len(parts) > 1 else None
 
 
 def read_changes(output_dir: Path) -> list[str]:
     """What has changed between the parts of a run, a line each."""
-    return _describe(_read_parts(output_dir))
+    return [_describe(*pair) for pair in pairwise(_read_parts(output_dir))]
 
 
 def _read_parts(output_dir: Path) -> list[dict[str, Any]]:
     with suppress(OSError, ValueError, TypeError, KeyError):  # none of an earlier version; a damaged one says nothing
         parts = json.loads((output_dir / "flags.json").read_text(encoding="utf-8"))
-        return sorted(parts, key=lambda part: part["first_step"])
+        return [{"first_step": int(part["first_step"]), "flags": dict(part["flags"])} for part in parts]
     return []
 
 
-def _describe(parts: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for before, after in pairwise(parts):
-        changed = [name for name in SHAPING if before.get(name) != after.get(name)]
-        values = ", ".join(f"--{name} {after.get(name)} (before: {before.get(name)})" for name in changed)
-        if changed:
-            lines.append(f"from step {after['first_step'] + 1} on {values}")
-    return lines
+def _describe(before: dict[str, Any], after: dict[str, Any]) -> str:
+    old, new = before["flags"], after["flags"]
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    values = (f"--{name} {_quote(new.get(name))} (before: {_quote(old.get(name))})" for name in changed)
+    return f"from step {after['first_step'] + 1} on {', '.join(values)}"
+
+
+def _quote(value: Any) -> str:
+    return shlex.quote(str(value))

@@ -118,6 +118,13 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
+def check_ended(output_dir: Path, subject: str) -> None:
+    """End the process where a folder is that of a training without its result yet; the subject begins the line."""
+    if not (output_dir / "model_index.json").is_file() and (checkpoints := list_checkpoints(output_dir)):
+        remedy = f"let it end, or pass {checkpoints[-1]} to eval/generate.py, with --base"
+        fail(f"{subject} is a run that has not ended, without a pipeline; {remedy}")
+
+
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))

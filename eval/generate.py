@@ -59,7 +59,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.arguments import HelpFormatter, check_values
 from common.cache import identify
-from common.checkpoints import hash_file, list_checkpoints
+from common.checkpoints import check_ended, hash_file
 from common.errors import fail, first_line
 from common.finite import first_non_finite
 from common.folders import check_writable
@@ -239,7 +239,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
     flag, folder = "--base" if checkpoint is not None else flag, Path(source)
     if not folder.is_dir() and (folder.is_absolute() or source.startswith(".") or source.count("/") > 1):
         fail(f"{flag} {source} is not a folder; {EXPECTED}")
-    check_ended(folder, flag)
+    check_ended(folder, f"{flag} {source}")
     torch.backends.cudnn.allow_tf32 = False  # as in the training: float32 is not the tensor cores' shorter kind
     try:
         parts = DiffusionPipeline.load_config(source, revision=args.revision)
@@ -298,13 +298,6 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
         fail(f"--num_inference_steps {args.num_inference_steps} is more than the {most} of its schedule; pass {most}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
-
-
-def check_ended(folder: Path, flag: str) -> None:
-    """End the process where a folder is that of a training that has not ended."""
-    if not (folder / "model_index.json").exists() and (checkpoints := list_checkpoints(folder)):
-        remedy = f"let it end, or pass {checkpoints[-1]} to generate.py, with --base"
-        fail(f"{flag} {folder} is a run that has not ended, without a pipeline; {remedy}")
 
 
 def find_t5(parts: dict[str, list], subject: str) -> list[str]:

@@ -122,6 +122,7 @@ class Comparison:
     facts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # size and costs
     predictions: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # of comparable models only
     contents: dict[str, str] = dataclasses.field(default_factory=dict)  # hashes of the models' files
+    settings: dict[str, list] = dataclasses.field(default_factory=dict)  # of each model: its SETTINGS
     remarks: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -518,10 +519,10 @@ def find_rows(results: dict, comparison: Comparison, path: Path) -> dict[str, di
         comparison: Of the models.
         path: Of the results, for the message.
     """
-    found, own = {}, [getattr(comparison.flags, name) for name in SETTINGS]
+    found = {}
     for name, digest in comparison.contents.items():
         rows = [row for row in results["rows"] if row["contents"] == digest]
-        same = [row for row in rows if [row.get(setting) for setting in SETTINGS] == own]
+        same = [row for row in rows if [row.get(setting) for setting in SETTINGS] == comparison.settings[name]]
         if len(rows) > 1 and not same:
             names = ", ".join(row["name"] for row in rows)
             remedy = "pass --sampler, --num_inference_steps and --guidance_scale of one, or results with one of them"
@@ -633,6 +634,7 @@ def compare_models(models: dict[str, str], args: argparse.Namespace) -> Comparis
             "macs": count_macs(pipeline, inputs),
         }
         comparison.contents[name] = generate.digest_model(flags)
+        comparison.settings[name] = [getattr(flags, setting) for setting in SETTINGS]
         del pipeline
         gc.collect()
         torch.cuda.empty_cache()

@@ -24,6 +24,14 @@ import turns
 from result_tables import as_markdown, tables_from_files
 
 
+def test_a_demo_reads_the_student_before_it_trains_the_teacher(tmp_path):
+    with pytest.raises(SystemExit, match=r"--student .*nosuch\.json"):
+        digits.parse_args(["--student", str(tmp_path / "nosuch.json")])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"--output_dir .* cannot be written to: .*file is no folder; pass another"):
+        demo.main(digits.parse_args(["--output_dir", str(tmp_path / "file" / "demo")]), digits.run)
+
+
 def test_demo_from_nothing(in_process, costs_here, tmp_path, monkeypatch):
     """A few steps of everything. Of the trainings one is launched, as all would be; the others run in this process."""
     trainings, run_here = [], demo.subprocess.Popen

@@ -1,5 +1,6 @@
 """The model card of a student: whose it is, how the run is repeated by it, and what it must not say."""
 
+import importlib
 import json
 import os
 import shlex
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 from common import card
 from common.arguments import RunFacts
-from common.changes import keep_flags, read_changes
+from common.changes import INCIDENTAL, keep_flags, read_changes
 
 import pytest
 import torch
@@ -34,6 +35,9 @@ FLAGS = [
     *("--logging_steps", 1, "--dataloader_num_workers", 0, "--num_inference_steps", 1, "--report_to", "none"),
     *("--num_validation_images", 1),
 ]
+
+
+SCRIPTS = ("unet", "sd21", "sdxl", "dit", "sd3")
 
 
 @pytest.fixture
@@ -140,8 +144,9 @@ def test_hours_are_those_of_all_parts():
 
 
 def test_no_folders_on_the_hub():
-    text = "x --a /mnt/a/b '/mnt/b c/d e' --f=/mnt/f `~/a/c` https://x.y/a/b me/name a/b.png / `/mnt/b c/d`"
-    assert card.without_folders(text) == "x --a b 'd e' --f=f `c` https://x.y/a/b me/name a/b.png / `d`"
+    text = "x --a /mnt/a/b '/mnt/b c/d e' --f=/mnt/f `~/a/c` https://x.y/a/b me/name a/b.png /"
+    assert card.without_folders(text) == "x --a b 'd e' --f=f `c` https://x.y/a/b me/name a/b.png /"
+    assert card.without_folders("`/mnt/b c/d` --g '/mnt/e f/g h' (before: /a/b)") == "`d` --g 'g h' (before: b)"
 
 
 @pytest.mark.parametrize("damaged", ["{", '{"a": 1}', "[1]", "3", '[{"x": 1}]'])
@@ -149,6 +154,14 @@ def test_damaged_flags_say_nothing(tmp_path, damaged):
     (tmp_path / "flags.json").write_text(damaged)
     assert keep_flags(tmp_path, {"kd_loss": "mse"}, 2) is None and read_changes(tmp_path) == []
     assert len(json.loads((tmp_path / "flags.json").read_text())) == 1
+
+
+def test_flags_that_do_not_count_are_flags():
+    """One that is misspelt would count."""
+    command = ["--dry_run", "--student", "whole", "--pretrained_teacher_model", "teacher"]
+    parsers = (importlib.import_module(f"train_lift_{script}").parse_args for script in SCRIPTS)
+    flags = {name for parse in parsers for name in vars(parse(command))}
+    assert flags >= INCIDENTAL and {"kd_loss", "seed", "caption_column", "lr_scheduler", "vae"} <= flags - INCIDENTAL
 
 
 def test_a_run_that_goes_on_with_other_flags_says_so(make_student, tmp_path, run, images, caplog):

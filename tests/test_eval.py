@@ -1299,8 +1299,8 @@ def test_report_of_each_kind(write_report, sd_teacher, dit, sd3, prompt_file, tm
 
 def test_a_row_of_the_report_is_of_images_that_were_made_alike(tmp_path):
     comparison = SimpleNamespace(
-        contents={"student": "x"},
-        flags=SimpleNamespace(sampler="ddim", num_inference_steps=100, guidance_scale=None, variant=None),
+        contents={"teacher": "y", "student": "x"},
+        settings={"teacher": ["ddim", 100, None, "fp16"], "student": ["ddim", 100, None, None]},
     )
     made = {"contents": "x", "sampler": "ddim", "guidance_scale": None, "variant": None, "remarks": ["one"]}
     ten, hundred = ({**made, "name": f"{steps} steps", "num_inference_steps": steps} for steps in (10, 100))
@@ -1310,6 +1310,8 @@ def test_a_row_of_the_report_is_of_images_that_were_made_alike(tmp_path):
         return report.find_rows({"rows": list(rows)}, comparison, tmp_path)
 
     assert find(ten, hundred, real) == find(hundred, ten, real) == {"real": real, "student": hundred}
+    half = {**hundred, "name": "teacher", "contents": "y", "variant": "fp16"}  # --variant is the teacher's alone
+    assert find(half, hundred) == {"teacher": half, "student": hundred}
     (row,) = find(ten).values()
     says = "all quality: of images by sampler ddim, num_inference_steps 10, guidance_scale None, variant None"
     assert row == {**ten, "remarks": ["one", f"{says}, unlike those shown here"]}

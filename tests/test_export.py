@@ -454,6 +454,7 @@ REFINER = {"_class_name": "StableDiffusionXLPipeline", "text_encoder": [None, No
 def save_empty(folder: Path, files: dict[str, str]) -> Path:
     folder.mkdir()
     for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     return folder
 
@@ -463,6 +464,7 @@ def save_empty(folder: Path, files: dict[str, str]) -> Path:
     [
         ({"pytorch_lora_weights.safetensors": ""}, "is an adapter alone; pass the student's folder around it"),
         ({"state.json": "{}"}, "is a checkpoint of a training; let the run end"),
+        ({"checkpoint-2/state.json": "{}"}, "is a run that has not ended, without a pipeline; let it end"),
         ({"model_index.json": '{"_class_name": "StableDiffusion3Pipeline"}'}, "depth from its width"),
         ({"model_index.json": '{"_class_name": "DiTPipeline"}'}, "no program reads a DiT"),
         ({"model_index.json": '{"_class_name": "DDPMPipeline"}'}, "no program reads a U-Net of pixels"),
