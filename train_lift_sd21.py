@@ -749,7 +749,7 @@ def save_pipeline(
     usage += f'image = StableDiffusionPipeline.from_pretrained("{name}")("a prompt").images[0]'
     kind, tags = "A text-to-image model", ["text-to-image"]
     write_model_card(output_dir, kind, facts, describe_run(args), usage, tags)
-    logger.info(f"the student is in {output_dir}: see README.md, or draw by eval/generate.py --model {output_dir}")
+    logger.info(f"the model is in {output_dir}: see README.md, or draw by eval/generate.py --model {output_dir}")
 
 
 def print_dry_run(

@@ -597,7 +597,7 @@ def save_pipeline(
     usage += f'image = DDIMPipeline.from_pretrained("{args.hub_model_id or output_dir.name}")().images[0]'
     kind, tags = "An unconditional diffusion model", ["unconditional-image-generation"]
     write_model_card(output_dir, kind, facts, describe_run(args), usage, tags)
-    logger.info(f"the student is in {output_dir}: see README.md, or draw by eval/generate.py --model {output_dir}")
+    logger.info(f"the model is in {output_dir}: see README.md, or draw by eval/generate.py --model {output_dir}")
 
 
 def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dict, args: argparse.Namespace) -> None:
