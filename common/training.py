@@ -212,8 +212,9 @@ def guarded_step(
     """Take an optimizer step unless this step's loss or gradient norm is not finite, and count those it skips.
 
     Fused AdamW skips on the device, so nothing waits. 8-bit AdamW waits for the device by itself, for each tensor.
-    Under fp16 the gradient scaler skips by itself, with one read from the device; while it looks for its scale, a
-    gradient that is not finite is no fault and does not count.
+    Under fp16 the gradient scaler skips by itself, with reads from the device; while it looks for its scale, a gradient
+    that is not finite is no fault and does not count. Of a loss that is not finite it is not told: no scale would help,
+    and it would halve its own for each, until it holds no gradient.
 
     Args:
         optimizer: An optimizer prepared by Accelerate.
@@ -231,6 +232,9 @@ def guarded_step(
             optimizer.optimizer.found_inf = bad.float()
         elif bad:
             return
+    elif not torch.isfinite(loss):
+        scaler.update(scaler.get_scale())  # as it was: this only forgets the step's gradients
+        return
     optimizer.step()
 
 

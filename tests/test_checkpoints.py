@@ -582,6 +582,14 @@ def make(kind: str):
     return parameters, Accelerator().prepare(optimizer)
 
 
+def make_scaled():
+    """A parameter and its optimizer, as Accelerate prepares it for fp16."""
+    Accelerator()  # whose state the optimizer asks
+    weight = torch.nn.Parameter(torch.ones(3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    return weight, AcceleratedOptimizer(torch.optim.SGD([weight], lr=0.1), device_placement=False, scaler=scaler)
+
+
 def take(parameters, optimizer, step: int, value: float, skipped: torch.Tensor) -> None:
     """One step with gradients that depend on `step`, multiplied by `value`."""
     generator = torch.Generator().manual_seed(step)
@@ -621,19 +629,33 @@ def test_a_step_that_is_not_finite_leaves_no_trace(kind):
 
 def test_a_scaler_that_looks_for_its_scale_is_no_fault():
     """Under fp16 it halves its scale and skips the step; the count begins where no scale would help."""
-    weight = torch.nn.Parameter(torch.ones(3))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    optimizer = AcceleratedOptimizer(torch.optim.SGD([weight], lr=0.1), device_placement=False, scaler=scaler)
+    weight, optimizer = make_scaled()
     skipped, counts = torch.zeros(2), []
     for step in range(62):
         weight.grad = torch.full((3,), float("inf"))
-        scaler.scale(torch.tensor(1.0))
+        optimizer.scaler.scale(torch.tensor(1.0))
         optimizer.scaler.unscale_(optimizer.optimizer)
         loss = torch.tensor(float("nan") if step == 3 else 1.0)
         guarded_step(optimizer, loss, weight.grad.norm(), skipped)
         counts.append(skipped[1].item())
     assert counts[:5] == [0, 0, 0, 1, 0] and counts[40] == 0  # a loss that is not finite counts at any scale
-    assert counts[-1] == 21 and torch.equal(weight, torch.ones(3))
+    assert counts[-1] == 20 and torch.equal(weight, torch.ones(3))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_scale():
+    """A teacher that overflows for one image in a thousand must not bring the scale down to nothing."""
+    weight, optimizer = make_scaled()
+    skipped, moved = torch.zeros(2), []
+    for step in range(6):
+        before, factor = weight.detach().clone(), float("nan") if step % 2 else 1.0
+        loss = weight.sum() * factor
+        optimizer.scaler.scale(loss).backward()
+        optimizer.scaler.unscale_(optimizer.optimizer)
+        guarded_step(optimizer, loss.detach(), weight.grad.norm(), skipped)
+        optimizer.zero_grad()
+        moved.append(not torch.equal(weight, before))
+    assert optimizer.scaler.get_scale() == 2.0**16
+    assert moved == [True, False] * 3 and skipped.tolist() == [3, 1]
 
 
 def test_a_skipped_step_is_counted_and_the_run_goes_on(distil, tmp_path, monkeypatch):
