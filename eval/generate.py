@@ -17,7 +17,7 @@ defaults.
     accelerate launch eval/generate.py --model student --output_dir images --prompt_file captions.txt --resize 256
 
 The noise of image i depends on --seed and i alone and is made on the CPU. It does not depend on the batch size, the
-number of processes or the device. The images are exactly the same for any number of processes. Another --batch_size
+number of processes or the device. Pipelines other than those five draw their own, which depends on --dtype, too. The images are exactly the same for any number of processes. Another --batch_size
 changes the last bits of matrix products: at most one grey level, in float32 on a CPU. Image i gets the prompt or class
 of number i, modulo their count.
 
@@ -391,7 +391,9 @@ def denoiser(pipeline: DiffusionPipeline) -> torch.nn.Module:
 
 def make_sampler(pipeline: DiffusionPipeline, name: str) -> SchedulerMixin:
     """The sampler of this name, with the noise schedule that was saved with the pipeline."""
-    config, kind = pipeline.scheduler.config, type(pipeline.scheduler).__name__
+    # Published configs leave out what was the default of their class. It is kept, as it is in a student's config.
+    config = {name: value for name, value in pipeline.scheduler.config.items() if name != "_use_default_values"}
+    kind = type(pipeline.scheduler).__name__
     flow = is_sd3(pipeline) or kind.startswith("FlowMatch")
     if name == "as_saved":
         return pipeline.scheduler

@@ -34,6 +34,7 @@ from diffusers import (
     DiTPipeline,
     LDMPipeline,
     PixArtSigmaPipeline,
+    PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -473,6 +474,20 @@ def test_samplers_keep_a_schedule_of_zero_terminal_snr(tmp_path):
     pipeline.scheduler = DDIMScheduler(prediction_type="sample")
     with pytest.raises(SystemExit, match="--sampler pndm is not for a model that predicts the sample; pass ddim"):
         generate.make_sampler(pipeline, "pndm")
+
+
+@pytest.mark.parametrize("name", generate.SAMPLERS)
+def test_a_sampler_draws_a_teacher_and_its_student_at_the_same_timesteps(tmp_path, name):
+    """Published configs of the scheduler are short, a student's has every entry."""
+    published = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "skip_prk_steps": True}
+    teacher = PNDMScheduler.from_config(published | {"prediction_type": "v_prediction", "steps_offset": 1})
+    teacher.save_pretrained(tmp_path)
+    drawn = []
+    for scheduler in (teacher, PNDMScheduler.from_pretrained(tmp_path)):
+        sampler = generate.make_sampler(SimpleNamespace(scheduler=scheduler, vae=None), name)
+        sampler.set_timesteps(20)
+        drawn.append((sampler.timesteps.tolist(), sampler.alphas_cumprod))
+    assert drawn[0][0] == drawn[1][0] and torch.equal(drawn[0][1], drawn[1][1])
 
 
 @pytest.mark.parametrize("classes", [10, None])
