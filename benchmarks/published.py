@@ -24,6 +24,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -65,7 +67,7 @@ def train(args: argparse.Namespace, loss: str, seed: int) -> Path:
         source = "--train_data_dir" if Path(args.data).exists() else "--dataset_name"
         flags = ("--pretrained_teacher_model", args.teacher, source, args.data, "--student", args.student)
         flags += ("--output_dir", folder, "--seed", seed, "--max_train_steps", args.max_train_steps)
-        flags += ("--resume_from_checkpoint", "latest")
+        flags += ("--image_column", args.image_column, "--resume_from_checkpoint", "latest")
         launch("train_lift_unet.py", *flags, *LOSSES[loss], *args.flags)
     return folder
 
@@ -84,6 +86,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="folder or Hub id of a DDPM pipeline")
     parser.add_argument("--data", required=True, help="folder of its images, or a dataset on the Hub")
+    parser.add_argument("--image_column", default="image", help="its column with the images (default: image)")
     parser.add_argument("--output_dir", type=Path, required=True, help="of students, images and results.md")
     parser.add_argument("--student", default="extreme", help="as in train_lift_unet.py (default: extreme, 1.6 %%)")
     parser.add_argument(
@@ -105,7 +108,10 @@ def main(args: argparse.Namespace) -> None:
         for loss in args.losses:
             images.append(generate(args, train(args, loss, seed), f"{loss}-{seed}"))
     features = ("--features", args.features) if args.features else ()
-    where = ("--reference", args.data, "--metrics", "fid", "kid", "--output", args.output_dir / "results")
+    # Real images as the models know them: photographs of other shapes would be squeezed into squares.
+    side = Image.open(next(images[0].glob("*.png"))).width
+    data = ("--reference", args.data, "--reference_resolution", side, "--image_column", args.image_column)
+    where = (*data, "--metrics", "fid", "kid", "--output", args.output_dir / "results")
     run(ROOT / "eval/evaluate.py", "--images", *images, *where, *features)
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import published
 import train_lift_unet
@@ -58,6 +59,27 @@ def test_losses_are_command_lines_of_the_script(loss, teacher, images):
     words = ["--pretrained_teacher_model", str(teacher), "--train_data_dir", str(images), "--student", "0.5"]
     args = train_lift_unet.parse_args([*words, *published.LOSSES[loss]])
     assert args.kd_loss == loss.removesuffix("-rms").replace("fitnet", "mse")
+
+
+def test_a_dataset_with_another_column(monkeypatch, tmp_path):
+    """The trainings and the reference read it, and the reference is as large as the models' images."""
+    started: list[list[str]] = []
+
+    def note(command: list[str]) -> SimpleNamespace:
+        started.append(command)
+        if "--num_images" in command:
+            folder = Path(command[command.index("--output_dir") + 1])
+            folder.mkdir(parents=True)
+            Image.new("L", (24, 24)).save(folder / "00000.png")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(published, "subprocess", SimpleNamespace(run=note))
+    flags = ["--teacher", "teacher", "--data", "someone/photographs", "--image_column", "img", "--losses", "mse"]
+    published.main(published.parse_args([*flags, "--output_dir", str(tmp_path)]))
+    read = [command for command in started if "--image_column" in command]
+    assert [command[command.index("--image_column") + 1] for command in read] == ["img", "img"]
+    assert ["--dataset_name" in command for command in read] == [True, False]
+    assert read[1][read[1].index("--reference_resolution") + 1] == "24"
 
 
 def test_a_failed_script_ends_it(monkeypatch, tmp_path):
