@@ -227,6 +227,7 @@ def long_experiment() -> Experiment:
     question = "Which loss helps a student of 1.6 % of the teacher, in 18,000 steps, at the best rates of 6,000?"
     pairs = *(("place", other) for other in ("none, rms", "rms, rms")), ("rms, rms", "none, rms")
     pairs += tuple(("place, rms", other) for other in ("place", "none, rms", "rms, rms"))
+    pairs += tuple((other, "mse") for other in ("place", "place, rms", "rms, rms", "none, rms"))
     return Experiment(question, rows, (0, 1, 2), shared, (("mse",), ("none, rms",)), pairs=pairs)
 
 
@@ -383,8 +384,10 @@ def make_table(experiment: Experiment, values: Values) -> str:
 
 
 def difference(values: Values, row: str, other: str, figure: str = "fd_50") -> str:
-    """A row's distance less that of another one, over runs of the same seed."""
-    return interval(figures_of(values[row], figure), figures_of(values[other], figure))
+    """A row's distance less that of another one, over runs of the same seed; kernel distances times 1000."""
+    scale, digits = (1000, 0) if figure.startswith("kid") else (1, 2)
+    scaled = ([scale * value for value in figures_of(values[name], figure)] for name in (row, other))
+    return interval(*scaled, digits)
 
 
 def count_means(values: Values, pixels: int) -> str:
@@ -412,7 +415,7 @@ def explain(experiment: Experiment, values: Values, noise: float) -> str:
             difference(values, *pair, figure) for figure in ("fd_10", "fd_50", "kid_10", "kid_50")
         )
         text += f"- `{pair[0]}` less `{pair[1]}`: {by_50} by 50 steps, {by_10} by 10; "
-        text += f"kernel distance {kernel_50}, {kernel_10}\n"
+        text += f"kernel distance · 10³ {kernel_50}, {kernel_10}\n"
     pixels = SCALES[experiment.scale].side ** 2
     text += f"\nRuns that have learned the mean of the noise: {count_means(values, pixels)}.\n"
     if experiment.teachers:
@@ -482,17 +485,20 @@ def draw_figures(experiment: Experiment, values: Values, path: Path) -> None:
 
 
 def draw_samples(name: str, experiment: Experiment, study: Study, path: Path) -> None:
-    """Samples of each row's first seed by 50 steps, from the same noise, above unseen images.
+    """Samples of each row by 50 steps, from the same noise, above unseen images.
 
-    Rows that were run in another folder are left out.
+    They are of one seed: the first of which most rows lie in this folder. Rows that were run in another are left out.
     """
-    lines, strips = study.finished(), {}
-    for run in list_runs(name, experiment)[: len(experiment.rows)]:
+    lines, found = study.finished(), {seed: {} for seed in experiment.seeds}
+    for run in list_runs(name, experiment):
         folder = study.folder_of(run_of(lines[run.key]))
         if folder.exists():
-            pipeline = DDPMPipeline.from_pretrained(folder)
-            sampler = DDIMScheduler.from_config(pipeline.scheduler.config)
-            strips[run.name] = sample(pipeline.unet.eval(), sampler, 50, SHOWN)[:, 0]
+            found[run.seed][run.name] = folder
+    strips = {}
+    for row, folder in max(found.values(), key=len).items():
+        pipeline = DDPMPipeline.from_pretrained(folder)
+        sampler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        strips[row] = sample(pipeline.unet.eval(), sampler, 50, SHOWN)[:, 0]
     draw_strips(strips, study, path)
 
 
@@ -541,7 +547,7 @@ def report(name: str, lines: dict[str, dict], results: Path) -> str:
         draw_figures(experiment, values, results / f"{name}.png")
         text += f"\n![{experiment.question}]({name}.png)\n"
     if (results / f"{name}-samples.png").exists():
-        text += f"\n![Samples of the first seed from the same noise, above unseen images]({name}-samples.png)\n"
+        text += f"\n![Samples of one seed from the same noise, above unseen images]({name}-samples.png)\n"
     return text
 
 

@@ -212,9 +212,9 @@ def guarded_step(
     """Take an optimizer step unless this step's loss or gradient norm is not finite, and count those it skips.
 
     Fused AdamW skips on the device, so nothing waits. 8-bit AdamW waits for the device by itself, for each tensor.
-    Under fp16 the gradient scaler skips by itself, with reads from the device; while it looks for its scale, a gradient
-    that is not finite is no fault and does not count. Of a loss that is not finite it is not told: no scale would help,
-    and it would halve its own for each, until it holds no gradient.
+    Under fp16 the gradient scaler skips by itself, with reads from the device; while it looks for its scale, a
+    gradient that is not finite is no fault and does not count. It is not told of a loss that is not finite: no scale
+    would help, and it would halve its own for each of them, until that holds no gradient.
 
     Args:
         optimizer: An optimizer prepared by Accelerate.

@@ -17,9 +17,9 @@ defaults.
     accelerate launch eval/generate.py --model student --output_dir images --prompt_file captions.txt --resize 256
 
 The noise of image i depends on --seed and i alone and is made on the CPU. It does not depend on the batch size, the
-number of processes or the device. Pipelines other than those five draw their own, which depends on --dtype, too. The images are exactly the same for any number of processes. Another --batch_size
-changes the last bits of matrix products: at most one grey level, in float32 on a CPU. Image i gets the prompt or class
-of number i, modulo their count.
+number of processes or the device. Pipelines other than those five draw their own, which depends on --dtype, too. The
+images are exactly the same for any number of processes. Another --batch_size changes the last bits of matrix products:
+at most one grey level, in float32 on a CPU. Image i gets the prompt or class of number i, modulo their count.
 
 Latents are decoded one by one, in float32 unless --vae_dtype says otherwise. The text encoders of Stable Diffusion 3
 are on the device only while they encode the prompts of the next thousand images, each prompt by itself, and the other

@@ -24,11 +24,12 @@ def cell(values: list[float], digits: int = 1) -> str:
     return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if np.isfinite(error) else "")
 
 
-def interval(values: list[float], others: list[float]) -> str:
+def interval(values: list[float], others: list[float], digits: int = 2) -> str:
     """A table's cell: the mean difference of values of the same seeds, with its 95 % interval (Student's t)."""
     differences = np.subtract(values, others)
     if len(differences) < 2:
         return "–"
     mean, error = np.mean(differences), stats.sem(differences)
     reach = error * stats.t.ppf(0.975, len(differences) - 1)
-    return f"{mean:+.2f} ({mean - reach:+.2f} to {mean + reach:+.2f})"
+    low, middle, high = (f"{value:+.{digits}f}" for value in (mean - reach, mean, mean + reach))
+    return f"{middle} ({low} to {high})"
