@@ -1,6 +1,7 @@
 """What the tests share: real images, a small teacher, two ways to run a script, and a count of the memory."""
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
@@ -41,6 +42,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What `accelerate launch --cpu` sets for the runs it starts, for the runs inside this process.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 torch.set_num_threads(1)  # for models this small a second thread costs more than it does
+
+
+def pytest_collection_finish() -> None:
+    """All that is imported stays: each run searches for garbage, which would take half a second among so much."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
