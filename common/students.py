@@ -20,6 +20,7 @@ from common.errors import fail, first_line
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from torch.utils._pytree import tree_leaves
 
 from lift_utils import FeatureModel, check_group_size
 
@@ -110,6 +111,10 @@ def share_blocks(student: torch.nn.Module, teacher_state: dict[str, torch.Tensor
     student.load_state_dict({key: teacher_state[name] for key, name in source.items()}, assign=True)
 
 
+# Of the last models asked for: a run asks before its data are read and after, and a pass on the meta device is slow.
+KNOWN_SHAPES: dict[tuple, list[torch.Size]] = {}
+
+
 def feature_shapes(
     model: torch.nn.Module, names: list[str], inputs: dict[str, torch.Tensor], item: int = 0
 ) -> list[torch.Size]:
@@ -122,9 +127,13 @@ def feature_shapes(
     for name in names:
         if name not in known:
             raise ValueError(f'it pairs features of "{name}", which does not exist')
-    with torch.device("meta"), torch.no_grad():
-        replica = FeatureModel(type(model).from_config(model.config), names, item=item)
-        return [feature.shape for feature in replica(**inputs)[1]]
+    sizes = tuple((value.shape, value.dtype) for value in tree_leaves(inputs) if torch.is_tensor(value))
+    key = type(model), model.to_json_string(), tuple(names), item, sizes
+    if key not in KNOWN_SHAPES:
+        with torch.device("meta"), torch.no_grad():
+            replica = FeatureModel(type(model).from_config(model.config), names, item=item)
+            KNOWN_SHAPES[key] = [feature.shape for feature in replica(**inputs)[1]]
+    return KNOWN_SHAPES[key]
 
 
 def count_features(
