@@ -111,7 +111,7 @@ def share_blocks(student: torch.nn.Module, teacher_state: dict[str, torch.Tensor
     student.load_state_dict({key: teacher_state[name] for key, name in source.items()}, assign=True)
 
 
-# Of the last models asked for: a run asks before its data are read and after, and a pass on the meta device is slow.
+# A run asks twice, before its data are read and after, and a pass on the meta device is slow.
 KNOWN_SHAPES: dict[tuple, list[torch.Size]] = {}
 
 
