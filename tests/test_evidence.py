@@ -73,7 +73,7 @@ def test_runs_are_compared_by_seed_with_the_best_of_a_group(page, tmp_path):
     text = page(lines, EXPERIMENT._replace(pairs=(("none", "rms"),)))
     assert "Runs that have learned the mean of the noise: none 0 of 3, mse 1 of 3, rms 2 of 3.\n" in text
     assert "- `none` less `rms`: +5.00 (+2.52 to +7.48) by 50 steps, +10.00 (+5.03 to +14.97) by 10; " in text
-    assert re.search(r"by 10; kernel distance · 10³ \+\d\d .*, \+5000 \(\+2516 to \+7484\)\n", text)
+    assert re.search(r"by 10; kernel distance · 10³ \+5 \(\+3 to \+7\), \+5000 \(\+2516 to \+7484\)\n", text)
     for which in ("all: 9", "of rows nearer than white noise: 6"):
         for steps in (50, 10):
             assert f"| {steps}, {which} | -1.00 | +1.00 |{' +1.00 |' * 9}\n" in text
