@@ -195,7 +195,7 @@ def test_the_verdicts_tell_what_was_measured():
         (rates, [page], 8),
         (teachers, [page], 8),
         (students, [page, page.with_name("samplers-small.md")], 12),
-        (pruned, [page], 12),
+        (pruned, [page, page.with_name("samplers-tiny-pruned.md")], 12),
         (demos, RESULTS, 12),
     ):
         written = [figures for each in pages for figures in read_differences(each.read_text())]
