@@ -222,7 +222,8 @@ def guarded_step(
         grad_norm: Scalar, equal on all ranks.
         skipped: Float tensor of shape (2,): steps skipped in all and in a row, updated in place.
     """
-    finite, scaler = torch.isfinite(loss), optimizer.scaler
+    loss_is_finite, scaler = torch.isfinite(loss), optimizer.scaler
+    finite = loss_is_finite
     if scaler is None or scaler.get_scale() < SMALLEST_SCALE:
         finite = finite & torch.isfinite(grad_norm)
     bad = (~finite).to(skipped.dtype)
@@ -232,7 +233,7 @@ def guarded_step(
             optimizer.optimizer.found_inf = bad.float()
         elif bad:
             return
-    elif not torch.isfinite(loss):
+    elif not loss_is_finite:
         scaler.update(scaler.get_scale())  # as it was: this only forgets the step's gradients
         return
     optimizer.step()

@@ -66,6 +66,7 @@ from common.folders import check_writable
 from common.full import end_in_one_line
 from common.loading import explain, read_weights
 from common.processes import TIMEOUT, check_connected
+from common.students import public_config
 from common.teachers import DDPM_NOISE, PREDICTIONS
 from common.texts import read_lines
 from common.training import place_seed
@@ -392,7 +393,7 @@ def denoiser(pipeline: DiffusionPipeline) -> torch.nn.Module:
 def make_sampler(pipeline: DiffusionPipeline, name: str) -> SchedulerMixin:
     """The sampler of this name, with the noise schedule that was saved with the pipeline."""
     # Published configs leave out what was the default of their class. It is kept, as it is in a student's config.
-    config = {name: value for name, value in pipeline.scheduler.config.items() if name != "_use_default_values"}
+    config = public_config(pipeline.scheduler.config)
     kind = type(pipeline.scheduler).__name__
     flow = is_sd3(pipeline) or kind.startswith("FlowMatch")
     if name == "as_saved":
