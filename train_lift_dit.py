@@ -43,6 +43,7 @@ from common.arguments import (
     add_shared_arguments,
     check_args,
     describe_run,
+    plan_run,
     tracked_flags,
 )
 from common.batches import endless_batches, make_dataloader
@@ -70,7 +71,7 @@ from common.data import (
 )
 from common.ending import Stopped, StopSignals
 from common.errors import fail
-from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
+from common.estimates import ModelCosts, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.memory import fits_the_gpu
@@ -939,45 +940,37 @@ def print_dry_run(
     args: argparse.Namespace,
 ) -> None:
     """Print parameters, MACs, a memory estimate and the student's config. All models are skeletons."""
-    processes = args.num_processes or 1
-    count, total, features, inputs = student.num_parameters(), 0, 0, example_inputs(student)
+    plan, count, inputs = plan_run(args), student.num_parameters(), example_inputs(student)
 
     def make_student() -> DiTTransformer2DModel:
         with torch.device("meta"):
             return DiTTransformer2DModel.from_config(student.config)
 
-    how = args.gradient_checkpointing, args.train_batch_size, args.mixed_precision
+    how = plan.gradient_checkpointing, plan.batch_size, plan.mixed_precision
     macs, *activations = estimate_activations(make_student, *how, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs per image and forward pass")
-    teacher_macs = 0
+    outputs = math.prod((student.config.out_channels, *inputs["hidden_states"].shape[2:]))
+    costs = ModelCosts(macs, activations, trained=count, outputs=outputs)
     if teacher is not None:
-        total, features = teacher.num_parameters(), count_features(teacher, recipe["features"], inputs)
+        total = teacher.num_parameters()
         teacher_macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
         print(f"teacher: {total:,} parameters, {teacher_macs:,} MACs; the student is {count / total:.2%} of it")
-    live = args.kd_loss != "none" and args.cache_teacher is None
-    encoding, decoding = NO_ENCODING, 0
+        costs = costs._replace(
+            teacher_macs=teacher_macs,
+            teacher_bytes=count_bytes(teacher, args.teacher_dtype, plan.mixed_precision),
+            features=count_features(teacher, recipe["features"], inputs),
+        )
     if args.vae != "none":
-        batch = args.encoding_batch_size if args.cache_latents else args.train_batch_size
+        batch = args.encoding_batch_size if args.cache_latents else plan.batch_size
         resolution = student.config.sample_size * vae_factor(vae)
-        encoding = estimate_image_encoding(vae, dtype_of(args.mixed_precision), resolution, batch)
-        decoding = estimate_decoding(vae, resolution)
-    if args.cache_latents:
-        print(f"beforehand, the VAE, batch {batch}: {encoding.peak / 2**20:,.1f} MiB")
-        encoding = NO_ENCODING
-    weights = count_bytes(teacher, args.teacher_dtype, args.mixed_precision) if teacher is not None else 0
-    held = weights if live else 0
-    accumulates = args.gradient_accumulation_steps > 1
-    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
-    whole = count_whole(make_student(), teacher, held) if args.fsdp else None
-    rest = {"processes": processes, "whole": whole, "decoding": decoding}
-    memory = estimate_memory(activations, count, held, *settings, None, encoding, features, **rest)
-    print_memory_estimate(*memory, processes)
-    images = args.train_batch_size * args.gradient_accumulation_steps
-    how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if live else 0, *how, processes, encoding.macs)
-    outputs = math.prod((student.config.out_channels, *inputs["hidden_states"].shape[2:]))
-    cached = args.cache_teacher, outputs, args.cache_teacher_dtype, teacher_macs
-    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, weights + decoding, processes)
+        encoding = estimate_image_encoding(vae, dtype_of(plan.mixed_precision), resolution, batch)
+        if args.cache_latents:
+            print(f"beforehand, the VAE, batch {batch}: {encoding.peak / 2**20:,.1f} MiB")
+            encoding = NO_ENCODING
+        costs = costs._replace(encoding=encoding, decoding=estimate_decoding(vae, resolution))
+    if args.fsdp:
+        costs = costs._replace(whole=count_whole(make_student(), teacher, costs.teacher_bytes))
+    print_estimates(plan, costs)
     print(json.dumps(public_config(student.config), indent=2))
 
 

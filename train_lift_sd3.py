@@ -42,6 +42,7 @@ from common.arguments import (
     add_shared_arguments,
     check_args,
     describe_run,
+    plan_run,
     tracked_flags,
 )
 from common.batches import endless_batches, make_dataloader
@@ -78,7 +79,7 @@ from common.data import (
 )
 from common.ending import Stopped, StopSignals
 from common.errors import fail
-from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
+from common.estimates import ModelCosts, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.memory import fits_the_gpu
@@ -914,8 +915,7 @@ def print_dry_run(
     args: argparse.Namespace,
 ) -> None:
     """Print parameters, MACs, a memory estimate and the student's config. All models are skeletons."""
-    processes = args.num_processes or 1
-    count, total = student.num_parameters(), teacher.num_parameters()
+    plan, count, total = plan_run(args), student.num_parameters(), teacher.num_parameters()
     inputs = example_inputs(student, args.max_sequence_length)
 
     def make_student() -> SD3Transformer2DModel:
@@ -928,44 +928,44 @@ def print_dry_run(
     teacher_macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
     size = f"{total:,} parameters, {teacher_macs:,} MACs"
     print(f"teacher: {size} per image of {args.resolution} pixels and forward pass")
-    how = args.gradient_checkpointing, args.train_batch_size, args.mixed_precision
+    how = plan.gradient_checkpointing, plan.batch_size, plan.mixed_precision
     macs, *activations = estimate_activations(make_student, *how, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
     if args.student_depth is not None:
         print("the sizes are those of evenly spaced blocks: a run chooses them by their influence on its data")
-    batch = args.encoding_batch_size if args.cache_latents else args.train_batch_size
+    batch = args.encoding_batch_size if args.cache_latents else plan.batch_size
     encodings = {"vae": estimate_image_encoding(vae, torch.float32, args.resolution, batch)}
     for name in text_encoders:
         model = load_text_skeleton(source, name)
         tokens = args.max_sequence_length if name == T5 else model.config.max_position_embeddings
-        encodings[name] = estimate_text_encoding(model, dtype_of(args.mixed_precision), tokens)
+        encodings[name] = estimate_text_encoding(model, dtype_of(plan.mixed_precision), tokens)
     encoding = together(*encodings.values())
     if args.cache_latents:
         most = max(encodings, key=lambda name: encodings[name].peak)
         size = f"{encodings[most].peak / 2**20:,.1f} MiB"
         print(f"beforehand, one encoder at a time, batch {batch}: {size} for the {most}")
         encoding = NO_ENCODING
-    trained = sum(parameter.numel() for parameter in trained_parameters(make_student()))
-    live = args.kd_loss != "none" and args.cache_teacher is None
-    held = count + trained if args.lora_rank else count
-    held = trained if args.share_backbone and live else held  # the rest is the teacher's
-    weights = 0 if args.offload_teacher else count_bytes(teacher, args.teacher_dtype, args.mixed_precision)
-    teacher_held = weights if live else 0
-    features = count_features(teacher, recipe["features"], inputs, item=1)
-    accumulates = args.gradient_accumulation_steps > 1
-    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
-    whole = count_whole(make_student(), teacher, teacher_held) if args.fsdp else None
-    decoding = estimate_decoding(vae, args.resolution)
-    positions = student.pos_embed.pos_embed.nbytes, teacher.pos_embed.pos_embed.nbytes
-    tables = positions[0] + (positions[1] * dtype_of(args.mixed_precision).itemsize // 4 if live else 0)
-    rest = {"processes": processes, "whole": whole, "decoding": decoding, "tables": tables}
-    memory = estimate_memory(activations, held, teacher_held, *settings, trained, encoding, features, **rest)
-    print_memory_estimate(*memory, processes)
-    images = args.train_batch_size * args.gradient_accumulation_steps
-    how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if live else 0, *how, processes, encoding.macs, args.lora_rank > 0)
-    cached = args.cache_teacher, inputs["hidden_states"].numel(), args.cache_teacher_dtype, teacher_macs
-    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, weights + decoding, processes)
+    weights = 0 if args.offload_teacher else count_bytes(teacher, args.teacher_dtype, plan.mixed_precision)
+    shared = args.share_backbone and plan.live_teacher  # what is frozen is the teacher's then
+    tables = make_student().pos_embed.pos_embed.nbytes
+    if plan.live_teacher and not (shared or args.offload_teacher):
+        tables += teacher.pos_embed.pos_embed.nbytes * dtype_of(plan.mixed_precision).itemsize // 4
+    costs = ModelCosts(
+        macs,
+        activations,
+        trained=sum(parameter.numel() for parameter in trained_parameters(make_student())),
+        frozen=count if args.lora_rank and not shared else 0,
+        adapters=args.lora_rank > 0,
+        teacher_macs=teacher_macs,
+        teacher_bytes=weights,
+        features=count_features(teacher, recipe["features"], inputs, item=1),
+        outputs=inputs["hidden_states"].numel(),
+        whole=count_whole(make_student(), teacher, weights) if args.fsdp else None,
+        encoding=encoding,
+        decoding=estimate_decoding(vae, args.resolution),
+        tables=tables,
+    )
+    print_estimates(plan, costs)
     print(json.dumps(public_config(student.config), indent=2))
 
 

@@ -39,6 +39,7 @@ from common.arguments import (
     add_shared_arguments,
     check_args,
     describe_run,
+    plan_run,
     tracked_flags,
 )
 from common.batches import endless_batches, make_dataloader
@@ -49,7 +50,7 @@ from common.costs import dtype_of, estimate_activations, profile_forward
 from common.data import choose_samples, drop_unreadable, flip_rows, load_images, load_pixels
 from common.ending import Stopped, StopSignals
 from common.errors import fail
-from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
+from common.estimates import ModelCosts, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub
 from common.memory import fits_the_gpu
@@ -602,31 +603,24 @@ def save_pipeline(
 
 def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dict, args: argparse.Namespace) -> None:
     """Print parameters, MACs, a memory estimate and the student's config."""
-    processes = args.num_processes or 1
-    count, total, features, inputs = student.num_parameters(), 0, 0, example_inputs(student)
-    how = args.gradient_checkpointing, args.train_batch_size, args.mixed_precision
+    plan, count, inputs = plan_run(args), student.num_parameters(), example_inputs(student)
+    how = plan.gradient_checkpointing, plan.batch_size, plan.mixed_precision
     macs, *activations = estimate_activations(partial(skeleton, student), *how, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs per image and forward pass")
-    teacher_macs = 0
+    costs = ModelCosts(macs, activations, trained=count, outputs=inputs["sample"].numel())
     if teacher is not None:
-        total, features = teacher.num_parameters(), count_features(teacher, recipe["features"], inputs)
+        total = teacher.num_parameters()
         teacher_macs, *_ = profile_forward(skeleton(teacher).requires_grad_(False), **inputs)
         print(f"teacher: {total:,} parameters, {teacher_macs:,} MACs; the student is {count / total:.2%} of it")
-    live = args.kd_loss != "none" and args.cache_teacher is None
-    accumulates = args.gradient_accumulation_steps > 1
-    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
-    absent = teacher is None or args.offload_teacher
-    weights = 0 if absent else count_bytes(teacher, args.teacher_dtype, args.mixed_precision)
-    held = weights if live else 0
-    whole = count_whole(skeleton(student), teacher, held) if args.fsdp else None
-    spread = {"processes": processes, "whole": whole}
-    memory = estimate_memory(activations, count, held, *settings, features=features, **spread)
-    print_memory_estimate(*memory, processes)
-    images = args.train_batch_size * args.gradient_accumulation_steps
-    how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if live else 0, *how, processes)
-    cached = args.cache_teacher, inputs["sample"].numel(), args.cache_teacher_dtype, teacher_macs
-    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, weights, processes)
+        weights = 0 if args.offload_teacher else count_bytes(teacher, args.teacher_dtype, plan.mixed_precision)
+        costs = costs._replace(
+            teacher_macs=teacher_macs,
+            teacher_bytes=weights,
+            features=count_features(teacher, recipe["features"], inputs),
+        )
+    if args.fsdp:
+        costs = costs._replace(whole=count_whole(skeleton(student), teacher, costs.teacher_bytes))
+    print_estimates(plan, costs)
     print(student.to_json_string())
 
 

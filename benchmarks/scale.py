@@ -17,7 +17,6 @@ The teachers are configs without weights (full_models.py), but for the pixel one
 import argparse
 import contextlib
 import importlib
-import inspect
 import io
 import itertools
 import json
@@ -38,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
-from common.estimates import estimate_memory  # noqa: E402
+from common.estimates import ModelCosts, RunPlan, estimate_memory  # noqa: E402
 
 
 HALF = "--mixed_precision fp16 --cache_latents --use_ema --gradient_checkpointing"
@@ -66,45 +65,41 @@ def list_students() -> list[tuple[str, str, str, str]]:
     return [*students, ("sd3", "sd3.5-large", "half", SD3)]
 
 
-def read_settings(script: str, teacher: Path, flags: str) -> tuple[dict[str, Any], int]:
-    """What a dry run gives [`estimate_memory`], by name, and the micro-batches of a step.
-
-    So the models are profiled once, and not for each number of processes.
-    """
+def read_costs(script: str, teacher: Path, flags: str) -> tuple[RunPlan, ModelCosts]:
+    """What a dry run gives [`print_estimates`]: the models are profiled once, not for each number of processes."""
     module = importlib.import_module(f"train_lift_{script}")
     command = ["--pretrained_teacher_model", str(teacher), *shlex.split(flags), "--dry_run", "--fsdp"]
     args = module.parse_args([*command, "--num_processes", "2"])
     for state in (AcceleratorState, GradientState):  # which would keep the precision of the run before
         state._reset_state()
-    spy = mock.patch.object(module, "estimate_memory", wraps=estimate_memory)
-    with spy as estimate, contextlib.redirect_stdout(io.StringIO()):
+    with mock.patch.object(module, "print_estimates") as estimate, contextlib.redirect_stdout(io.StringIO()):
         module.main(args)
-    call = inspect.signature(estimate_memory).bind(*estimate.call_args.args, **estimate.call_args.kwargs)
-    return dict(call.arguments), args.gradient_accumulation_steps
+    return estimate.call_args.args
 
 
-def estimate_all(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def estimate_all(plan: RunPlan, costs: ModelCosts) -> dict[str, dict[str, Any]]:
     """Moment and bytes by part of each set-up."""
-    alone = {"processes": 1, "whole": None}
-    setups = {"one process": alone, "one process, 8-bit Adam": alone | {"use_8bit_adam": True}}
-    setups |= {f"DDP, {processes}": {"processes": processes, "whole": None} for processes in PROCESSES}
-    setups |= {f"FSDP2, {processes}": {"processes": processes} for processes in PROCESSES}
+    alone, unspread = plan._replace(processes=1), costs._replace(whole=None)
+    setups = {"one process": (alone, unspread)}
+    setups["one process, 8-bit Adam"] = alone._replace(use_8bit_adam=True), unspread
+    setups |= {f"DDP, {processes}": (plan._replace(processes=processes), unspread) for processes in PROCESSES}
+    setups |= {f"FSDP2, {processes}": (plan._replace(processes=processes), costs) for processes in PROCESSES}
     found = {}
-    for name, changes in setups.items():
-        moment, parts = estimate_memory(**(settings | changes))
+    for name, setup in setups.items():
+        moment, parts = estimate_memory(*setup)
         parts = {part: size for part, size in parts.items() if size}
         found[name] = {"moment": moment, "parts": parts, "sum": sum(parts.values())}
     return found
 
 
-def count_sent(settings: dict[str, Any], micro_batches: int) -> dict[str, int]:
+def count_sent(plan: RunPlan, costs: ModelCosts) -> dict[str, int]:
     """Bytes that each process sends in a step, by rings, in which it passes on all but its own share.
 
     DDP reduces the gradients once in a step and hands the sums round. FSDP2 gathers the student's weights for the
     forward and for the backward pass, the teacher's for its only one, and reduces gradients, in each micro-batch.
     """
-    weights = 4 * settings["student"]
-    whole = {"DDP": 2 * weights, "FSDP2": micro_batches * (2 * weights + settings["teacher_bytes"] + weights)}
+    weights = 4 * costs.trained
+    whole = {"DDP": 2 * weights, "FSDP2": plan.accumulation_steps * (2 * weights + costs.teacher_bytes + weights)}
     return {f"{how}, {n}": size * (n - 1) // n for how, size in whole.items() for n in PROCESSES}
 
 
@@ -216,11 +211,11 @@ def main(args: argparse.Namespace) -> None:
         teachers = save_teachers(Path(folder))
         for script, teacher, student, more in tqdm(list_students(), desc="dry runs"):
             flags = f"--student {student} {more}"
-            settings, micro_batches = read_settings(script, teachers[teacher], flags)
+            plan, costs = read_costs(script, teachers[teacher], flags)
             row = {"script": script, "teacher": teacher, "student": student, "flags": flags}
-            row |= {"parameters": settings["student"], "micro-batches": micro_batches}
-            row["memory"] = estimate_all(settings)
-            row["sent"] = count_sent(settings, micro_batches)
+            row |= {"parameters": costs.trained, "micro-batches": plan.accumulation_steps}
+            row["memory"] = estimate_all(plan, costs)
+            row["sent"] = count_sent(plan, costs)
             row["smallest"], row["smallest by"] = find_smallest(row["memory"])
             rows.append(row)
     args.output.parent.mkdir(parents=True, exist_ok=True)

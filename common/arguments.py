@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from common.attention import check_xformers
 from common.errors import fail
+from common.estimates import RunPlan
 from common.folders import check_data_dir, check_writable
 from common.ranges import ANY, RANGES
 
@@ -225,6 +226,24 @@ def check_cached_teacher(args: argparse.Namespace) -> None:
     if args.lambda_kd_feat > 0:
         remedy = "pass --lambda_kd_feat 0, or drop --cache_teacher"
         fail(f"{given} keeps predictions alone, --lambda_kd_feat {args.lambda_kd_feat} needs features; {remedy}")
+
+
+def plan_run(args: argparse.Namespace) -> RunPlan:
+    """What the flags say of a run's costs, for `--dry_run`."""
+    return RunPlan(
+        batch_size=args.train_batch_size,
+        accumulation_steps=args.gradient_accumulation_steps,
+        steps=args.max_train_steps,
+        mixed_precision=args.mixed_precision,
+        gradient_checkpointing=args.gradient_checkpointing,
+        use_8bit_adam=args.use_8bit_adam,
+        use_ema=args.use_ema,
+        live_teacher=args.kd_loss != "none" and args.cache_teacher is None,
+        cached_draws=args.cache_teacher,
+        cached_dtype=args.cache_teacher_dtype,
+        images=args.max_train_samples,
+        processes=args.num_processes or 1,
+    )
 
 
 def tracked_flags(args: argparse.Namespace) -> dict[str, Any]:

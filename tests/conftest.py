@@ -20,6 +20,7 @@ from typing import Any
 
 import common.card
 from common.checkpoints import unlock_output
+from common.estimates import RunPlan
 from common.students import public_config
 
 import psutil
@@ -42,6 +43,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What `accelerate launch --cpu` sets for the runs it starts, for the runs inside this process.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 torch.set_num_threads(1)  # for models this small a second thread costs more than it does
+
+# What a small run's costs depend on.
+PLAN = RunPlan(
+    batch_size=2,
+    accumulation_steps=1,
+    steps=100,
+    mixed_precision="fp16",
+    gradient_checkpointing=False,
+    use_8bit_adam=False,
+    use_ema=False,
+    live_teacher=True,
+    cached_draws=None,
+    cached_dtype="fp16",
+    images=None,
+    processes=1,
+)
 
 
 def pytest_collection_finish() -> None:
@@ -290,6 +307,7 @@ destroy, torch.distributed.destroy_process_group = torch.distributed.destroy_pro
 from accelerate.state import AcceleratorState, GradientState
 import common.card
 from common.checkpoints import unlock_output
+from common.estimates import RunPlan
 common.card.plot_curves = lambda *arguments: None
 for name, *command in json.loads(sys.argv[1]):
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -15,13 +15,13 @@ from common.costs import (
     profile_forward,
     together,
 )
-from common.estimates import estimate_memory, print_memory_estimate, print_time_estimate
+from common.estimates import ModelCosts, estimate_memory, print_memory_estimate, print_time_estimate
 from common.students import count_features
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LiveBytes
+from conftest import PLAN, LiveBytes
 from diffusers import (
     AutoencoderKL,
     DiTTransformer2DModel,
@@ -185,9 +185,9 @@ def test_the_estimate_is_of_the_moment_that_holds_most(capsys):
     def parts(
         kept: int, recomputed: int, keeps_gradients: bool, features: int = 2**18
     ) -> tuple[str, dict[str, float]]:
-        sizes = {"student": 2**20, "teacher_bytes": 2**20, "batch_size": 2, "features": features}
-        how = {"mixed_precision": "bf16", "use_8bit_adam": True, "use_ema": False, "keeps_gradients": keeps_gradients}
-        print_memory_estimate(*estimate_memory((kept * 2**20, recomputed * 2**20), **sizes, **how))
+        plan = PLAN._replace(mixed_precision="bf16", use_8bit_adam=True, accumulation_steps=1 + keeps_gradients)
+        costs = ModelCosts(0, (kept * 2**20, recomputed * 2**20), 2**20, teacher_bytes=2**20, features=features)
+        print_memory_estimate(*estimate_memory(plan, costs))
         head, *lines = capsys.readouterr().out.splitlines()
         return head.split(", ")[1], {name: float(size) for name, size in (line[2:-4].split("  ", 1) for line in lines)}
 
@@ -213,8 +213,8 @@ def test_the_estimate_is_of_the_moment_that_holds_most(capsys):
 
 
 def test_after_the_backward_pass_gradients_count(capsys):
-    settings = {"mixed_precision": "no", "use_8bit_adam": False, "use_ema": True, "keeps_gradients": False}
-    print_memory_estimate(*estimate_memory((2**20, 0), student=2**20, teacher_bytes=0, batch_size=2, **settings))
+    plan = PLAN._replace(mixed_precision="no", use_ema=True)
+    print_memory_estimate(*estimate_memory(plan, ModelCosts(0, (2**20, 0), 2**20)))
     text = capsys.readouterr().out
     assert "memory at its peak, after the backward pass, estimated" in text
     assert re.findall(r"(\S+) MiB", text) == ["4.0", "8.0", "4.0", "4.0", "20.0"]
@@ -304,20 +304,18 @@ def test_multiply_accumulates_of_encoders_are_those_of_an_image_and_its_caption(
 
 @pytest.mark.parametrize("keeps_gradients", [False, True])
 def test_encoding_is_a_moment_of_its_own(keeps_gradients):
-    how = {"mixed_precision": "fp16", "use_8bit_adam": False, "use_ema": False, "keeps_gradients": keeps_gradients}
-    estimate = partial(estimate_memory, (100, 50), student=10, teacher_bytes=20, batch_size=2, **how)
-    moment, parts = estimate(encoders=Encoding(7, 200, 1))
+    plan, costs = PLAN._replace(accumulation_steps=1 + keeps_gradients), ModelCosts(0, (100, 50), 10, teacher_bytes=20)
+    moment, parts = estimate_memory(plan, costs._replace(encoding=Encoding(7, 200, 1)))
     gradients = {"gradients (fp32)": 40} if keeps_gradients else {}  # of the micro-batches before
     held = {"trained weights (fp32)": 40, "optimizer moments": 80, "teacher weights": 20, "encoders' weights": 7}
     assert moment == "while images are encoded"
     assert {name: size for name, size in parts.items() if size} == {**held, **gradients, "working set of the VAE": 200}
-    moment, parts = estimate(encoders=Encoding(7, 100, 1))
+    moment, parts = estimate_memory(plan, costs._replace(encoding=Encoding(7, 100, 1)))
     assert moment == "while a block is recomputed" and parts["encoders' weights"] == 7
 
 
 def test_decoding_is_a_moment_of_its_own():
-    how = {"mixed_precision": "fp16", "use_8bit_adam": False, "use_ema": False, "keeps_gradients": False}
-    moment, parts = estimate_memory((100, 50), student=10, teacher_bytes=20, batch_size=2, decoding=300, **how)
+    moment, parts = estimate_memory(PLAN, ModelCosts(0, (100, 50), 10, teacher_bytes=20, decoding=300))
     held = {"trained weights (fp32)": 40, "optimizer moments": 80, "teacher weights": 20}
     assert moment == "while samples are decoded"
     assert {name: size for name, size in parts.items() if size} == {
@@ -330,15 +328,21 @@ def test_decoding_is_a_moment_of_its_own():
     ("checkpointing", "adapters", "passes"), [(False, False, 3), (True, False, 4), (False, True, 2), (True, True, 3)]
 )
 def test_frozen_layers_compute_no_gradients_of_their_weights(capsys, checkpointing, adapters, passes):
-    print_time_estimate(1000, 500, 8, 100, checkpointing, "fp16", adapters=adapters)
-    flops = 2 * 100 * 8 * (passes * 1000 + 500)
-    assert f"100 steps of 8 images are {flops:.2e} FLOPs of student and teacher\n" in capsys.readouterr().out
+    plan = PLAN._replace(accumulation_steps=4, gradient_checkpointing=checkpointing)
+    costs = ModelCosts(1000, (0, 0), 1, adapters=adapters, teacher_macs=500)
+    for live, teacher_macs in ((True, 500), (False, 0)):
+        print_time_estimate(plan._replace(live_teacher=live), costs)
+        flops = 2 * 100 * 8 * (passes * 1000 + teacher_macs)
+        assert f"100 steps of 8 images are {flops:.2e} FLOPs of student and teacher\n" in capsys.readouterr().out
 
 
 def test_encoders_that_run_in_every_step_take_time(capsys):
     hours = []
     for encoder_macs in (0, 3500):
-        print_time_estimate(10**9, 5 * 10**8, 8, 10**6, False, "fp16", encoder_macs=encoder_macs * 10**6)
+        encoding = Encoding(macs=encoder_macs * 10**6)
+        print_time_estimate(
+            PLAN._replace(steps=10**6), ModelCosts(10**9, (0, 0), 1, teacher_macs=5 * 10**8, encoding=encoding)
+        )
         text = capsys.readouterr().out
         hours.append(float(re.search(r"RTX 3060.* ([\d.,]+) h", text)[1]))
     assert "FLOPs of student, teacher and encoders\n" in text

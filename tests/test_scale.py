@@ -11,7 +11,7 @@ import socket
 from pathlib import Path
 
 from common.costs import Encoding, estimate_activations
-from common.estimates import estimate_memory, print_cache_estimate
+from common.estimates import ModelCosts, estimate_memory, print_cache_estimate
 from common.sharding import Whole, count_whole
 from common.teacher_weights import count_bytes
 from common.training import make_accelerator, make_optimizer, prepare_models, trained_parameters
@@ -20,7 +20,7 @@ import pytest
 import scale
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import ROOT, LiveBytes
+from conftest import PLAN, ROOT, LiveBytes
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from full_models import save_sd21
@@ -157,11 +157,10 @@ def estimate(name: str, precision: str, checkpointing: bool, fsdp: bool) -> tupl
         student, teacher = make(name), make(name, 6 if name == "sd3" else None)
     inputs = MODELS[name][2](student)
     _, *activations = estimate_activations(lambda: copy.deepcopy(student), checkpointing, 1, precision, **inputs)
-    count = student.num_parameters()
     held = count_bytes(teacher, None, precision)
     whole = count_whole(student, teacher, held) if fsdp else None
-    settings = activations, count, held, 1, precision, False, True, False
-    return estimate_memory(*settings, processes=2, whole=whole)
+    plan = PLAN._replace(batch_size=1, mixed_precision=precision, use_ema=True, processes=2)
+    return estimate_memory(plan, ModelCosts(0, activations, student.num_parameters(), teacher_bytes=held, whole=whole))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
@@ -203,13 +202,14 @@ def test_blocks_within_blocks_come_on_their_own():
     assert count_whole(torch.nn.Sequential(outer), None, 0).weights == 4 * 2 * (2 * 4 + 4)
 
 
-SETTINGS = {"student": 800, "teacher_bytes": 1600, "batch_size": 2, "mixed_precision": "fp16", "use_8bit_adam": False}
-SETTINGS |= {"use_ema": True, "keeps_gradients": False, "encoders": Encoding(7)}
+AVERAGED = PLAN._replace(use_ema=True)
+SPREAD = AVERAGED._replace(processes=8)
+COSTS = ModelCosts(0, (10, 0), 800, teacher_bytes=1600, encoding=Encoding(7))
 
 
 def test_what_is_spread_is_divided_and_the_rest_is_not():
-    whole = Whole(40, 30, 50)
-    moment, parts = estimate_memory((10, 0), **SETTINGS, processes=8, whole=whole)
+    costs = COSTS._replace(whole=Whole(40, 30, 50))
+    moment, parts = estimate_memory(SPREAD, costs)
     assert moment == "after the forward pass"
     assert parts == {
         "trained weights (fp32)": 400,
@@ -224,19 +224,18 @@ def test_what_is_spread_is_divided_and_the_rest_is_not():
         "features of both models and gradients": 0,
         "weights that are whole for a while": 50,  # the teacher's, whose forward pass is the second one
     }
-    moment, parts = estimate_memory((10, 1), **SETTINGS, processes=8, whole=whole)
+    moment, parts = estimate_memory(SPREAD, costs._replace(activations=(10, 1)))
     assert moment == "after the backward pass"
     assert "copies of the weights for autocast" not in parts  # it recomputes them
     assert parts["weights that are whole for a while"] == 40
-    how = SETTINGS | {"mixed_precision": "no"}
-    moment, parts = estimate_memory((10, 20), **how, processes=8, whole=whole)
+    moment, parts = estimate_memory(SPREAD._replace(mixed_precision="no"), costs._replace(activations=(10, 20)))
     assert moment == "after the backward pass"
     assert parts["gradients (fp32)"] == 400
     assert parts["gradients that are not spread yet"] == 30
 
 
 def test_without_spreading_nothing_is_divided_and_gradients_stay():
-    one, several = (estimate_memory((10, 0), **SETTINGS, processes=processes) for processes in (1, 8))
+    one, several = (estimate_memory(plan, COSTS) for plan in (AVERAGED, SPREAD))
     assert one[0] == "after the backward pass"
     assert several[0] == "while weights are averaged"  # one process has let its gradients go by then
     assert several[1]["gradients (fp32)"] == one[1]["gradients (fp32)"] == 3200
@@ -245,7 +244,14 @@ def test_without_spreading_nothing_is_divided_and_gradients_stay():
 
 
 def test_one_process_has_nobody_to_spread_to():
-    assert estimate_memory((10, 0), **SETTINGS, whole=Whole(40, 30, 50)) == estimate_memory((10, 0), **SETTINGS)
+    assert estimate_memory(AVERAGED, COSTS._replace(whole=Whole(40, 30, 50))) == estimate_memory(AVERAGED, COSTS)
+
+
+def test_a_teacher_that_is_gone_is_nowhere():
+    """It was cached beforehand, and is neither held nor whole for a while."""
+    gone = SPREAD._replace(live_teacher=False)
+    _, parts = estimate_memory(gone, COSTS._replace(whole=Whole(40, 30, 50)))
+    assert parts["teacher weights"] == 0 and parts["weights that are whole for a while"] == 40
 
 
 # ----------------------------------------------------------------------------------------------------------- a dry run
@@ -272,10 +278,11 @@ def test_a_dry_run_says_for_how_many_processes_it_is(run, teacher, capsys):
 
 
 def test_the_cache_is_filled_by_all(capsys):
-    settings = 2, 100, "fp16", 10**12, 1000, "no", 3 * 2**20
+    plan = PLAN._replace(cached_draws=2, images=1000, mixed_precision="no")
+    costs = ModelCosts(0, (0, 0), 1, teacher_macs=10**12, teacher_bytes=2**20, outputs=100, decoding=2 * 2**20)
     minutes = []
     for processes in (1, 4):
-        print_cache_estimate(*settings, processes)
+        print_cache_estimate(plan._replace(processes=processes), costs)
         text = capsys.readouterr().out
         assert text.startswith("beforehand, the teacher and what decodes its samples: 3.0 MiB\n")
         minutes.append(float(re.search(r"([\d.]+) min", text)[1]))
@@ -306,10 +313,11 @@ def test_the_results_are_those_of_a_dry_run(run, tmp_path, capsys):
 
 
 def test_what_is_sent_grows_with_the_share_of_the_others():
-    sent = scale.count_sent({"student": 1000, "teacher_bytes": 2000}, 1)
+    costs = ModelCosts(0, (0, 0), trained=1000, teacher_bytes=2000)
+    sent = scale.count_sent(PLAN, costs)
     assert sent["DDP, 2"] == 4000 and sent["DDP, 8"] == 7000
     assert sent["FSDP2, 2"] == 7000 and sent["FSDP2, 4"] == 10_500
-    assert scale.count_sent({"student": 1000, "teacher_bytes": 2000}, 4)["FSDP2, 2"] == 28_000
+    assert scale.count_sent(PLAN._replace(accumulation_steps=4), costs)["FSDP2, 2"] == 28_000
 
 
 def test_the_smallest_set_up_has_the_fewest_gpus():

@@ -638,13 +638,19 @@ def test_dry_run_tells_sizes_and_stops(run, sd3_teacher, tmp_path, capsys):
     assert frozen == pytest.approx(
         SD3Transformer2DModel(**{**TINY_SD3, "num_layers": 3}).num_parameters() / 2**18, abs=0.06
     )
-    assert one.pop("sum") == pytest.approx(two.pop("sum") - frozen, abs=0.11) and one == two
-    table = SD3Transformer2DModel(**TINY_SD3).pos_embed.pos_embed.numel() / 2**20
-    assert one["tables of positions"] == pytest.approx(8 * table, abs=0.06)  # the student's and the teacher's
+    table = SD3Transformer2DModel(**TINY_SD3).pos_embed.pos_embed.nbytes / 2**20
+    both = two.pop("tables of positions")
+    assert both == pytest.approx(2 * table, abs=0.06)  # the student's and the teacher's
+    assert one.pop("tables of positions") == pytest.approx(table, abs=0.06)  # which are the same
+    assert one.pop("sum") == pytest.approx(two.pop("sum") - frozen - table, abs=0.16) and one == two
+    half = dry_run("--lora_rank", 2, "--mixed_precision", "bf16")  # frozen, it is in the teacher's precision
+    assert half["tables of positions"] == pytest.approx(both / 2, abs=0.06)
+    moved = dry_run("--offload_teacher")
+    assert moved["tables of positions"] == pytest.approx(table, abs=0.06) and "teacher weights" not in moved
     cached = "--cache_teacher", 2, "--lambda_kd_feat", 0
     alone = dry_run("--lora_rank", 2, "--share_backbone", *cached)  # it keeps what it shared when the teacher goes
     assert alone["frozen weights of the student"] == frozen and "teacher weights" not in alone
-    assert alone["tables of positions"] == pytest.approx(4 * table, abs=0.06)
+    assert alone["tables of positions"] == pytest.approx(table, abs=0.06)
     assert not (tmp_path / "none").exists()
 
 

@@ -33,6 +33,7 @@ from common.arguments import (
     add_shared_arguments,
     check_args,
     describe_run,
+    plan_run,
     tracked_flags,
 )
 from common.batches import endless_batches, make_dataloader
@@ -69,7 +70,7 @@ from common.data import (
 )
 from common.ending import Stopped, StopSignals
 from common.errors import fail
-from common.estimates import estimate_memory, print_cache_estimate, print_memory_estimate, print_time_estimate
+from common.estimates import ModelCosts, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
@@ -680,9 +681,9 @@ def print_dry_run(
     args: argparse.Namespace,
 ) -> None:
     """Print parameters, MACs, a memory estimate and the student's config. All models are skeletons."""
+    plan, count, total = plan_run(args), student.num_parameters(), teacher.num_parameters()
     tokens = args.max_sequence_length
-    processes = args.num_processes or 1
-    count, total, inputs = student.num_parameters(), teacher.num_parameters(), example_inputs(student, tokens)
+    inputs = example_inputs(student, tokens)
 
     def make_student() -> PixArtTransformer2DModel:
         with torch.device("meta"):
@@ -691,15 +692,14 @@ def print_dry_run(
     teacher_macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
     size = f"{total:,} parameters, {teacher_macs:,} MACs"
     print(f"teacher: {size} per image of {args.resolution} pixels and forward pass")
-    how = args.gradient_checkpointing, args.train_batch_size, args.mixed_precision
+    how = plan.gradient_checkpointing, plan.batch_size, plan.mixed_precision
     macs, *activations = estimate_activations(make_student, *how, **inputs)
     print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
-    trained = sum(parameter.numel() for parameter in trained_parameters(make_student()))
     config = load_from(source, T5Config.from_pretrained, subfolder="text_encoder")
     with torch.device("meta"):
         text_encoder = T5EncoderModel(config)
-    batch = args.encoding_batch_size if args.cache_latents else args.train_batch_size
-    dtype = dtype_of(args.mixed_precision)
+    batch = args.encoding_batch_size if args.cache_latents else plan.batch_size
+    dtype = dtype_of(plan.mixed_precision)
     encoding = together(
         estimate_image_encoding(vae, torch.float32 if dtype == torch.float16 else dtype, args.resolution, batch),
         estimate_text_encoding(text_encoder, dtype, tokens),
@@ -707,23 +707,20 @@ def print_dry_run(
     if args.cache_latents:
         print(f"beforehand, VAE and text encoder at once, batch {batch}: {encoding.peak / 2**20:,.1f} MiB")
         encoding = NO_ENCODING
-    features = count_features(teacher, recipe["features"], inputs)
-    live = args.kd_loss != "none" and args.cache_teacher is None
-    weights = 0 if args.offload_teacher else count_bytes(teacher, args.teacher_dtype, args.mixed_precision)
-    held = weights if live else 0
-    accumulates = args.gradient_accumulation_steps > 1
-    settings = args.train_batch_size, args.mixed_precision, args.use_8bit_adam, args.use_ema, accumulates
-    whole = count_whole(make_student(), teacher, held) if args.fsdp else None
-    decoding = estimate_decoding(vae, args.resolution)
-    rest = {"processes": processes, "whole": whole, "decoding": decoding}
-    memory = estimate_memory(activations, count, held, *settings, trained, encoding, features, **rest)
-    print_memory_estimate(*memory, processes)
-    images = args.train_batch_size * args.gradient_accumulation_steps
-    how = images, args.max_train_steps, args.gradient_checkpointing, args.mixed_precision
-    print_time_estimate(macs, teacher_macs if live else 0, *how, processes, encoding.macs)
-    outputs = student.config.out_channels * inputs["hidden_states"][0, 0].numel()
-    cached = args.cache_teacher, outputs, args.cache_teacher_dtype, teacher_macs
-    print_cache_estimate(*cached, args.max_train_samples, args.mixed_precision, weights + decoding, processes)
+    weights = 0 if args.offload_teacher else count_bytes(teacher, args.teacher_dtype, plan.mixed_precision)
+    costs = ModelCosts(
+        macs,
+        activations,
+        trained=count,
+        teacher_macs=teacher_macs,
+        teacher_bytes=weights,
+        features=count_features(teacher, recipe["features"], inputs),
+        outputs=student.config.out_channels * inputs["hidden_states"][0, 0].numel(),
+        whole=count_whole(make_student(), teacher, weights) if args.fsdp else None,
+        encoding=encoding,
+        decoding=estimate_decoding(vae, args.resolution),
+    )
+    print_estimates(plan, costs)
     print(json.dumps(public_config(student.config), indent=2))
 
 
