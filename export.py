@@ -200,7 +200,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variant", help="weights variant, e.g. fp16")
     parser.add_argument("--format", default="single_file", choices=("single_file",), help="what is written")
     parser.add_argument("--output", required=True, help="the .safetensors file")
-    vae = "dtype of the tensors; with fp16 the VAE of SDXL stays in fp32: it overflows"
+    vae = "dtype of the tensors; with fp16 a VAE of SDXL that overflows stays in fp32"
     parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES), help=vae)
     parser.add_argument(
         "--keep_gaps",

@@ -15,8 +15,8 @@ pipeline: `DiTPipeline.from_pretrained`. Half of DiT-XL/2's blocks, on a GPU:
     accelerate launch --mixed_precision fp16 train_lift_dit.py --student d14 --train_data_dir imagenet/train \\
         --cache_latents --use_8bit_adam --gradient_checkpointing --output_dir dit-d14
 
-`imagenet/train` holds a sub-folder of images per class. Class i is the i-th name in sorted order, as ImageNet has it,
-or the name itself where all of them are numbers. Images are resized to the teacher's size.
+`imagenet/train` holds a sub-folder of images per class, named by its number or as the teacher names it. Other names are
+numbered in sorted order, as ImageNet has them. Images are resized to the teacher's size.
 
 On a CPU, in a minute: a small teacher of pixels (`--vae none`) from scratch, then a student of every second block.
 
@@ -1136,7 +1136,7 @@ def main(args: argparse.Namespace) -> None:
         check_finite(dict(transformer.named_parameters()), "student", args.max_train_steps)
         save_pipeline(transformer, teacher_shape, recipe, vae, sampler, names, args)
         if args.push_to_hub:
-            stop.interruptible(push_to_hub)(output_dir, args.hub_model_id)
+            push_to_hub(output_dir, args.hub_model_id, stop)
     accelerator.end_training()
 
 

@@ -1131,7 +1131,7 @@ def main(args: argparse.Namespace) -> None:
         check_finite(dict(transformer.named_parameters()), "student", args.max_train_steps)
         save_pipeline(transformer, teacher_shape, recipe, text_encoders, source, args)
         if args.push_to_hub:
-            stop.interruptible(push_to_hub)(output_dir, args.hub_model_id)
+            push_to_hub(output_dir, args.hub_model_id, stop)
     accelerator.end_training()
 
 

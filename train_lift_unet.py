@@ -786,7 +786,7 @@ def main(args: argparse.Namespace) -> None:
         check_finite(dict(unet.named_parameters()), "student", args.max_train_steps)
         save_pipeline(unet, teacher_shape, scheduler, args)
         if args.push_to_hub:
-            stop.interruptible(push_to_hub)(output_dir, args.hub_model_id)
+            push_to_hub(output_dir, args.hub_model_id, stop)
     accelerator.end_training()
 
 

@@ -384,11 +384,18 @@ def is_measured(found: dict[str, Any]) -> bool:
 
 
 def prepare_inputs(script: str, size: str, inputs: Path) -> None:
-    """Write a script's teacher and images in a process of its own: none of its memory stays."""
+    """Write a script's teacher and images in a process of its own: none of its memory stays.
+
+    Raises:
+        RuntimeError: It failed, with the last line that it printed.
+    """
     if not (inputs / f"{script}-{size}-images").exists():
         file = Path(__file__).with_name("random_teachers.py")
         flags = ("--script", script, "--size", size, "--images", str(IMAGES), "--folder", str(inputs))
-        subprocess.run([sys.executable, str(file), *flags], check=True, capture_output=True)
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        finished = subprocess.run([sys.executable, str(file), *flags], **options)
+        if finished.returncode != 0:
+            raise RuntimeError(f"{script}'s teacher: {(finished.stdout.strip() or 'killed').splitlines()[-1]}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables

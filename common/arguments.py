@@ -48,7 +48,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     models.add_argument("--variant", help="weights variant of the teacher, e.g. fp16")
     dtypes = "of the teacher's weights in the training (default: the run's precision); fp8 and nf4 compute in that"
     models.add_argument("--teacher_dtype", choices=("fp32", "fp16", "bf16", "fp8", "nf4"), help=dtypes)
-    models.add_argument("--offload_teacher", action="store_true", help="keep it on the CPU, move it layer by layer")
+    models.add_argument("--offload_teacher", action="store_true", help="keep it on the CPU, moved by layers; no DiT")
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_name", help="dataset on the Hub")

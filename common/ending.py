@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from common.errors import first_line
-from common.memory import fits_the_gpu
+from common.memory import fits_the_gpu, is_out_of_memory
 from common.processes import TIMEOUT
 
 import torch
@@ -149,7 +149,9 @@ class StopSignals:
         except Stopped:
             if self.alone:
                 raise
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             print(f"step {step} has no sample grid, which does not fit the GPU: {first_line(error)}", flush=True)
         torch.cuda.empty_cache()  # a grid takes other sizes than a step
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import fail, first_line
+from common.memory import is_out_of_memory
 
-import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -50,7 +50,9 @@ def end_in_one_line(
     def run(flags: argparse.Namespace) -> None:
         try:
             main(flags)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             fail(memory.format(**vars(flags), error=first_line(error)))
         except (OSError, SafetensorError) as error:
             full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

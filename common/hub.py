@@ -11,7 +11,7 @@
 import json
 from pathlib import Path
 
-from common.ending import Stopped
+from common.ending import Stopped, StopSignals
 from common.errors import fail, first_line
 
 import torch
@@ -67,11 +67,14 @@ def create_hub_repo(repo_id: str | None, output_dir: Path, private: bool) -> str
     return repo_id
 
 
-def push_to_hub(output_dir: Path, repo_id: str) -> None:
+def push_to_hub(output_dir: Path, repo_id: str, stop: StopSignals) -> None:
     """Upload the finished pipeline, its card and what that shows. The token is the one of the login.
 
     Whatever else lies in the folder stays here: checkpoints, logs, a cache, the user's own files. The repository keeps
     none of the weights that it had in the same folders: variants and shards of another student.
+
+    Raises:
+        Stopped: A signal has come, now or while the student was saved.
     """
     index = json.loads((output_dir / "model_index.json").read_text())
     wanted = [f"{name}/*" for name, part in index.items() if isinstance(part, list)]
@@ -80,7 +83,7 @@ def push_to_hub(output_dir: Path, repo_id: str) -> None:
     parts = {path.parent.name for path in output_dir.glob("*/*.safetensors")}
     options["delete_patterns"] = [f"{part}/*.safetensors*" for part in sorted(parts)]
     try:
-        upload_folder(repo_id=repo_id, folder_path=output_dir, **options)
+        stop.interruptible(upload_folder)(repo_id=repo_id, folder_path=output_dir, **options)
     except Stopped as stopped:
         print(f"{stopped.reason}: the student is saved, but not uploaded; --resume_from_checkpoint latest does")
         raise

@@ -8,6 +8,7 @@
 # specific language governing permissions and limitations under the License.
 """What does a run say where something other than a training step does not fit the GPU?"""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,5 +27,13 @@ def fits_the_gpu(subject: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         fail(f"{subject} does not fit the GPU: {first_line(error)} Remedy: {remedy}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the GPU's memory is full. What CUDA and cuBLAS take by themselves is no `torch.OutOfMemoryError`."""
+    own = r"CUDA error: (out of memory|CUBLAS_STATUS_ALLOC_FAILED)"
+    return isinstance(error, torch.OutOfMemoryError) or re.match(own, str(error)) is not None

@@ -240,7 +240,7 @@ def choose_once(
                     raise ValueError(f"it keeps {len(kept)} blocks")
             except (OSError, ValueError, KeyError, TypeError) as error:
                 found = f"--student_depth {depth} does not go with {path}: {first_line(error)}"
-                fail(f"{found}; pass the same depth as before, or remove the file to choose anew")
+                fail(f"{found}; pass the same depth as before, or another --output_dir to choose anew")
             return kept
         influence, kept = measure()
         if accelerator.is_main_process:

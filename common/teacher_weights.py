@@ -26,7 +26,7 @@ BLOCK = 64  # weights of nf4 that share a float32 scale
 COMPRESSED = {"fp8": 1, "nf4": 0.5 + 4 / BLOCK}  # bytes per weight, by --teacher_dtype
 
 
-@fits_the_gpu("the teacher", "pass --teacher_dtype or --offload_teacher")
+@fits_the_gpu("the teacher", "pass --teacher_dtype, or where it is no DiT --offload_teacher")
 def hold_teacher(
     teacher: torch.nn.Module, teacher_dtype: str | None, working: torch.dtype, device: torch.device, offload: bool
 ) -> torch.nn.Module:
@@ -45,8 +45,9 @@ def hold_teacher(
     first, computes = first_place(teacher_dtype, working, device, offload)
     freeze(teacher, first, computes)
     if computes == torch.float16:
-        flag = "--mixed_precision" if working == torch.float16 else "--teacher_dtype"
-        check_weights(teacher, f"{flag} fp16: the teacher")
+        own = teacher_dtype == "fp16"
+        flag, others = ("--teacher_dtype", "bf16 or fp32") if own else ("--mixed_precision", "bf16 or no")
+        check_weights(teacher, f"{flag} fp16: the teacher", f"{flag} {others}")
     if teacher_dtype in COMPRESSED:
         narrow, total = count_narrow(teacher, teacher_dtype), sum(weight.numel() for weight in teacher.parameters())
         logger.info(f"--teacher_dtype {teacher_dtype} holds {narrow / total:.0%} of the teacher's weights")

@@ -66,11 +66,12 @@ def load_weights(source: TeacherSource, kind: type, **options: Any) -> Any:
     return load_from(source, partial(read_weights, kind.from_pretrained), variant=source.variant, **options)
 
 
-def check_weights(model: torch.nn.Module, subject: str) -> None:
+def check_weights(model: torch.nn.Module, subject: str, wider: str = "--mixed_precision bf16 or no") -> None:
     """End the run where a model has weights that are infinite or NaN.
 
     Args:
         subject: The line's beginning: the flag, its value, and which model it is.
+        wider: The flag, and those of its values, that would hold larger numbers than float16 does.
     """
     weights = model.state_dict()
     name = first_non_finite(weights)
@@ -78,7 +79,7 @@ def check_weights(model: torch.nn.Module, subject: str) -> None:
         return
     remedy = "pass a model whose weights are whole"
     if weights[name].dtype == torch.float16:
-        remedy = f"pass --mixed_precision bf16 or no, which hold larger numbers; if that does not help, {remedy}"
+        remedy = f"pass {wider}, which hold larger numbers; if that does not help, {remedy}"
     fail(f"{subject} has weights that are not finite ({name} …); {remedy}")
 
 

@@ -193,6 +193,19 @@ def test_gpu_benchmark_finds_the_largest_batch_that_fits(tmp_path, monkeypatch):
     assert found[12, 4]["images per second"] == 4 and found[12, 8]["error"] == step.FITS_NOT
 
 
+def test_a_teacher_that_cannot_be_written_leaves_the_other_runs(tmp_path, monkeypatch):
+    def run_program(command: list[str], **options) -> subprocess.CompletedProcess:
+        failed = "sdxl" in command
+        return subprocess.CompletedProcess(command, int(failed), "Traceback\nValueError: no such width\n" * failed)
+
+    monkeypatch.setattr(step.subprocess, "run", run_program)
+    monkeypatch.setattr(gpu, "run_wave", lambda runs, *where: [{"rows": []} for _ in runs])
+    results = gpu.Results(tmp_path / "losses.json", 8)
+    runs = [gpu.Run({"script": script}, script, []) for script in ("unet", "sdxl")]
+    good, bad = gpu.run_all(results, runs, "tiny", tmp_path, lambda run, found: found)
+    assert "error" not in good and bad["error"] == "sdxl's teacher: ValueError: no such width"
+
+
 def test_gpu_benchmark_takes_no_other_error_for_a_lack_of_memory(tmp_path, monkeypatch):
     """It says nothing of the batch: neither half of it is tried, nor is it kept as a result."""
     tried = []
@@ -215,8 +228,12 @@ def test_gpu_benchmark_takes_no_other_error_for_a_lack_of_memory(tmp_path, monke
 def test_a_slice_ends_soon_after_its_minutes(tmp_path, monkeypatch):
     results = gpu.Results(tmp_path / "memory.json", 8)
     assert results.seconds_left() == gpu.LIMIT
-    results.started -= 7.5 * 60
+    results.started -= 7 * 60
+    results.check_time()
+    results.started -= 30  # what starts now would be killed while it starts
     assert 100 < results.seconds_left() < 115
+    with pytest.raises(SystemExit, match="8 minutes are over; the same command goes on with memory"):
+        results.check_time()
     monkeypatch.setattr(gpu, "TESTS", "tests/no_such_tests.py")
     monkeypatch.setattr(gpu.Results, "seconds_left", lambda results, most: 0.1)
     gpu.run_tests(results, "tiny", tmp_path)

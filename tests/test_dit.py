@@ -727,7 +727,7 @@ def test_a_resumed_run_keeps_the_choice_of_blocks(distil, tmp_path, monkeypatch)
 
     for content, complaint in (
         ('{"kept": [0, 3, 5]}', "is of another student .the teacher's blocks that it keeps differ"),
-        (json.dumps({"kept": [0, 1]}), "it keeps 2 blocks; pass the same depth as before, or remove the file"),
+        (json.dumps({"kept": [0, 1]}), "it keeps 2 blocks; pass the same depth as before, or another --output_dir"),
         ("{", "--student_depth 3 does not go with .*blocks.json: Expecting property name"),
         ("[]", "--student_depth 3 does not go with .*blocks.json: list indices"),
     ):

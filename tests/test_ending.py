@@ -420,8 +420,13 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_last_checkpoint(run, start
     [
         (OSError(28, "No space left on device"), r"--output_dir /tmp or --cache_dir None: .*No space.*make room"),
         (torch.OutOfMemoryError("CUDA out of memory."), r"--train_batch_size 4 does not fit the GPU: CUDA out of mem"),
+        (
+            RuntimeError("CUDA error: out of memory\nCUDA kernel errors"),
+            "--train_batch_size 4 does not .*: CUDA error",
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "--train_batch_size 4 does not fit"),
     ],
-    ids=["disk", "memory"],
+    ids=["disk", "memory", "memory of CUDA itself", "memory of cuBLAS"],
 )
 def test_what_is_full_is_said_in_one_line(error, line):
     @end_in_one_line
@@ -432,13 +437,17 @@ def test_what_is_full_is_said_in_one_line(error, line):
         main(argparse.Namespace(output_dir="/tmp", cache_dir=None, train_batch_size=4))
 
 
-def test_other_errors_stay_what_they_are():
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file or directory"), RuntimeError("CUDA error: an illegal memory access")]
+)
+def test_other_errors_stay_what_they_are(error):
     @end_in_one_line
     def main(args):
-        raise FileNotFoundError(2, "No such file or directory")
+        raise error
 
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(type(error)) as raised:
         main(argparse.Namespace())
+    assert raised.value is error
 
 
 def test_an_exception_in_a_step_ends_the_process_whatever_its_workers_do(start, tmp_path):

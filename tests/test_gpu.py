@@ -84,10 +84,17 @@ def test_attention_that_xformers_cannot_compute_is_said_in_one_line(model, preci
 
 
 def test_a_teacher_that_float16_cannot_hold_is_refused():
-    for flag, given, working in (("mixed_precision", None, "fp16"), ("teacher_dtype", "fp16", "no")):
+    """With the flag that says so, and values of it that help."""
+    both = "--teacher_dtype bf16 or fp32"
+    for flag, given, working, remedy in (
+        ("mixed_precision", None, "fp16", "--mixed_precision bf16 or no"),
+        ("mixed_precision", "fp8", "fp16", "--mixed_precision bf16 or no"),
+        ("teacher_dtype", "fp16", "no", both),
+        ("teacher_dtype", "fp16", "fp16", both),
+    ):
         teacher = UNet2DModel(**TINY_UNET)
         teacher.conv_in.weight.data[0] = 1e6
-        line = rf"^error: --{flag} fp16: .* not finite \(conv_in.weight …\); pass --mixed_precision bf16"
+        line = rf"^error: --{flag} fp16: .* not finite \(conv_in.weight …\); pass {remedy}, which"
         with pytest.raises(SystemExit, match=line):
             hold_teacher(teacher, given, WORKING[working], torch.device("cpu"), offload=False)
 

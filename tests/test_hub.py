@@ -3,11 +3,15 @@
 import base64
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from common.ending import Stopped, StopSignals
+from common.hub import push_to_hub
 
 import pytest
 from conftest import ROOT, launch
@@ -301,6 +305,19 @@ def test_a_refused_upload_keeps_the_result(pushed, start_hub, teacher, images):
     message = one_error(finished.stdout, finished)
     assert "--push_to_hub" in message and "403" in message and "--resume_from_checkpoint latest" in message
     assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == before and before
+
+
+def test_a_signal_while_the_student_is_saved_leaves_the_upload(tmp_path, monkeypatch, capsys):
+    """The run ends by it, and says how to upload."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers stay those of the tests
+    stop = StopSignals(1)
+    stop.received = signal.SIGTERM
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(Stopped) as stopped:
+        push_to_hub(tmp_path, "someone/tiny", stop)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    said = "SIGTERM: the student is saved, but not uploaded; --resume_from_checkpoint latest does\n"
+    assert capsys.readouterr().out == said
 
 
 def test_a_refused_login_ends_before_the_first_step(start_hub, teacher, images, tmp_path):

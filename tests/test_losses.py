@@ -141,7 +141,7 @@ def test_the_other_scripts_take_them(run, teachers, captioned, articles, tmp_pat
         assert values["task_loss"] == "rms"
         if script != "sd3":
             given, scheduler = values["snr_weights"], inputs_of.keywords["scheduler"]
-            assert torch.equal(given, min_snr_weights(scheduler, 5.0, torch.device("cpu")))
+            assert torch.equal(given.cpu(), min_snr_weights(scheduler, 5.0, torch.device("cpu")))
             _, logs = compute_losses(*arguments, inputs_of, **{**values, "snr_weights": torch.zeros_like(given)})
             assert logs["task"] == logs["kd"] == 0
         return compute_losses(*arguments, inputs_of, **values)

@@ -77,6 +77,7 @@ def test_the_loss_and_its_gradient_are_the_live_teachers(
 
     def spied(student, teacher, batch, *others, **options):
         assert teacher is None  # it has been freed
+        live.to(batch["teacher"].device)
         results = []
         for model, rows in ((None, batch), (live, {name: batch[name] for name in batch.keys() - {"teacher"}})):
             loss, logs = losses(student, model, rows, *others, **options)
