@@ -15,8 +15,8 @@ pipeline: `DiTPipeline.from_pretrained`. Half of DiT-XL/2's blocks, on a GPU:
     accelerate launch --mixed_precision fp16 train_lift_dit.py --student d14 --train_data_dir imagenet/train \\
         --cache_latents --use_8bit_adam --gradient_checkpointing --output_dir dit-d14
 
-`imagenet/train` holds a sub-folder of images per class, named by its number or as the teacher names it. Other names are
-numbered in sorted order, as ImageNet has them. Images are resized to the teacher's size.
+`imagenet/train` holds a sub-folder of images per class, with its number or the teacher's word for it as the name.
+Other names are numbered in sorted order, as ImageNet has them. Images are resized to the teacher's size.
 
 On a CPU, in a minute: a small teacher of pixels (`--vae none`) from scratch, then a student of every second block.
 
@@ -924,7 +924,7 @@ def save_pipeline(
         remedy = "cannot guide this model; `sample_images` of train_lift_dit.py can."
         facts.append(f"- The null class is {null}: `DiTPipeline`, which takes 1000 for it, {remedy}")
         guidance = 1.0
-    name = args.hub_model_id or output_dir.name
+    name = args.hub_model_id or output_dir.resolve().name
     usage = f'from diffusers import DiTPipeline\n\npipeline = DiTPipeline.from_pretrained("{name}")\n'
     usage += f"image = pipeline(class_labels=[0], guidance_scale={guidance}).images[0]"
     kind, tags = "A class-conditional diffusion transformer", ["class-conditional-image-generation"]

@@ -746,7 +746,7 @@ def save_pipeline(
         where = "merged here; `lora/` has the adapter and its U-Net"
         facts.append(f"- Trained by LoRA of rank {args.lora_rank}, {where}.")
     usage = "from diffusers import StableDiffusionPipeline\n\n"
-    name = args.hub_model_id or output_dir.name
+    name = args.hub_model_id or output_dir.resolve().name
     usage += f'image = StableDiffusionPipeline.from_pretrained("{name}")("a prompt").images[0]'
     kind, tags = "A text-to-image model", ["text-to-image"]
     write_model_card(output_dir, kind, facts, describe_run(args), usage, tags)

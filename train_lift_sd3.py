@@ -896,7 +896,7 @@ def save_pipeline(
         facts.append(f"- Trained by LoRA of rank {args.lora_rank}, {merged}.")
     given = "".join(f", {name}=None" for name in absent)
     usage = "from diffusers import StableDiffusion3Pipeline\n\n"
-    name = args.hub_model_id or output_dir.name
+    name = args.hub_model_id or output_dir.resolve().name
     usage += f'pipeline = StableDiffusion3Pipeline.from_pretrained("{name}"{given})\n'
     length = f", max_sequence_length={args.max_sequence_length}" if args.max_sequence_length != 256 else ""
     usage += f'image = pipeline("a prompt"{length}).images[0]'

@@ -595,7 +595,7 @@ def save_pipeline(
     height, width = image_size(student)
     facts.append(f"- Images of {height} × {width} pixels; {args.reduction} reduction of all losses.")
     usage = "from diffusers import DDIMPipeline\n\n"
-    usage += f'image = DDIMPipeline.from_pretrained("{args.hub_model_id or output_dir.name}")().images[0]'
+    usage += f'image = DDIMPipeline.from_pretrained("{args.hub_model_id or output_dir.resolve().name}")().images[0]'
     kind, tags = "An unconditional diffusion model", ["unconditional-image-generation"]
     write_model_card(output_dir, kind, facts, describe_run(args), usage, tags)
     logger.info(f"the model is in {output_dir}: see README.md, or draw by eval/generate.py --model {output_dir}")

@@ -282,7 +282,7 @@ def describe_run(args: argparse.Namespace) -> RunFacts:
     images = args.train_batch_size * args.gradient_accumulation_steps
     lines = [
         f"- Distillation: {method}; {', '.join(weights)}.",
-        f"- Data: `{args.dataset_name or Path(args.train_data_dir).name}`{part}.",
+        f"- Data: `{args.dataset_name or Path(args.train_data_dir).resolve().name}`{part}.",
         f"- Training: {args.max_train_steps} steps of {images} images per process, learning rate "
         f"{args.learning_rate}, seed {args.seed}{average}.",
     ]

@@ -267,7 +267,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
             averaged = checkpoint / "lora_ema"
             pipeline.load_lora_weights(averaged if averaged.is_dir() else checkpoint / "lora")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        fail(f"{flag} {source} does not load: {explain(error, args.variant, EXPECTED)}")
+        variant = "" if flag == "--students" else args.variant  # report.py has a flag for that of the teacher alone
+        fail(f"{flag} {source} does not load: {explain(error, variant, EXPECTED)}")
     check_model(pipeline, f"{flag} {source}")
     defaults = {name: parameter.default for name, parameter in call_of(type(pipeline)).items()}
     own = "as_saved", defaults.get("num_inference_steps"), defaults.get("guidance_scale")

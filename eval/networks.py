@@ -39,8 +39,10 @@ from transformers import (
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from result_tables import INCEPTION_NAME
 
-INCEPTION = "inception-2015-12-05.pt"
+
+INCEPTION = "inception-2015-12-05.pt"  # the file that clean-fid loads
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the one that its authors' example loads beside it
 # Models of transformers by the flags that name them: the class, and the `model_type` of its configs.
 MODELS = {
@@ -164,7 +166,7 @@ def load_inception(path: Path | None, device: torch.device) -> Extractor:
         return features(images), base(images, no_output_bias=True).log() if with_logits else None
 
     prepare = partial(resize_clean, side=INCEPTION_SIDE)
-    return Extractor("Inception (clean-fid)", hash_file(path), INCEPTION_SIDE, "clean", prepare, run)
+    return Extractor(INCEPTION_NAME, hash_file(path), INCEPTION_SIDE, "clean", prepare, run)
 
 
 def load_torchscript(flag: str, path: Path, device: torch.device) -> torch.jit.ScriptModule:

@@ -36,6 +36,7 @@ COLUMNS = {  # title, format and factor of each result
 # Keys of evaluate.py for the table of all quality figures, besides the distances.
 QUALITY = ("images", "inception_score", "precision", "recall", "clip_score")
 OTHER_NETWORKS = ("fd_dinov2", "cmmd", "pickscore")  # for a table of their own
+INCEPTION_NAME = "Inception (clean-fid)"  # of the extractor
 # Quality in words: a distance, divided by the one it is compared with, is at most this.
 WORDS = {
     0.9: "better than",
@@ -54,7 +55,7 @@ def title_of(key: str, inception: bool) -> str:
 
 def is_inception(results: dict) -> bool:
     """Whether FID and its like, if they were measured, are in Inception's features."""
-    return results["extractor"] is None or results["extractor"]["name"].startswith("Inception")
+    return results["extractor"] is None or results["extractor"]["name"] == INCEPTION_NAME
 
 
 def make_table(rows: dict[str, dict], keys: tuple[str, ...], inception: bool, head: str = "") -> list[list[str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common import card
-from common.arguments import RunFacts
+from common.arguments import RunFacts, describe_run
 from common.changes import INCIDENTAL, keep_flags, read_changes
 
 import pytest
@@ -19,6 +19,9 @@ import torch
 from conftest import ROOT, run_file
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file
+
+import train_lift_unet
+from tiny_models import TINY_UNET
 
 
 TOKEN, LOGIN = "hf_notARealTokenButItMustNotLeak", "of-another-tracker"
@@ -162,6 +165,20 @@ def test_flags_that_do_not_count_are_flags():
     parsers = (importlib.import_module(f"train_lift_{script}").parse_args for script in SCRIPTS)
     flags = {name for parse in parsers for name in vars(parse(command))}
     assert flags >= INCIDENTAL and {"kd_loss", "seed", "caption_column", "lr_scheduler", "vae"} <= flags - INCIDENTAL
+
+
+def test_folders_that_are_a_dot_have_names(run, images, tmp_path, monkeypatch):
+    student = tmp_path / "mine"
+    student.mkdir()
+    (tmp_path / "unet.json").write_text(json.dumps({"config": TINY_UNET}))
+    monkeypatch.chdir(student)
+    where = ("--kd_loss", "none", "--student", tmp_path / "unet.json", "--train_data_dir", images, "--output_dir", ".")
+    run("train_lift_unet", *FLAGS, *where, "--max_train_steps", 1)
+    assert 'from_pretrained("mine")' in (student / "README.md").read_text()
+    monkeypatch.chdir(images)
+    flags = ["--kd_loss", "none", "--student", "x.json", "--train_data_dir", ".", "--output_dir", str(student)]
+    args = train_lift_unet.parse_args(flags)
+    assert f"- Data: `{images.name}`." in describe_run(args).lines
 
 
 def test_a_run_that_goes_on_with_other_flags_says_so(make_student, tmp_path, run, images, caplog):

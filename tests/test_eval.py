@@ -751,6 +751,16 @@ def test_reference_from_a_dataset(score, noise, pool, monkeypatch):
     ):
         with pytest.raises(SystemExit, match=f"--image_column {column} .*{message}"):
             score(*flags, "--reference", "owner/name", "--image_column", column)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: data.select([]))
+    with pytest.raises(SystemExit, match=r"^error: --reference owner/name holds 0 images; pass at least 2"):
+        score(*flags, "--reference", "owner/name")
+
+
+def test_a_file_of_another_inception_is_none(score, noise, pool):
+    """Whatever its name: only features by the published one give an FID."""
+    path = shutil.copy(pool, pool.parent / "InceptionV3-of-mine.pt")
+    results = score("--images", noise["a"], "--reference", noise["b"], "--features", path)
+    assert "Not Inception FID" in results["text"] and "| FID |" not in results["text"]
 
 
 class FakeInception(torch.nn.Module):

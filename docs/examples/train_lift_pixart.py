@@ -665,7 +665,7 @@ def save_pipeline(
         f"- Images of {args.resolution} pixels, {args.caption_dropout:.0%} of the captions dropped.",
     ]
     usage = "from diffusers import PixArtSigmaPipeline\n\n"
-    name = args.hub_model_id or output_dir.name
+    name = args.hub_model_id or output_dir.resolve().name
     usage += f'image = PixArtSigmaPipeline.from_pretrained("{name}")("a prompt").images[0]'
     kind, tags = "A text-to-image model", ["text-to-image"]
     write_model_card(output_dir, kind, facts, describe_run(args), usage, tags)
