@@ -32,7 +32,6 @@ On a CPU, in a minute: a small teacher of pixels (`--vae none`) from scratch, th
 
 import argparse
 import copy
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -82,10 +81,8 @@ from common.reporting import (
     autocast_of,
     gather_samples,
     grid_path,
+    log_validation,
     plot_influence,
-    sample_grid,
-    sample_models,
-    save_grid,
     share_of,
 )
 from common.sharding import clip_gradients, count_whole, gather_model, prepare
@@ -106,6 +103,7 @@ from common.teacher_cache import Batch, cache_predictions, predict
 from common.teacher_weights import count_bytes, hold_teacher
 from common.teachers import (
     TeacherSource,
+    find_sampler,
     freeze,
     load_from,
     load_noise_schedule,
@@ -128,7 +126,6 @@ from common.training import (
 from common.vae import identify_vae, load_vae
 
 import datasets
-import diffusers
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -277,10 +274,8 @@ def check_pipeline(source: TeacherSource | None, has_vae: bool) -> tuple[type[Sc
     if vae != "AutoencoderKL" and not has_vae:
         remedy = f"pass --vae, or {source.expected.removeprefix('pass ')}"
         fail(f"--pretrained_teacher_model {source.path} has {vae or 'no'} vae; {remedy}")
-    if not hasattr(diffusers, scheduler or ""):
-        fail(f"--pretrained_teacher_model {source.path} has an unknown scheduler, {scheduler}; {source.expected}")
     names = {int(number): name for number, name in (index.get("id2label") or {}).items()}
-    return getattr(diffusers, scheduler), names
+    return find_sampler(source, scheduler), names
 
 
 def load_schedulers(
@@ -317,8 +312,6 @@ def read_student(student: str | None, keep_blocks: str | None, student_depth: in
     recipe = {"depth": student_depth}
     if student is not None:
         recipe = read_recipe(student, STUDENTS, ("config", "blocks", "features"))
-    if recipe is None:
-        fail(f"--student {student} is unknown; pass {', '.join(STUDENTS)}, or a .json file")
     if "depth" not in recipe:
         return recipe
     if not 1 <= recipe["depth"] <= teacher_depth:
@@ -858,31 +851,6 @@ def sample_images(
     return gather_samples(DiTPipeline.numpy_to_pil(pixels), count)
 
 
-def log_validation(
-    teacher: DiTTransformer2DModel | None,
-    student: DiTTransformer2DModel,
-    ema: EMAModel | None,
-    teacher_samples: list[Image.Image],
-    sample: partial,
-    load_vae: Callable[[], AutoencoderKL],
-    labels: list[str],
-    output_dir: Path,
-    accelerator: Accelerator,
-    step: int,
-) -> None:
-    """Samples of teacher, student and EMA student from the same noise, a row per class, in one labelled grid.
-
-    Args:
-        teacher_samples: Keeps the teacher's samples between calls.
-        sample: [`sample_images`] with all but the model and the VAE.
-        load_vae: Loads the VAE, which is freed when this returns.
-        labels: What the rows are samples of.
-    """
-    sample = partial(sample, vae=load_vae().to(accelerator.device))
-    samples = sample_models(sample, teacher, student, ema, teacher_samples)
-    save_grid(sample_grid(samples, labels), output_dir, step, accelerator.trackers)
-
-
 def save_pipeline(
     student: DiTTransformer2DModel,
     teacher: DiTTransformer2DModel | None,
@@ -971,7 +939,7 @@ def print_dry_run(
     if args.fsdp:
         costs = costs._replace(whole=count_whole(make_student(), teacher, costs.teacher_bytes))
     print_estimates(plan, costs)
-    print(json.dumps(public_config(student.config), indent=2))
+    print(student.to_json_string())
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

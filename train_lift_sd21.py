@@ -25,7 +25,6 @@ pixels, and distils it with this script.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -45,12 +44,12 @@ from common.buckets import default_resolution, latent_shape, read_buckets, sort_
 from common.cache import cache_encodings, identify
 from common.captions import (
     add_caption_arguments,
-    count_longer,
     drop_uncaptioned,
     find_no_caption,
     first_captions,
     load_captioned,
     read_prompts,
+    report_long_captions,
 )
 from common.card import write_model_card
 from common.checkpoints import prepare_output
@@ -91,7 +90,7 @@ from common.recipes import (
     override_config,
     read_recipe,
 )
-from common.reporting import autocast_of, gather_samples, grid_path, sample_grid, sample_models, save_grid, share_of
+from common.reporting import autocast_of, gather_samples, grid_path, log_validation, share_of
 from common.sharding import clip_gradients, count_whole, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
@@ -107,6 +106,7 @@ from common.teacher_weights import count_bytes, hold_teacher
 from common.teachers import (
     TeacherSource,
     check_parts,
+    find_sampler,
     load_from,
     load_frozen,
     load_noise_schedule,
@@ -129,7 +129,6 @@ from common.training import (
 )
 
 import datasets
-import diffusers
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -275,10 +274,7 @@ def check_pipeline(source: TeacherSource) -> type[SchedulerMixin]:
     if "text_encoder_2" in kinds:
         remedy = f"run train_lift_sdxl.py, or {source.expected}"
         fail(f"--pretrained_teacher_model {source.path} has two text encoders (SDXL); {remedy}")
-    sampler = kinds["scheduler"]
-    if not hasattr(diffusers, sampler):
-        fail(f"--pretrained_teacher_model {source.path} has an unknown scheduler, {sampler}; {source.expected}")
-    return getattr(diffusers, sampler)
+    return find_sampler(source, kinds["scheduler"])
 
 
 def check_teacher(teacher: UNet2DConditionModel, vae: AutoencoderKL, source: TeacherSource) -> None:
@@ -291,14 +287,6 @@ def check_teacher(teacher: UNet2DConditionModel, vae: AutoencoderKL, source: Tea
             f"--pretrained_teacher_model {source.path}: its U-Net {what}, so it is for inpainting, depth or upscaling "
             f"and not from text to latents of {latents} channels; {source.expected}"
         )
-
-
-def read_student(student: str) -> dict:
-    """The recipe that `--student` names: a preset or a JSON file."""
-    recipe = read_recipe(student, STUDENTS, ("levels", "width", "config", "blocks", "features"))
-    if recipe is None:
-        fail(f"--student {student} is unknown; pass {', '.join(STUDENTS)}, or a .json file")
-    return recipe
 
 
 def student_config(teacher_config: dict, recipe: dict) -> dict:
@@ -328,7 +316,7 @@ def build_student(
     teacher: UNet2DConditionModel, vae: AutoencoderKL, args: argparse.Namespace
 ) -> tuple[UNet2DConditionModel, dict]:
     """The student on the meta device, and its recipe with the pairs of the feature term. All models are skeletons."""
-    recipe = read_student(args.student)
+    recipe = read_recipe(args.student, STUDENTS, ("levels", "width", "config", "blocks", "features"))
     mismatch = f"--student {args.student} does not fit the teacher"
     if recipe.get("levels", 1) > len(teacher.config.block_out_channels):
         fail(f"{mismatch} of {len(teacher.config.block_out_channels)} levels; pass a smaller or a width_ one")
@@ -435,10 +423,7 @@ def make_dataset(
         dataset, buckets = sort_by_bucket(dataset, args.image_column, size, args.dataloader_num_workers)
         contents |= {"data": dataset._fingerprint, "buckets": buckets}
 
-    captions, limit = list(dataset[args.caption_column]), tokenizer.model_max_length
-    longer = count_longer(captions, tokenizer, limit)
-    if longer:
-        logger.warning(f"{longer} of {len(captions)} captions are longer than {limit} tokens and are cut there")
+    report_long_captions(list(dataset[args.caption_column]), {"text_encoder": tokenizer})
     return dataset.with_transform(load), contents
 
 
@@ -694,30 +679,6 @@ def sample_images(
     return gather_samples(pipeline.image_processor.postprocess(images), count)
 
 
-def log_validation(
-    teacher: UNet2DConditionModel | None,
-    student: UNet2DConditionModel,
-    ema: EMAModel | None,
-    teacher_samples: list[Image.Image],
-    sample: partial,
-    load_vae: Callable[[], AutoencoderKL],
-    labels: list[str],
-    output_dir: Path,
-    accelerator: Accelerator,
-    step: int,
-) -> None:
-    """Samples of teacher, student and EMA student from the same noise, a row per prompt, in one labelled grid.
-
-    Args:
-        teacher_samples: Keeps the teacher's samples between calls.
-        sample: [`sample_images`] with all but the model and the VAE.
-        load_vae: Loads the VAE, which is freed when this returns.
-        labels: What the rows are samples of.
-    """
-    samples = sample_models(partial(sample, vae=load_vae()), teacher, student, ema, teacher_samples)
-    save_grid(sample_grid(samples, labels), output_dir, step, accelerator.trackers)
-
-
 def save_pipeline(
     student: UNet2DConditionModel, teacher: UNet2DConditionModel, source: TeacherSource, args: argparse.Namespace
 ) -> None:
@@ -739,12 +700,6 @@ def save_pipeline(
         f"(`--student {args.student} --student_init {args.student_init}`).",
         f"- Images of {args.resolution} pixels, {args.caption_dropout:.0%} of the captions dropped.",
     ]
-    if args.aspect_ratio_buckets:
-        sizes = ", ".join(f"{height} x {width}" for height, width in args.aspect_ratio_buckets)
-        facts.append(f"- Trained in aspect-ratio buckets (height x width): {sizes}.")
-    if args.lora_rank:
-        where = "merged here; `lora/` has the adapter and its U-Net"
-        facts.append(f"- Trained by LoRA of rank {args.lora_rank}, {where}.")
     usage = "from diffusers import StableDiffusionPipeline\n\n"
     name = args.hub_model_id or output_dir.resolve().name
     usage += f'image = StableDiffusionPipeline.from_pretrained("{name}")("a prompt").images[0]'
@@ -806,7 +761,7 @@ def print_dry_run(
         decoding=estimate_decoding(vae, args.resolution),
     )
     print_estimates(plan, costs)
-    print(json.dumps(public_config(student.config), indent=2))
+    print(student.to_json_string())
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

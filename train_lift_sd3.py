@@ -29,7 +29,6 @@ in with `hf auth login`. Without distillation the script trains a pipeline's own
 """
 
 import argparse
-import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -55,6 +54,7 @@ from common.captions import (
     first_captions,
     load_captioned,
     read_prompts,
+    report_long_captions,
 )
 from common.card import write_model_card
 from common.checkpoints import prepare_output
@@ -90,10 +90,8 @@ from common.reporting import (
     autocast_of,
     gather_samples,
     grid_path,
+    log_validation,
     plot_influence,
-    sample_grid,
-    sample_models,
-    save_grid,
     share_of,
 )
 from common.sd3_text import (
@@ -107,7 +105,6 @@ from common.sd3_text import (
     join_text,
     load_text_skeleton,
     load_tokenizer,
-    report_long_captions,
     tokenize,
 )
 from common.sharding import clip_gradients, count_whole, gather_model, prepare
@@ -370,8 +367,6 @@ def read_student(
             fail(f"--keep_blocks {keep_blocks} does not end with {depth - 1}; {remedy}")
         return depth_recipe(kept, teacher_config)
     recipe = read_recipe(student, STUDENTS, ("config", "blocks", "features"))
-    if recipe is None:
-        fail(f"--student {student} is unknown; pass {', '.join(STUDENTS)}, or a .json file")
     if "one_of" in recipe:
         return depth_recipe(spaced_blocks(max(1, depth // recipe["one_of"]), depth), teacher_config)
     return recipe
@@ -830,30 +825,6 @@ def sample_images(
     return gather_samples(pipeline.image_processor.postprocess(images), count)
 
 
-def log_validation(
-    teacher: SD3Transformer2DModel | None,
-    student: SD3Transformer2DModel,
-    ema: EMAModel | None,
-    teacher_samples: list[Image.Image],
-    sample: partial,
-    load_vae: partial,
-    prompts: list[str],
-    output_dir: Path,
-    accelerator: Accelerator,
-    step: int,
-) -> None:
-    """Samples of teacher, student and EMA student from the same noise, a row per prompt, in one labelled grid.
-
-    Args:
-        teacher_samples: Keeps the teacher's samples between calls.
-        sample: [`sample_images`] with all but the model and the VAE.
-        load_vae: Loads the VAE, which is freed when this returns.
-        prompts: What the rows are samples of.
-    """
-    samples = sample_models(partial(sample, vae=load_vae()), teacher, student, ema, teacher_samples)
-    save_grid(sample_grid(samples, prompts), output_dir, step, accelerator.trackers)
-
-
 def save_pipeline(
     student: SD3Transformer2DModel,
     teacher: SD3Transformer2DModel,
@@ -888,12 +859,6 @@ def save_pipeline(
         f"- Images of {args.resolution} pixels, {args.caption_dropout:.0%} of the captions dropped, noise levels "
         f"by {args.weighting_scheme}; captions by {', '.join(text_encoders)}.",
     ]
-    if args.aspect_ratio_buckets:
-        sizes = ", ".join(f"{height} x {width}" for height, width in args.aspect_ratio_buckets)
-        facts.append(f"- Trained in aspect-ratio buckets (height x width): {sizes}.")
-    if args.lora_rank:
-        merged = "merged here; `lora/` has the adapter and its transformer"
-        facts.append(f"- Trained by LoRA of rank {args.lora_rank}, {merged}.")
     given = "".join(f", {name}=None" for name in absent)
     usage = "from diffusers import StableDiffusion3Pipeline\n\n"
     name = args.hub_model_id or output_dir.resolve().name
@@ -966,7 +931,7 @@ def print_dry_run(
         tables=tables,
     )
     print_estimates(plan, costs)
-    print(json.dumps(public_config(student.config), indent=2))
+    print(student.to_json_string())
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

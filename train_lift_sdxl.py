@@ -26,7 +26,6 @@ On a CPU, in minutes: demos/fashion_sdxl.py trains a small autoencoder, two text
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -46,12 +45,12 @@ from common.buckets import default_resolution, latent_shape, read_buckets, sort_
 from common.cache import cache_encodings, identify
 from common.captions import (
     add_caption_arguments,
-    count_longer,
     drop_uncaptioned,
     find_no_caption,
     first_captions,
     load_captioned,
     read_prompts,
+    report_long_captions,
 )
 from common.card import write_model_card
 from common.checkpoints import prepare_output
@@ -95,7 +94,7 @@ from common.recipes import (
     override_config,
     read_recipe,
 )
-from common.reporting import autocast_of, gather_samples, grid_path, sample_grid, sample_models, save_grid, share_of
+from common.reporting import autocast_of, gather_samples, grid_path, log_validation, share_of
 from common.sharding import clip_gradients, count_whole, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
@@ -111,6 +110,7 @@ from common.teacher_weights import count_bytes, hold_teacher
 from common.teachers import (
     TeacherSource,
     check_parts,
+    find_sampler,
     freeze,
     load_from,
     load_frozen,
@@ -135,7 +135,6 @@ from common.training import (
 from common.vae import identify_vae, load_vae
 
 import datasets
-import diffusers
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -297,10 +296,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def check_pipeline(source: TeacherSource) -> type[SchedulerMixin]:
     """Refuse pipelines that this script does not distil; returns the sampler's class."""
-    sampler = check_parts(source, PARTS)["scheduler"]
-    if not hasattr(diffusers, sampler):
-        fail(f"--pretrained_teacher_model {source.path} has an unknown scheduler, {sampler}; {source.expected}")
-    return getattr(diffusers, sampler)
+    return find_sampler(source, check_parts(source, PARTS)["scheduler"])
 
 
 def check_teacher(teacher: UNet2DConditionModel, vae: AutoencoderKL, source: TeacherSource) -> None:
@@ -324,14 +320,6 @@ def check_teacher(teacher: UNet2DConditionModel, vae: AutoencoderKL, source: Tea
 def pooled_width(unet: UNet2DConditionModel) -> int:
     """The width of the pooled text embeddings that a U-Net takes beside the six numbers of an image's size."""
     return unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-
-
-def read_student(student: str) -> dict:
-    """The recipe that `--student` names: a preset or a JSON file."""
-    recipe = read_recipe(student, STUDENTS, ("levels", "width", "config", "blocks", "features"))
-    if recipe is None:
-        fail(f"--student {student} is unknown; pass {', '.join(STUDENTS)}, or a .json file")
-    return recipe
 
 
 def student_config(teacher_config: dict, recipe: dict) -> dict:
@@ -362,7 +350,7 @@ def build_student(
     teacher: UNet2DConditionModel, vae: AutoencoderKL, args: argparse.Namespace
 ) -> tuple[UNet2DConditionModel, dict]:
     """The student on the meta device, and its recipe with the pairs of the feature term. All models are skeletons."""
-    recipe = read_student(args.student)
+    recipe = read_recipe(args.student, STUDENTS, ("levels", "width", "config", "blocks", "features"))
     mismatch = f"--student {args.student} does not fit the teacher"
     if recipe.get("levels", 1) > len(teacher.config.block_out_channels):
         fail(f"{mismatch} of {len(teacher.config.block_out_channels)} levels; pass a smaller or a width_ one")
@@ -474,10 +462,7 @@ def make_dataset(
         dataset, buckets = sort_by_bucket(dataset, args.image_column, size, args.dataloader_num_workers)
         contents |= {"data": dataset._fingerprint, "buckets": buckets}
 
-    captions, limit = list(dataset[args.caption_column]), tokenizers[0].model_max_length
-    longer = count_longer(captions, tokenizers[0], limit)
-    if longer:
-        logger.warning(f"{longer} of {len(captions)} captions are longer than {limit} tokens and are cut there")
+    report_long_captions(list(dataset[args.caption_column]), {"text_encoder": tokenizers[0]})
     return dataset.with_transform(load), contents
 
 
@@ -786,32 +771,6 @@ def sample_images(
     return gather_samples(pipeline.image_processor.postprocess(images), count)
 
 
-def log_validation(
-    teacher: UNet2DConditionModel | None,
-    student: UNet2DConditionModel,
-    ema: EMAModel | None,
-    teacher_samples: list[Image.Image],
-    sample: partial,
-    load_vae: Callable[[], AutoencoderKL],
-    labels: list[str],
-    output_dir: Path,
-    accelerator: Accelerator,
-    step: int,
-) -> None:
-    """Samples of teacher, student and EMA student from the same noise, a row per prompt, in one labelled grid.
-
-    Args:
-        teacher_samples: Keeps the teacher's samples between calls.
-        sample: [`sample_images`] with all but the model and the VAE.
-        load_vae: Loads the VAE, which is freed when this returns.
-        labels: What the rows are samples of.
-    """
-    samples = sample_models(
-        partial(sample, vae=load_vae().to(accelerator.device)), teacher, student, ema, teacher_samples
-    )
-    save_grid(sample_grid(samples, labels), output_dir, step, accelerator.trackers)
-
-
 def save_pipeline(
     student: UNet2DConditionModel,
     teacher: UNet2DConditionModel,
@@ -838,12 +797,6 @@ def save_pipeline(
         f"(`--student {args.student} --student_init {args.student_init}`).",
         f"- Images of {args.resolution} pixels, {args.caption_dropout:.0%} of the captions dropped.",
     ]
-    if args.aspect_ratio_buckets:
-        sizes = ", ".join(f"{height} x {width}" for height, width in args.aspect_ratio_buckets)
-        facts.append(f"- Trained in aspect-ratio buckets (height x width): {sizes}.")
-    if args.lora_rank:
-        where = "merged here; `lora/` has the adapter and its U-Net"
-        facts.append(f"- Trained by LoRA of rank {args.lora_rank}, {where}.")
     usage = "from diffusers import StableDiffusionXLPipeline\n\n"
     name = args.hub_model_id or output_dir.resolve().name
     usage += f'image = StableDiffusionXLPipeline.from_pretrained("{name}")("a prompt").images[0]'
@@ -904,7 +857,7 @@ def print_dry_run(
         decoding=estimate_decoding(vae, args.resolution),
     )
     print_estimates(plan, costs)
-    print(json.dumps(public_config(student.config), indent=2))
+    print(student.to_json_string())
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

@@ -224,15 +224,13 @@ def make_scheduler(prediction_type: str) -> DDPMScheduler:
 
 def read_student(student: str) -> dict:
     """The recipe that `--student` names: a preset, a width fraction, or a JSON file."""
-    recipe = read_recipe(student, STUDENTS, ("width", "config", "blocks", "features"))
-    if recipe is not None:
-        return recipe
+    otherwise = "a fraction such as 0.5, or a .json file"
     try:
         width = float(student)
     except ValueError:
-        width = 0.0
+        return read_recipe(student, STUDENTS, ("width", "config", "blocks", "features"), otherwise)
     if not 0 < width <= 1:
-        fail(f"--student {student} is unknown; pass {', '.join(STUDENTS)}, a fraction such as 0.5, or a .json file")
+        fail(f"--student {student} is no fraction; pass {', '.join(STUDENTS)}, {otherwise}")
     return {"width": width}
 
 

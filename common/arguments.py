@@ -286,4 +286,10 @@ def describe_run(args: argparse.Namespace) -> RunFacts:
         f"- Training: {args.max_train_steps} steps of {images} images per process, learning rate "
         f"{args.learning_rate}, seed {args.seed}{average}.",
     ]
+    if getattr(args, "aspect_ratio_buckets", None):
+        sizes = ", ".join(f"{height} x {width}" for height, width in args.aspect_ratio_buckets)
+        lines.append(f"- Trained in aspect-ratio buckets (height x width): {sizes}.")
+    if getattr(args, "lora_rank", 0):
+        merged = "merged here; `lora/` has the adapter and the model that it belongs to"
+        lines.append(f"- Trained by LoRA of rank {args.lora_rank}, {merged}.")
     return RunFacts(lines, args.pretrained_teacher_model, args.teacher_revision, args.license, images)

@@ -10,7 +10,6 @@
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from common.texts import read_lines
 
 import datasets
 from accelerate.logging import get_logger
+from transformers import PreTrainedTokenizerBase
 
 
 logger = get_logger(__name__)
@@ -142,7 +142,17 @@ def first_captions(dataset: datasets.Dataset | StreamedDataset, column: str) -> 
     return list(dataset.with_format(None)[:4][column])
 
 
-def count_longer(captions: list[str], tokenizer: Callable, limit: int) -> int:
-    """How many captions have more than `limit` tokens."""
-    batches = (captions[start : start + 10_000] for start in range(0, len(captions), 10_000))
-    return sum(len(ids) > limit for batch in batches for ids in tokenizer(batch, verbose=False)["input_ids"])
+def report_long_captions(captions: list[str], tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    """Warn of captions with more tokens than a text encoder gets.
+
+    Args:
+        tokenizers: Each cuts at its `model_max_length`, by the name of the text encoder.
+    """
+    cut = []
+    for name, tokenizer in tokenizers.items():
+        limit = tokenizer.model_max_length
+        batches = (captions[start : start + 10_000] for start in range(0, len(captions), 10_000))
+        longer = sum(len(ids) > limit for batch in batches for ids in tokenizer(batch, verbose=False)["input_ids"])
+        cut += [f"{longer} of {len(captions)} at {limit} tokens for {name}"] * bool(longer)
+    if cut:
+        logger.warning(f"captions are longer than a text encoder takes and are cut there: {', '.join(cut)}")

@@ -36,16 +36,19 @@ KEYS = {
 }
 
 
-def read_recipe(student: str, presets: dict[str, dict], keys: tuple[str, ...]) -> dict[str, Any] | None:
-    """The recipe that `--student` names: a preset's, or that of a JSON file; `None` if it is neither.
+def read_recipe(
+    student: str, presets: dict[str, dict], keys: tuple[str, ...], otherwise: str = "or a .json file"
+) -> dict[str, Any]:
+    """The recipe that `--student` names: a preset's, or that of a JSON file.
 
     Args:
         keys: Those of [`KEYS`] that the JSON file may have.
+        otherwise: What to pass where no preset will do.
     """
     if student in presets:
         return presets[student]
     if not student.endswith(".json"):
-        return None
+        fail(f"--student {student} is unknown; pass {', '.join(presets)}, {otherwise}")
     try:
         recipe = json.loads(Path(student).read_text(), parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from common.costs import dtype_of
@@ -89,10 +90,31 @@ def gather_samples(samples: list[Image.Image], count: int) -> list[Image.Image]:
     return gather_object(samples)[:count]
 
 
-def sample_grid(samples: dict[str, list[Image.Image]], labels: list[str]) -> Image.Image:
-    """A column per model, a row per prompt or class, from what [`sample_models`] returns."""
+def log_validation(
+    teacher: torch.nn.Module | None,
+    student: torch.nn.Module,
+    ema: EMAModel | None,
+    teacher_samples: list[Image.Image],
+    sample: partial,
+    load_vae: Callable[[], torch.nn.Module],
+    labels: list[str],
+    output_dir: Path,
+    accelerator: Accelerator,
+    step: int,
+) -> None:
+    """Samples of teacher, student and EMA student from the same noise: a column each, a row per prompt or class.
+
+    Args:
+        teacher_samples: Keeps the teacher's samples between calls.
+        sample: A script's `sample_images` with all but the model and the VAE.
+        load_vae: Loads the VAE, which is freed when this returns.
+        labels: The prompts or classes.
+    """
+    sample = partial(sample, vae=load_vae().to(accelerator.device))
+    samples = sample_models(sample, teacher, student, ema, teacher_samples)
     rows = [(label, [images[row] for images in samples.values()]) for row, label in enumerate(labels)]
-    return labelled_grid(rows, scale=max(1, 64 // rows[0][1][0].width), columns=list(samples))
+    grid = labelled_grid(rows, scale=max(1, 64 // rows[0][1][0].width), columns=list(samples))
+    save_grid(grid, output_dir, step, accelerator.trackers)
 
 
 def labelled_grid(

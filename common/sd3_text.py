@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.cache import JoinedDataset, identify
-from common.captions import count_longer
 from common.errors import fail
 from common.teachers import TeacherSource, load_from, load_frozen, load_part
 
@@ -121,18 +120,6 @@ def load_tokenizer(source: TeacherSource, name: str, t5_tokens: int) -> PreTrain
     elif tokenizer.model_max_length > 1_000_000:
         fail(f"--pretrained_teacher_model {source.path} lacks files of its {part.tokenizer_name}; {source.expected}")
     return tokenizer
-
-
-def report_long_captions(captions: list[str], tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
-    """Warn of captions with more tokens than a text encoder gets."""
-    longer = {name: count_longer(captions, each, each.model_max_length) for name, each in tokenizers.items()}
-    cut = [
-        f"{count} of {len(captions)} at {tokenizers[name].model_max_length} tokens for {name}"
-        for name, count in longer.items()
-        if count
-    ]
-    if cut:
-        logger.warning(f"captions are longer than a text encoder takes and are cut there: {', '.join(cut)}")
 
 
 def tokenize(tokenizers: dict[str, PreTrainedTokenizerBase], captions: list[str]) -> dict[str, torch.Tensor]:

@@ -17,8 +17,9 @@ from common.errors import fail, first_line
 from common.finite import first_non_finite
 from common.loading import causes_of, explain, read_weights
 
+import diffusers
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.training_utils import compute_snr
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -102,6 +103,13 @@ def check_parts(
             what = f"a {index.get('_class_name')} with {kinds.get(name, 'no')} {name}"
             fail(f"--pretrained_teacher_model {source.path} is {what}; {source.expected}")
     return kinds
+
+
+def find_sampler(source: TeacherSource, name: str | None) -> type[SchedulerMixin]:
+    """The class of the pipeline's scheduler. One that is not Diffusers' ends the run."""
+    if not hasattr(diffusers, name or ""):
+        fail(f"--pretrained_teacher_model {source.path} has an unknown scheduler, {name}; {source.expected}")
+    return getattr(diffusers, name)
 
 
 def load_part(source: TeacherSource, kind: type, name: str) -> Any:
@@ -201,7 +209,6 @@ def freeze(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> 
     return torch.nn.Module.to(model.requires_grad_(False).eval(), dtype).to(device)
 
 
-def vae_factor(vae: AutoencoderKL | AutoencoderDC) -> int:
+def vae_factor(vae: ModelMixin) -> int:
     """Pixels per latent, along each side."""
-    ratio = getattr(vae, "spatial_compression_ratio", None)  # AutoencoderDC's own
-    return ratio or 2 ** (len(vae.config.block_out_channels) - 1)
+    return 2 ** (len(vae.config.block_out_channels) - 1)

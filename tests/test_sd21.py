@@ -732,7 +732,7 @@ def test_long_captions_are_cut_counted_and_said_once(prepare, sd_teacher, caplog
     dataset = prepare(edit(long, 3))
     said = [record.getMessage() for record in caplog.records if "longer" in record.getMessage()]
     assert [line.removeprefix("[RANK 0] ") for line in said] == [
-        "3 of 48 captions are longer than 24 tokens and are cut there"
+        "captions are longer than a text encoder takes and are cut there: 3 of 48 at 24 tokens for text_encoder"
     ]
     tokenizer = train_lift_sd21.CLIPTokenizer.from_pretrained(sd_teacher, subfolder="tokenizer")
     whole = tokenizer(long, verbose=False)["input_ids"]

@@ -226,7 +226,7 @@ def test_the_loss_falls_and_every_weight_moves(distil, sd3_teacher):
 def test_a_whole_student_starts_as_the_teacher(distil, monkeypatch):
     """Both see the same noise, noise level and dropped captions, and tokens are paired with tokens: no distance."""
     drawn = []
-    monkeypatch.setattr(train_lift_sd3, "save_grid", lambda grid, *rest: drawn.append(grid))
+    monkeypatch.setattr("common.reporting.save_grid", lambda grid, *rest: drawn.append(grid))
     flags = ("--student", "whole", "--learning_rate", 0, "--caption_dropout", 0.5, "--validation_steps", 2)
     folder = distil(*flags, "--kd_loss", "mse", "--validation_prompts", "a bag")
     assert all(row["kd"] == 0 and row["feat"] == 0 and row["task"] > 0.1 for row in metrics(folder))

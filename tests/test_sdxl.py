@@ -204,7 +204,7 @@ def test_a_teacher_that_is_thinned_itself_gives_the_same_students(preset):
 def test_a_student_of_the_teachers_blocks_computes(teacher, preset):
     """The blocks come from where the map says, and what a thinned transformer keeps are its first."""
     unet = UNet2DConditionModel.from_pretrained(teacher / "unet")
-    recipe = train_lift_sdxl.read_student(preset)
+    recipe = STUDENTS[preset]
     student = UNet2DConditionModel.from_config(train_lift_sdxl.student_config(dict(unet.config), recipe))
     train_lift_sdxl.fill_student(student, unet, recipe, "teacher")
     ours, theirs = student.state_dict(), unet.state_dict()

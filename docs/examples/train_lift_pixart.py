@@ -23,7 +23,6 @@ does not use, follows the teacher's.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,12 +39,12 @@ from common.batches import endless_batches, make_dataloader
 from common.cache import cache_encodings, identify
 from common.captions import (
     add_caption_arguments,
-    count_longer,
     drop_uncaptioned,
     find_no_caption,
     first_captions,
     load_captioned,
     read_prompts,
+    report_long_captions,
 )
 from common.card import write_model_card
 from common.checkpoints import prepare_output
@@ -76,7 +75,7 @@ from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
-from common.reporting import autocast_of, gather_samples, grid_path, sample_grid, sample_models, save_grid, share_of
+from common.reporting import autocast_of, gather_samples, grid_path, log_validation, share_of
 from common.sharding import clip_gradients, count_whole, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
@@ -93,6 +92,7 @@ from common.teacher_weights import count_bytes, hold_teacher
 from common.teachers import (
     TeacherSource,
     check_parts,
+    find_sampler,
     load_from,
     load_frozen,
     load_noise_schedule,
@@ -115,7 +115,6 @@ from common.training import (
 )
 
 import datasets
-import diffusers
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -214,10 +213,7 @@ def check_pipeline(source: TeacherSource) -> type[SchedulerMixin]:
     kinds = check_parts(source, PARTS)
     if kinds["transformer"] not in ("PixArtTransformer2DModel", "Transformer2DModel"):  # the second is its old name
         fail(f"--pretrained_teacher_model {source.path} has a {kinds['transformer']}; {source.expected}")
-    sampler = kinds["scheduler"]
-    if not hasattr(diffusers, sampler):
-        fail(f"--pretrained_teacher_model {source.path} has an unknown scheduler, {sampler}; {source.expected}")
-    return getattr(diffusers, sampler)
+    return find_sampler(source, kinds["scheduler"])
 
 
 def check_teacher(
@@ -251,8 +247,6 @@ def read_student(student: str, teacher_depth: int) -> dict:
         teacher_depth: Blocks of the teacher.
     """
     recipe = read_recipe(student, STUDENTS, ("config", "blocks", "features"))
-    if recipe is None:
-        fail(f"--student {student} is unknown; pass {', '.join(STUDENTS)}, or a .json file")
     if "share" not in recipe:
         return recipe
     return depth_recipe(spaced_blocks(max(1, round(recipe["share"] * teacher_depth)), teacher_depth))
@@ -346,10 +340,7 @@ def make_dataset(
     dataset = drop_uncaptioned(dataset, **columns, source=source, max_unreadable=args.max_unreadable)
     contents = {"data": dataset._fingerprint, "image": args.image_column, "caption": args.caption_column}
 
-    captions, limit = list(dataset[args.caption_column]), tokenizer.model_max_length
-    longer = count_longer(captions, tokenizer, limit)
-    if longer:
-        logger.warning(f"{longer} of {len(captions)} captions are longer than {limit} tokens and are cut there")
+    report_long_captions(list(dataset[args.caption_column]), {"text_encoder": tokenizer})
     return dataset.with_transform(load), contents
 
 
@@ -618,30 +609,6 @@ def sample_images(
     return gather_samples(pipeline.image_processor.postprocess(images), count)
 
 
-def log_validation(
-    teacher: PixArtTransformer2DModel | None,
-    student: PixArtTransformer2DModel,
-    ema: EMAModel | None,
-    teacher_samples: list[Image.Image],
-    sample: partial,
-    load_vae: Callable[[], AutoencoderKL],
-    labels: list[str],
-    output_dir: Path,
-    accelerator: Accelerator,
-    step: int,
-) -> None:
-    """Samples of teacher, student and EMA student from the same noise, a row per prompt, in one labelled grid.
-
-    Args:
-        teacher_samples: Keeps the teacher's samples between calls.
-        sample: [`sample_images`] with all but the model and the VAE.
-        load_vae: Loads the VAE, which is freed when this returns.
-        labels: What the rows are samples of.
-    """
-    samples = sample_models(partial(sample, vae=load_vae()), teacher, student, ema, teacher_samples)
-    save_grid(sample_grid(samples, labels), output_dir, step, accelerator.trackers)
-
-
 def save_pipeline(
     student: PixArtTransformer2DModel,
     teacher: PixArtTransformer2DModel,
@@ -721,7 +688,7 @@ def print_dry_run(
         decoding=estimate_decoding(vae, args.resolution),
     )
     print_estimates(plan, costs)
-    print(json.dumps(public_config(student.config), indent=2))
+    print(student.to_json_string())
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
