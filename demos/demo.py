@@ -19,7 +19,6 @@ Every file is kept, so a demo that was stopped continues where it was.
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -48,6 +47,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
 from common.arguments import HelpFormatter
+from common.card import training_hours
+from common.checkpoints import lock_output
 from common.errors import fail
 from common.folders import check_writable
 from common.metrics import read_metrics
@@ -219,16 +220,6 @@ def terminate_training(folder: Path, script: str) -> None:
     psutil.wait_procs(processes, timeout=60)
 
 
-def training_seconds(run: Path) -> float:
-    """The time between the logged steps, without start-up and interruptions."""
-    rows = read_metrics(run / "metrics.jsonl")
-    seconds, last = 0.0, 0
-    for row in rows:
-        seconds += (row["step"] - last) * TRAIN_BATCH_SIZE / row["images_per_second"]
-        last = row["step"]
-    return seconds
-
-
 # ------------------------------------------------------------------------------------------------------ the evaluation
 
 
@@ -273,7 +264,8 @@ def measure(
     flags = ("--results", folder / "quality.json", "--title", title, *sampling_flags, *report_flags)
     call(report, "--teacher", teacher, "--students", *students, "--output_dir", folder, *flags)
 
-    seconds = ", ".join(f"{name} {training_seconds(run):.0f} s" for name, run in runs.items())
+    hours = {name: training_hours(read_metrics(run / "metrics.jsonl"), TRAIN_BATCH_SIZE) for name, run in runs.items()}
+    seconds = ", ".join(f"{name} {each * 3600:.0f} s" for name, each in hours.items())
     facts = {
         "budget": f"teacher {args.teacher_steps} steps, students {args.student_steps} steps, "
         f"of {TRAIN_BATCH_SIZE} images",
@@ -339,15 +331,10 @@ def main(args: argparse.Namespace, run: Callable[[argparse.Namespace], None]) ->
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
     check_writable(f"--output_dir {args.output_dir}", args.output_dir)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    with (args.output_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"--output_dir {args.output_dir} is in use by another demo; wait for it, or pass another folder")
-        try:
-            save_settings(args)
-            run(args)
-        except KeyboardInterrupt:
-            say("stopped; the same command continues from here")
-            sys.exit(130)
+    lock_output(args.output_dir)
+    try:
+        save_settings(args)
+        run(args)
+    except KeyboardInterrupt:
+        say("stopped; the same command continues from here")
+        sys.exit(130)
