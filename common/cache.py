@@ -8,7 +8,6 @@
 # specific language governing permissions and limitations under the License.
 """How are the encoders' outputs computed once, kept on disk, and shared by all runs that agree in what shapes them?"""
 
-import gc
 import hashlib
 import itertools
 import json
@@ -30,6 +29,7 @@ from common.memory import fits_the_gpu
 import datasets
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load, save
 from tqdm.auto import tqdm
@@ -141,9 +141,7 @@ def cache_encodings(
                     _write_shard(shards[indices.stop - len(rows)], rows)
                     rows = []
         del encode
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
     accelerator.wait_for_everyone()
     if not all(path.exists() for path in shards.values()):
         fail(f"--cache_dir {root.parent} lacks what other processes have written; pass one that all machines share")

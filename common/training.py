@@ -164,6 +164,9 @@ def get_scheduler(
     """Diffusers' learning rate schedule of this name, or "cosine_to_half", a cosine down to half the peak."""
     if name == "constant" and num_warmup_steps:  # Diffusers' own "constant" has no warm-up
         name = "constant_with_warmup"
+    if num_warmup_steps >= num_training_steps:
+        few = f"--lr_warmup_steps {num_warmup_steps} leaves none of the {num_training_steps} steps"
+        logger.warning(f"{few} at the full learning rate; pass fewer")
     steps = {"num_warmup_steps": num_warmup_steps, "num_training_steps": num_training_steps}
     if name == "cosine_to_half":
         return get_cosine_with_min_lr_schedule_with_warmup(optimizer, **steps, min_lr_rate=0.5)

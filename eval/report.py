@@ -25,7 +25,6 @@ The noisy inputs are made from --images, or from the teacher's samples.
 import argparse
 import base64
 import dataclasses
-import gc
 import html
 import json
 import multiprocessing
@@ -41,6 +40,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import recursively_apply, send_to_device
+from accelerate.utils.memory import clear_device_cache
 from diffusers import DDPMScheduler, DiffusionPipeline
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -636,8 +636,7 @@ def compare_models(models: dict[str, str], args: argparse.Namespace) -> Comparis
         comparison.contents[name] = generate.digest_model(flags)
         comparison.settings[name] = [getattr(flags, setting) for setting in SETTINGS]
         del pipeline
-        gc.collect()
-        torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
     return comparison
 
 

@@ -336,6 +336,11 @@ def test_the_learning_rate_falls_to_half(distil):
     assert rates[-1] == pytest.approx(0.5e-3)
 
 
+def test_a_warm_up_as_long_as_the_run_is_said(distil, caplog):
+    distil("--max_train_steps", 2, "--lr_warmup_steps", 2)
+    assert "--lr_warmup_steps 2 leaves none of the 2 steps at the full learning rate; pass fewer" in caplog.text
+
+
 def test_without_learned_variance(distil, tmp_path):
     """A teacher whose config does not say its out_channels: the student's says it, since DiTPipeline reads it."""
     teacher = save_dit_pipeline(tmp_path / "teacher", out_channels=None)
