@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""What does a run say where something other than a training step does not fit the GPU?"""
+"""Is the GPU's memory full, and what does a run say where something other than a step does not fit it?"""
 
 import re
 from collections.abc import Iterator

@@ -49,8 +49,8 @@ def hold_teacher(
         flag, others = ("--teacher_dtype", "bf16 or fp32") if own else ("--mixed_precision", "bf16 or no")
         check_weights(teacher, f"{flag} fp16: the teacher", f"{flag} {others}")
     if teacher_dtype in COMPRESSED:
-        narrow, total = count_narrow(teacher, teacher_dtype), sum(weight.numel() for weight in teacher.parameters())
-        logger.info(f"--teacher_dtype {teacher_dtype} holds {narrow / total:.0%} of the teacher's weights")
+        share = count_compressed(teacher, teacher_dtype) / sum(weight.numel() for weight in teacher.parameters())
+        logger.info(f"--teacher_dtype {teacher_dtype} holds {share:.0%} of the teacher's weights")
     if teacher_dtype == "fp8":
         teacher.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=computes)
     elif teacher_dtype == "nf4":
@@ -77,18 +77,18 @@ def _quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
     import bitsandbytes as bnb
 
     model.is_loaded_in_4bit = True  # Diffusers then counts two weights in a byte
-    for path, layer in _narrow_layers(model, "nf4").items():
+    for path, layer in _compressed_layers(model, "nf4").items():
         parent, _, name = path.rpartition(".")
         shape = layer.in_features, layer.out_features, layer.bias is not None
-        narrow = bnb.nn.Linear4bit(*shape, compute_dtype=dtype, compress_statistics=False, quant_type="nf4")
-        narrow.weight = bnb.nn.Params4bit(
-            layer.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4", module=narrow
+        quantized = bnb.nn.Linear4bit(*shape, compute_dtype=dtype, compress_statistics=False, quant_type="nf4")
+        quantized.weight = bnb.nn.Params4bit(
+            layer.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4", module=quantized
         )
-        narrow.bias = layer.bias
-        setattr(model.get_submodule(parent), name, narrow.eval())
+        quantized.bias = layer.bias
+        setattr(model.get_submodule(parent), name, quantized.eval())
 
 
-def _narrow_layers(model: torch.nn.Module, teacher_dtype: str | None) -> dict[str, torch.nn.Module]:
+def _compressed_layers(model: torch.nn.Module, teacher_dtype: str | None) -> dict[str, torch.nn.Module]:
     """The layers whose weights are compressed, by their names.
 
     Diffusers casts no layers of normalisation, those of AdaLN among them, nor the first and the last ones.
@@ -98,11 +98,11 @@ def _narrow_layers(model: torch.nn.Module, teacher_dtype: str | None) -> dict[st
         kinds, skipped = (torch.nn.Linear, torch.nn.Conv2d), re.compile(r"norm|pos_embed|patch_embed|^proj_(in|out)$")
         return {name: each for name, each in layers.items() if isinstance(each, kinds) and not skipped.search(name)}
     if teacher_dtype == "nf4":
-        return {name: each for name, each in layers.items() if _has_blocks(each)}
+        return {name: each for name, each in layers.items() if _fits_nf4(each)}
     return {}
 
 
-def _has_blocks(layer: torch.nn.Module) -> bool:
+def _fits_nf4(layer: torch.nn.Module) -> bool:
     """Whether bitsandbytes has kernels for it on the CPU too. All large layers of these models are of such widths."""
     return type(layer) is torch.nn.Linear and layer.in_features % BLOCK == layer.out_features % BLOCK == 0
 
@@ -117,9 +117,9 @@ def _cast_inputs(dtype: torch.dtype, model: torch.nn.Module, inputs: tuple, name
     return tuple(cast(value) for value in inputs), {name: cast(value) for name, value in named.items()}
 
 
-def count_narrow(teacher: torch.nn.Module, teacher_dtype: str | None) -> int:
+def count_compressed(teacher: torch.nn.Module, teacher_dtype: str | None) -> int:
     """How many of its weights [`hold_teacher`] compresses."""
-    return sum(layer.weight.numel() for layer in _narrow_layers(teacher, teacher_dtype).values())
+    return sum(layer.weight.numel() for layer in _compressed_layers(teacher, teacher_dtype).values())
 
 
 def count_bytes(teacher: torch.nn.Module, teacher_dtype: str | None, mixed_precision: str | None) -> int:
@@ -130,6 +130,6 @@ def count_bytes(teacher: torch.nn.Module, teacher_dtype: str | None, mixed_preci
         mixed_precision: "fp16", "bf16", "no" or `None`.
     """
     wide = DTYPES.get(teacher_dtype, dtype_of(mixed_precision)).itemsize
-    narrow = count_narrow(teacher, teacher_dtype)
+    compressed = count_compressed(teacher, teacher_dtype)
     total = sum(parameter.numel() for parameter in teacher.parameters())
-    return round(wide * (total - narrow) + COMPRESSED.get(teacher_dtype, 0) * narrow)
+    return round(wide * (total - compressed) + COMPRESSED.get(teacher_dtype, 0) * compressed)
