@@ -230,7 +230,7 @@ def read_student(student: str) -> dict:
     except ValueError:
         return read_recipe(student, STUDENTS, ("width", "config", "blocks", "features"), otherwise)
     if not 0 < width <= 1:
-        fail(f"--student {student} is no fraction; pass {', '.join(STUDENTS)}, {otherwise}")
+        fail(f"--student {student} is unknown; pass {', '.join(STUDENTS)}, {otherwise}")
     return {"width": width}
 
 

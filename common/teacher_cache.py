@@ -117,7 +117,7 @@ def cache_predictions(
     held = sorted({str(weight.dtype) for weight in teacher.parameters()})
     key |= {"seed": seed, "stored": storage, "dtype": str(teacher.dtype), "held": held, "draws": draw.keywords}
     words = {"period": len(dataset), "description": "Caching the teacher", "batch_flag": "--train_batch_size"}
-    remedy = "pass bf16 or fp32, or --mixed_precision bf16 or no, or another teacher"
+    remedy = "pass --cache_teacher_dtype bf16 or fp32, --mixed_precision bf16 or no, or another teacher"
     words["overflow"] = f"--cache_teacher_dtype {storage}: the teacher's prediction is not finite; {remedy}"
     return JoinedDataset([drawn, cache(drawn, load_teacher, key, **words)])
 

@@ -297,7 +297,8 @@ def measure(
             logits.append(scores.float().cpu().numpy())
         done += len(sizes)
     if done < 2:
-        fail(f"{flag} holds {done} images; pass at least 2, and for FID more than a feature has numbers")
+        enough = f"2, and for FID more than {len(origin)}" if done else "2"
+        fail(f"{flag} holds {done} image{'s' * (done != 1)}; pass at least {enough}")
     mean = first / done
     covariance = (second - done * np.outer(mean, mean)) / (done - 1)
     all_logits = np.concatenate(logits) if logits else None
