@@ -32,6 +32,7 @@ On a CPU, in a minute: a small teacher of pixels (`--vae none`) from scratch, th
 
 import argparse
 import copy
+import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -939,7 +940,7 @@ def print_dry_run(
     if args.fsdp:
         costs = costs._replace(whole=count_whole(make_student(), teacher, costs.teacher_bytes))
     print_estimates(plan, costs)
-    print(student.to_json_string())
+    print(json.dumps(public_config(student.config), indent=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

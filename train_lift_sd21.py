@@ -25,6 +25,7 @@ pixels, and distils it with this script.
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -761,7 +762,7 @@ def print_dry_run(
         decoding=estimate_decoding(vae, args.resolution),
     )
     print_estimates(plan, costs)
-    print(student.to_json_string())
+    print(json.dumps(public_config(student.config), indent=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

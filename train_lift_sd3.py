@@ -29,6 +29,7 @@ in with `hf auth login`. Without distillation the script trains a pipeline's own
 """
 
 import argparse
+import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -59,6 +60,7 @@ from common.captions import (
 from common.card import write_model_card
 from common.checkpoints import prepare_output
 from common.costs import (
+    DTYPES,
     NO_ENCODING,
     dtype_of,
     estimate_activations,
@@ -914,7 +916,8 @@ def print_dry_run(
     shared = args.share_backbone and plan.live_teacher  # what is frozen is the teacher's then
     tables = make_student().pos_embed.pos_embed.nbytes
     if plan.live_teacher and not (shared or args.offload_teacher):
-        tables += teacher.pos_embed.pos_embed.nbytes * dtype_of(plan.mixed_precision).itemsize // 4
+        width = DTYPES.get(args.teacher_dtype, dtype_of(plan.mixed_precision)).itemsize
+        tables += teacher.pos_embed.pos_embed.nbytes * width // 4
     costs = ModelCosts(
         macs,
         activations,
@@ -931,7 +934,7 @@ def print_dry_run(
         tables=tables,
     )
     print_estimates(plan, costs)
-    print(student.to_json_string())
+    print(json.dumps(public_config(student.config), indent=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

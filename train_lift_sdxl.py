@@ -26,6 +26,7 @@ On a CPU, in minutes: demos/fashion_sdxl.py trains a small autoencoder, two text
 
 import argparse
 import copy
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -857,7 +858,7 @@ def print_dry_run(
         decoding=estimate_decoding(vae, args.resolution),
     )
     print_estimates(plan, costs)
-    print(student.to_json_string())
+    print(json.dumps(public_config(student.config), indent=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

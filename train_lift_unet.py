@@ -27,6 +27,7 @@ On a CPU, in a minute: a small teacher from scratch, then a student of half its 
 """
 
 import argparse
+import json
 import math
 import re
 from collections.abc import Callable
@@ -619,7 +620,7 @@ def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dic
     if args.fsdp:
         costs = costs._replace(whole=count_whole(skeleton(student), teacher, costs.teacher_bytes))
     print_estimates(plan, costs)
-    print(student.to_json_string())
+    print(json.dumps(public_config(student.config), indent=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

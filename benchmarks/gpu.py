@@ -212,7 +212,7 @@ class Results:
 
     Args:
         path: Where it is written. Where there is none yet, what RESULTS has by this name is taken over.
-        minutes: After which no run is started any more.
+        minutes: No run is started that could not end soon after them.
     """
 
     def __init__(self, path: Path, minutes: float):
@@ -253,7 +253,8 @@ class Results:
     def check_time(self) -> None:
         """End the process where what is started now would be killed before it has measured anything."""
         if self.seconds_left() < SHORTEST:
-            raise SystemExit(f"{self.minutes:g} minutes are over; the same command goes on with {self.path.stem}")
+            few = f"too little of the {self.minutes:g} minutes is left"
+            raise SystemExit(f"{few}; the same command goes on with {self.path.stem}")
 
 
 def summarise(found: Result) -> str:
@@ -280,15 +281,9 @@ def run_all(
     """
     missing = [run for run in runs if results.misses(run.settings)]
     scripts, started = sorted({run.script for run in missing}), time.time()
-
-    def prepare(script: str) -> str | None:
-        try:
-            prepare_inputs(script, size, inputs)
-        except RuntimeError as error:
-            return str(error)
-
     with ThreadPoolExecutor(4) as pool:
-        failed = {script: error for script, error in zip(scripts, pool.map(prepare, scripts)) if error}
+        errors = pool.map(lambda script: prepare_inputs(script, size, inputs), scripts)
+        failed = {script: error for script, error in zip(scripts, errors) if error}
     for run in missing:
         if run.script in failed:
             results.keep(run.settings, {"error": failed[run.script]}, started)
@@ -492,7 +487,8 @@ def kill_once(script: str, size: str, inputs: Path, until: float) -> Result:
     Args:
         until: The time, of `time.monotonic`, at which what still runs is killed for good.
     """
-    prepare_inputs(script, size, inputs)
+    if error := prepare_inputs(script, size, inputs):
+        return {"error": error}
     precision = "fp16" if ON_GPU else "no"
     with tempfile.TemporaryDirectory(dir=inputs) as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
@@ -568,7 +564,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--estimates", action="store_true", help="add what --dry_run says to slice 1, 2, 3 or 7; no GPU"
     )
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after them (default: no end)")
+    minutes = "start no run that would end long after them (default: no end)"
+    parser.add_argument("--minutes", type=float, default=math.inf, help=minutes)
     args = parser.parse_args(input_args)
     if args.slice is None and args.in_process is None:
         fail("--slice is not given; pass 1 to 7, or run benchmarks/gpu.sh all")

@@ -366,11 +366,14 @@ def run_cells(
     known = {identify(cell): cell for cell in kept}
     missing = [cell for cell in wanted if not is_measured(known.get(identify(cell), {"error": "none yet"}))]
     for start in range(0, len(missing), at_once):
-        cells = missing[start : start + at_once]
+        cells, failed = missing[start : start + at_once], {}
         for number, cell in enumerate(cells, start + 1):
             name = " ".join(str(cell[axis]) for axis in SETTINGS[:8])
             print(f"{number} of {len(missing)}: {name}", file=sys.stderr, flush=True)
-            prepare_inputs(cell["script"], cell["size"], inputs)
+            if error := prepare_inputs(cell["script"], cell["size"], inputs):
+                failed[identify(cell)] = cell | {"command": command, "error": error}
+        known |= failed
+        cells = [cell for cell in cells if identify(cell) not in failed]
         for cell, found in zip(cells, measure(cells, inputs, warmup, seconds)):
             known[identify(cell)] = cell | {"command": command} | found
             if path:
@@ -383,11 +386,11 @@ def is_measured(found: dict[str, Any]) -> bool:
     return found.get("error", FITS_NOT) == FITS_NOT
 
 
-def prepare_inputs(script: str, size: str, inputs: Path) -> None:
+def prepare_inputs(script: str, size: str, inputs: Path) -> str | None:
     """Write a script's teacher and images in a process of its own: none of its memory stays.
 
-    Raises:
-        RuntimeError: It failed, with the last line that it printed.
+    Returns:
+        The last line that it printed, if it failed.
     """
     if not (inputs / f"{script}-{size}-images").exists():
         file = Path(__file__).with_name("random_teachers.py")
@@ -395,7 +398,7 @@ def prepare_inputs(script: str, size: str, inputs: Path) -> None:
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         finished = subprocess.run([sys.executable, str(file), *flags], **options)
         if finished.returncode != 0:
-            raise RuntimeError(f"{script}'s teacher: {(finished.stdout.strip() or 'killed').splitlines()[-1]}")
+            return f"{script}'s teacher: {(finished.stdout.strip() or 'killed').splitlines()[-1]}"
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables

@@ -48,7 +48,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     models.add_argument("--variant", help="weights variant of the teacher, e.g. fp16")
     dtypes = "of the teacher's weights in the training (default: the run's precision); fp8 and nf4 compute in that"
     models.add_argument("--teacher_dtype", choices=("fp32", "fp16", "bf16", "fp8", "nf4"), help=dtypes)
-    models.add_argument("--offload_teacher", action="store_true", help="keep it on the CPU, moved by layers; no DiT")
+    offload = "keep its weights on the CPU and move them layer by layer (not for a DiT)"
+    models.add_argument("--offload_teacher", action="store_true", help=offload)
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_name", help="dataset on the Hub")
@@ -282,7 +283,7 @@ def describe_run(args: argparse.Namespace) -> RunFacts:
     images = args.train_batch_size * args.gradient_accumulation_steps
     lines = [
         f"- Distillation: {method}; {', '.join(weights)}.",
-        f"- Data: `{args.dataset_name or Path(args.train_data_dir).resolve().name}`{part}.",
+        f"- Data: `{args.dataset_name or Path(os.path.abspath(args.train_data_dir)).name}`{part}.",
         f"- Training: {args.max_train_steps} steps of {images} images per process, learning rate "
         f"{args.learning_rate}, seed {args.seed}{average}.",
     ]

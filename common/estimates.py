@@ -43,7 +43,7 @@ class ModelCosts(NamedTuple):
     macs: int  # of the student
     activations: tuple[int, int]  # bytes that its forward pass keeps and recomputes, see [`estimate_activations`]
     trained: int  # parameters of the student that learn
-    frozen: int = 0  # those that do not, and are held like the teacher's
+    frozen: int = 0  # those that do not, and are held in the precision of the run
     adapters: bool = False  # whether those that learn are few, beside frozen ones
     teacher_macs: int = 0
     teacher_bytes: int = 0  # of its weights while it is on the device

@@ -30,7 +30,7 @@ UNREAD = (".heic", ".heif", ".avif", ".jxl")
 REMEDIES = {
     ".tar": "add --streaming, and --image_column with the suffix of the images in the .tar files",
     ".parquet": "pass the folder of its .parquet files as --dataset_name",
-    ".arrow": "write it by its to_parquet, and pass the folder of that file as --dataset_name",
+    ".arrow": "load it by datasets.load_from_disk, write it by to_parquet, and pass that folder as --dataset_name",
     **dict.fromkeys((".zip", ".gz", ".7z", ".rar"), "unpack what is in it"),
 }
 SPLITS = {"train", "test", "val", "valid", "validation"}

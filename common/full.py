@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 
 MEMORY = (
-    "--train_batch_size {train_batch_size} does not fit the GPU: {error} lower it, or see --dry_run and what saves "
-    "memory in docs/training.md"
+    "--train_batch_size {train_batch_size} does not fit the GPU: {error}; lower it, or see --dry_run and what "
+    "saves memory in docs/training.md"
 )
 DISK = (
     "--output_dir {output_dir} or --cache_dir {cache_dir}: {error} ({free:,} bytes are free in the first); make room, "
@@ -53,7 +53,7 @@ def end_in_one_line(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            fail(memory.format(**vars(flags), error=first_line(error)))
+            fail(memory.format(**vars(flags), error=first_line(error).rstrip(".")))
         except (OSError, SafetensorError) as error:
             full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
             if getattr(error, "errno", None) not in full and not re.search(r"os error (28|122|27)\b", str(error)):

@@ -30,7 +30,7 @@ def fits_the_gpu(subject: str, remedy: str) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        fail(f"{subject} does not fit the GPU: {first_line(error)} Remedy: {remedy}")
+        fail(f"{subject} does not fit the GPU: {first_line(error).rstrip('.')}; {remedy}")
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -20,7 +20,6 @@ from common.teachers import TeacherSource, load_from, load_frozen, load_part
 import datasets
 import torch
 import torch.nn.functional as F
-from accelerate.logging import get_logger
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -32,9 +31,6 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
-
-
-logger = get_logger(__name__)
 
 
 class TextEncoder(NamedTuple):

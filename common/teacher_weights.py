@@ -26,7 +26,7 @@ BLOCK = 64  # weights of nf4 that share a float32 scale
 COMPRESSED = {"fp8": 1, "nf4": 0.5 + 4 / BLOCK}  # bytes per weight, by --teacher_dtype
 
 
-@fits_the_gpu("the teacher", "pass --teacher_dtype, or where it is no DiT --offload_teacher")
+@fits_the_gpu("the teacher", "pass --teacher_dtype or --offload_teacher (not for a DiT)")
 def hold_teacher(
     teacher: torch.nn.Module, teacher_dtype: str | None, working: torch.dtype, device: torch.device, offload: bool
 ) -> torch.nn.Module:

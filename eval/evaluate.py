@@ -651,7 +651,7 @@ def measure_prompts(
         yield
 
 
-MEMORY = "--batch_size {batch_size} does not fit the GPU: {error} lower it"
+MEMORY = "--batch_size {batch_size} does not fit the GPU: {error}; lower it"
 DISK = "--output {output} or --statistics_dir {statistics_dir}: {error}; make room"
 
 

@@ -833,7 +833,7 @@ def read_manifest(folder: Path, flag: str) -> dict:
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-MEMORY = "--batch_size {batch_size} does not fit the GPU: {error} lower it, or pass --dtype bfloat16"
+MEMORY = "--batch_size {batch_size} does not fit the GPU: {error}; lower it, or pass --dtype bfloat16"
 DISK = "--output_dir {output_dir}: {error} ({free:,} bytes are free); make room; the same command goes on"
 
 

@@ -28,6 +28,7 @@ import dataclasses
 import html
 import json
 import multiprocessing
+import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -170,7 +171,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--title", help="title of the page (default: the models' names)")
     args = parser.parse_args(input_args)
     check_values(args)
-    args.names = args.names or [Path(student).resolve().name for student in args.students]
+    args.names = args.names or [Path(os.path.abspath(student)).name for student in args.students]
     if len(args.names) != len(args.students) or len({*args.names, "teacher"}) != len(args.names) + 1:
         fail(f"--names {' '.join(args.names)}: pass one for each of --students, all different and none 'teacher'")
     given = args.runs is not None
@@ -758,7 +759,7 @@ def quality_notes(rows: dict[str, dict], results: dict | None) -> list[str]:
     return notes + list_remarks(rows)
 
 
-MEMORY = "--columns {columns} does not fit the GPU: {error} lower it, or pass --dtype bfloat16"
+MEMORY = "--columns {columns} does not fit the GPU: {error}; lower it, or pass --dtype bfloat16"
 DISK = "--output_dir {output_dir}: {error} ({free:,} bytes are free); make room"
 
 
@@ -775,7 +776,7 @@ def main(args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     pictures, errors = make_pictures(comparison, args)
     sections = make_sections(comparison, pictures, rows, results, args)
-    title = args.title or f"{', '.join(args.names)} against {Path(args.teacher).resolve().name}"
+    title = args.title or f"{', '.join(args.names)} against {Path(os.path.abspath(args.teacher)).name}"
     (args.output_dir / "index.html").write_text(make_page(title, sections), encoding="utf-8")
     (args.output_dir / "report.md").write_text(make_markdown(title, sections), encoding="utf-8")
     timesteps = comparison.inputs.timesteps.tolist()

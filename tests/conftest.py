@@ -307,7 +307,6 @@ destroy, torch.distributed.destroy_process_group = torch.distributed.destroy_pro
 from accelerate.state import AcceleratorState, GradientState
 import common.card
 from common.checkpoints import unlock_output
-from common.estimates import RunPlan
 common.card.plot_curves = lambda *arguments: None
 for name, *command in json.loads(sys.argv[1]):
     AcceleratorState._reset_state(reset_partial_state=True)

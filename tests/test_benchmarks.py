@@ -154,7 +154,7 @@ def test_gpu_benchmark_runs_without_one_and_once(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "run_wave", None)  # all is there
     gpu.main(gpu.parse_args(flags))
     assert json.loads((tmp_path / "losses.json").read_text()) == found
-    with pytest.raises(SystemExit, match="0 minutes are over; the same command goes on with resume"):
+    with pytest.raises(SystemExit, match="too little of the 0 minutes is left; the same command goes on with resume"):
         gpu.main(gpu.parse_args([*flags, "--slice", "5", "--minutes", "0"]))
     with pytest.raises(SystemExit, match="--size full needs a GPU"):
         gpu.parse_args(["--slice", "1"])
@@ -232,7 +232,7 @@ def test_a_slice_ends_soon_after_its_minutes(tmp_path, monkeypatch):
     results.check_time()
     results.started -= 30  # what starts now would be killed while it starts
     assert 100 < results.seconds_left() < 115
-    with pytest.raises(SystemExit, match="8 minutes are over; the same command goes on with memory"):
+    with pytest.raises(SystemExit, match="too little of the 8 minutes is left; the same command goes on with memory"):
         results.check_time()
     monkeypatch.setattr(gpu, "TESTS", "tests/no_such_tests.py")
     monkeypatch.setattr(gpu.Results, "seconds_left", lambda results, most: 0.1)

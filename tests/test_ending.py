@@ -17,6 +17,7 @@ from common import checkpoints
 from common.checkpoints import list_checkpoints, load_checkpoint
 from common.ending import Stopped
 from common.full import end_in_one_line
+from common.memory import fits_the_gpu
 from common.metrics import read_metrics
 from common.ranges import RANGES, Range
 
@@ -435,6 +436,29 @@ def test_what_is_full_is_said_in_one_line(error, line):
 
     with pytest.raises(SystemExit, match=f"^error: {line}"):
         main(argparse.Namespace(output_dir="/tmp", cache_dir=None, train_batch_size=4))
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "error: a grid does not fit the GPU: CUDA out of memory; pass less",
+        ),
+        (
+            RuntimeError("CUDA error: out of memory\n"),
+            "error: a grid does not fit the GPU: CUDA error: out of memory; pass",
+        ),
+        (RuntimeError("CUDA error: an illegal memory access"), None),
+    ],
+    ids=["PyTorch's", "CUDA's", "another"],
+)
+def test_what_does_not_fit_the_gpu_is_named(error, line):
+    with (
+        pytest.raises(SystemExit if line else RuntimeError, match=line or "illegal"),
+        fits_the_gpu("a grid", "pass less"),
+    ):
+        raise error
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ def test_a_full_gpu_or_disk_is_said_in_one_line(sample, models, monkeypatch, err
 
     monkeypatch.setattr(generate, "generate_images", fail_to_draw)
     gpu, disk = (
-        "--batch_size 16 does not fit the GPU: CUDA is full lower it, or",
+        "--batch_size 16 does not fit the GPU: CUDA is full; lower it, or",
         "--output_dir .* No space .* make room",
     )
     with pytest.raises(SystemExit, match=f"^error: {disk if isinstance(error, OSError) else gpu}"):

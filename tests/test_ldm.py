@@ -27,6 +27,7 @@ def script(tmp_path_factory):
     shutil.copy(ROOT / "train_lift_unet.py", folder)
     diff = ROOT / "docs" / "examples" / "train_lift_ldm.diff"
     subprocess.run(["git", "apply", diff], cwd=folder, check=True)
+    assert (folder / "train_lift_ldm.py").exists()
     sys.path.insert(0, str(folder))
     yield importlib.import_module("train_lift_ldm")
     sys.path.remove(str(folder))

@@ -71,7 +71,7 @@ def test_a_grid_that_does_not_fit_the_gpu(distil, folder, monkeypatch, capsys):
         return sample_images(model, *arguments, **options)
 
     monkeypatch.setattr(train_lift_unet, "sample_images", partial(sample, fits=0))
-    with pytest.raises(SystemExit, match=r"^error: the sample grid does not fit the GPU: .* Remedy: pass fewer"):
+    with pytest.raises(SystemExit, match=r"^error: the sample grid does not fit the GPU: .*; pass fewer"):
         distil("none", "--max_train_steps", 2)
     calls.clear()
     monkeypatch.setattr(train_lift_unet, "sample_images", partial(sample, fits=2))  # the teacher and the student

@@ -645,6 +645,8 @@ def test_dry_run_tells_sizes_and_stops(run, sd3_teacher, tmp_path, capsys):
     assert one.pop("sum") == pytest.approx(two.pop("sum") - frozen - table, abs=0.16) and one == two
     half = dry_run("--lora_rank", 2, "--mixed_precision", "bf16")  # frozen, it is in the teacher's precision
     assert half["tables of positions"] == pytest.approx(both / 2, abs=0.06)
+    wide = dry_run("--lora_rank", 2, "--mixed_precision", "bf16", "--teacher_dtype", "fp32")
+    assert wide["tables of positions"] == pytest.approx(1.5 * table, abs=0.06)
     moved = dry_run("--offload_teacher")
     assert moved["tables of positions"] == pytest.approx(table, abs=0.06) and "teacher weights" not in moved
     cached = "--cache_teacher", 2, "--lambda_kd_feat", 0

@@ -23,6 +23,7 @@ does not use, follows the teacher's.
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -688,7 +689,7 @@ def print_dry_run(
         decoding=estimate_decoding(vae, args.resolution),
     )
     print_estimates(plan, costs)
-    print(student.to_json_string())
+    print(json.dumps(public_config(student.config), indent=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
