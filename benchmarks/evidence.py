@@ -110,7 +110,9 @@ TINY_RATES = {"none": 0.016, "none, rms": 0.004, "mse": 0.008, "rms": 0.004, "rm
 TINY_RATES |= {"lift": 0.008, "place": 0.008, "place, rms": 0.008}
 SMALL_RATES = {"none": 0.004, "none, rms": 0.008, "mse": 0.008, "rms": 0.008}
 SMALL_RATES |= {"lift": 0.004, "place": 0.008, "place, rms": 0.004}
-DECIDING_PAIRS = *(("place", other) for other in ("lift", "rms", "none")), ("rms", "none"), ("mse", "none")
+DECIDING_PAIRS = *(("place", other) for other in ("mse", "lift", "rms", "none", "none, rms")), ("mse", "none")
+DECIDING_PAIRS += tuple(("rms", other) for other in ("mse", "none", "none, rms"))
+DECIDING_PAIRS += tuple(("place, rms", other) for other in ("mse", "none, rms"))
 
 
 def tiny_experiment(shared: Flags, search: Search, names: tuple[str, ...] = tuple(LOSSES)) -> Experiment:
@@ -134,7 +136,7 @@ def small_experiment() -> Experiment:
     names = ("none", "none, rms", "mse", "rms", "FitNet", "lift", "place", "place, rms")
     rows, compared = {name: LOSSES[name] for name in names}, (("mse",), ("none", "none, rms"))
     question = "Which loss helps a student of 16 % of the teacher, from a random start?"
-    return Experiment(question, rows, (0, 1, 2), {**LONG, **SMALL}, compared, Search(1000), pairs=DECIDING_PAIRS)
+    return Experiment(question, rows, (0, 1, 2, 3, 4), {**LONG, **SMALL}, compared, Search(1000), pairs=DECIDING_PAIRS)
 
 
 def pruned_experiment(size: str, shared: Flags, rates: dict[str, float]) -> Experiment:
@@ -146,7 +148,7 @@ def pruned_experiment(size: str, shared: Flags, rates: dict[str, float]) -> Expe
         f"Which loss helps a student of {size} of the teacher, pruned from it, at the best rates of a random start?"
     )
     compared = ("mse",), ("none", "none, rms")
-    return Experiment(question, rows, (0, 1, 2), shared, compared, pairs=DECIDING_PAIRS)
+    return Experiment(question, rows, (0, 1, 2, 3, 4), shared, compared, pairs=DECIDING_PAIRS)
 
 
 def draws_experiment() -> Experiment:

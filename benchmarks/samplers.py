@@ -118,10 +118,12 @@ def find_students(experiment: str, study: Study) -> Iterator[tuple[Run, Path]]:
     if tuned is None:
         fail(f"--experiment {experiment} is not finished; run benchmarks/evidence.py --only {experiment}")
     for run in list_runs(experiment, tuned):
-        folder = study.folder_of(run_of(lines[run.key])) if run.key in lines else study.folder_of(run)
-        if not (folder / "model_index.json").exists():
-            fail(f"{folder} has no student; run benchmarks/evidence.py --only {experiment} in this folder")
-        yield run, folder
+        yield run, study.folder_of(run_of(lines[run.key])) if run.key in lines else study.folder_of(run)
+
+
+def is_there(folder: Path) -> bool:
+    """Whether the folder has a whole pipeline."""
+    return (folder / "model_index.json").exists()
 
 
 def measure_all(models: dict[tuple[str, int], Path], study: Study, results: Path, jobs: int) -> list[dict[str, Any]]:
@@ -133,6 +135,9 @@ def measure_all(models: dict[tuple[str, int], Path], study: Study, results: Path
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     done = {(line["name"], line["seed"], line["sampler"]) for line in lines}
     left = [(*model, name) for model in models for name in SAMPLERS if (*model, name) not in done]
+    for name, seed, _ in left:
+        if not is_there(models[name, seed]):
+            fail(f"--folder lacks the model {models[name, seed]}; run its experiment by benchmarks/evidence.py there")
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool, results.open("a") as file:
         waiting = {}
         for name, seed, sampler in left:
@@ -174,12 +179,15 @@ def describe(experiment: str, lines: list[dict[str, Any]]) -> str:
 
 @torch.no_grad()
 def draw(models: dict[tuple[str, int], Path], study: Study, path: Path) -> None:
-    """Samples of each row's first seed by [`PICTURED`], from the same noise, above unseen images."""
-    strips = {}
-    for (name, _), folder in models.items():
-        if name not in strips:
-            strips[name] = sample(*load(folder, PICTURED), SAMPLERS[PICTURED].steps, SHOWN)[:, 0]
-    draw_strips(strips, study, path)
+    """Samples of each row's first seed by [`PICTURED`], from the same noise, above unseen images.
+
+    Where one of them was trained on another machine, the picture stays as it is.
+    """
+    first = {name: folder for (name, _), folder in reversed(models.items())}
+    if all(map(is_there, first.values())):
+        steps, names = SAMPLERS[PICTURED].steps, dict.fromkeys(name for name, _ in models)
+        strips = {name: sample(*load(first[name], PICTURED), steps, SHOWN)[:, 0] for name in names}
+        draw_strips(strips, study, path)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
