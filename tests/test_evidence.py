@@ -377,9 +377,7 @@ def test_students_are_sampled_in_other_ways(page, classifier, tmp_path, monkeypa
     page([line_of(run, 1.0) for run in runs], experiment)
     monkeypatch.setattr(samplers, "EXPERIMENTS", evidence.EXPERIMENTS)
     flags = ["--experiment", "one", "--results", str(tmp_path), "--folder", str(folder.parent), "--jobs", "1"]
-    with pytest.raises(
-        SystemExit, match=r"^error: --folder lacks the model .*; run its experiment by"
-    ):
+    with pytest.raises(SystemExit, match=r"^error: --folder lacks the model .*; run its experiment by"):
         samplers.main(samplers.parse_args(flags))
     for at, model in enumerate((folder / "teacher", *map(small.folder_of, runs))):
         save_pixel_pipeline(model)
