@@ -913,22 +913,23 @@ def print_dry_run(
         print(f"beforehand, one encoder at a time, batch {batch}: {size} for the {most}")
         encoding = NO_ENCODING
     weights = 0 if args.offload_teacher else count_bytes(teacher, args.teacher_dtype, plan.mixed_precision)
+    trainee = make_student()
     shared = args.share_backbone and plan.live_teacher  # what is frozen is the teacher's then
-    tables = make_student().pos_embed.pos_embed.nbytes
+    tables = trainee.pos_embed.pos_embed.nbytes
     if plan.live_teacher and not (shared or args.offload_teacher):
         width = DTYPES.get(args.teacher_dtype, dtype_of(plan.mixed_precision)).itemsize
         tables += teacher.pos_embed.pos_embed.nbytes * width // 4
     costs = ModelCosts(
         macs,
         activations,
-        trained=sum(parameter.numel() for parameter in trained_parameters(make_student())),
+        trained=sum(parameter.numel() for parameter in trained_parameters(trainee)),
         frozen=count if args.lora_rank and not shared else 0,
         adapters=args.lora_rank > 0,
         teacher_macs=teacher_macs,
         teacher_bytes=weights,
         features=count_features(teacher, recipe["features"], inputs, item=1),
         outputs=inputs["hidden_states"].numel(),
-        whole=count_whole(make_student(), teacher, weights) if args.fsdp else None,
+        whole=count_whole(trainee, teacher, weights) if args.fsdp else None,
         encoding=encoding,
         decoding=estimate_decoding(vae, args.resolution),
         tables=tables,

@@ -843,17 +843,18 @@ def print_dry_run(
         print(f"beforehand, VAE and text encoders at once, batch {batch}: {encoding.peak / 2**20:,.1f} MiB")
         encoding = NO_ENCODING
     weights = 0 if args.offload_teacher else count_bytes(teacher, args.teacher_dtype, plan.mixed_precision)
+    trainee = make_student()
     costs = ModelCosts(
         macs,
         activations,
-        trained=sum(parameter.numel() for parameter in trained_parameters(make_student())),
+        trained=sum(parameter.numel() for parameter in trained_parameters(trainee)),
         frozen=count if args.lora_rank else 0,
         adapters=args.lora_rank > 0,
         teacher_macs=teacher_macs,
         teacher_bytes=weights,
         features=count_features(teacher, recipe["features"], inputs),
         outputs=inputs["sample"].numel(),
-        whole=count_whole(make_student(), teacher, weights) if args.fsdp else None,
+        whole=count_whole(trainee, teacher, weights) if args.fsdp else None,
         encoding=encoding,
         decoding=estimate_decoding(vae, args.resolution),
     )

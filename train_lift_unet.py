@@ -66,7 +66,7 @@ from common.recipes import (
     override_config,
     read_recipe,
 )
-from common.reporting import gather_samples, grid_path, labelled_grid, sample_models, save_grid, share_of
+from common.reporting import gather_samples, grid_path, log_validation, share_of
 from common.sharding import clip_gradients, count_whole, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
@@ -554,27 +554,6 @@ def sample_images(
     return gather_samples(DDIMPipeline.numpy_to_pil(pixels), count)
 
 
-def log_validation(
-    teacher: UNet2DModel | None,
-    student: UNet2DModel,
-    ema: EMAModel | None,
-    teacher_samples: list[Image.Image],
-    sample: partial,
-    output_dir: Path,
-    accelerator: Accelerator,
-    step: int,
-) -> None:
-    """Samples of teacher, student and EMA student from the same noise, a row each, in one labelled grid.
-
-    Args:
-        teacher_samples: Keeps the teacher's samples between calls.
-        sample: [`sample_images`] with all but the model.
-    """
-    samples = sample_models(sample, teacher, student, ema, teacher_samples)
-    grid = labelled_grid(list(samples.items()), scale=max(1, 64 // samples["student"][0].width))
-    save_grid(grid, output_dir, step, accelerator.trackers)
-
-
 def save_pipeline(
     student: UNet2DModel, teacher: UNet2DModel | None, scheduler: DDPMScheduler, args: argparse.Namespace
 ) -> None:
@@ -737,7 +716,7 @@ def main(args: argparse.Namespace) -> None:
         snr_weights=min_snr_weights(scheduler, args.snr_gamma, device),
         reduction=args.reduction,
     )
-    shown = teacher_samples, sample, output_dir, accelerator
+    shown = teacher_samples, sample, None, None, output_dir, accelerator  # no VAE, and a row per model
     validate = partial(log_validation, teacher, unet, ema, *shown)
 
     # ---- loop

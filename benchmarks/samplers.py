@@ -183,10 +183,12 @@ def draw(models: dict[tuple[str, int], Path], study: Study, path: Path) -> None:
 
     Where one of them was trained on another machine, the picture stays as it is.
     """
-    first = {name: folder for (name, _), folder in reversed(models.items())}
+    first: dict[str, Path] = {}
+    for (name, _), folder in models.items():
+        first.setdefault(name, folder)
     if all(map(is_there, first.values())):
-        steps, names = SAMPLERS[PICTURED].steps, dict.fromkeys(name for name, _ in models)
-        strips = {name: sample(*load(first[name], PICTURED), steps, SHOWN)[:, 0] for name in names}
+        steps = SAMPLERS[PICTURED].steps
+        strips = {name: sample(*load(folder, PICTURED), steps, SHOWN)[:, 0] for name, folder in first.items()}
         draw_strips(strips, study, path)
 
 

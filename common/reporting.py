@@ -96,24 +96,28 @@ def log_validation(
     ema: EMAModel | None,
     teacher_samples: list[Image.Image],
     sample: partial,
-    load_vae: Callable[[], torch.nn.Module],
-    labels: list[str],
+    load_vae: Callable[[], torch.nn.Module] | None,
+    labels: list[str] | None,
     output_dir: Path,
     accelerator: Accelerator,
     step: int,
 ) -> None:
-    """Samples of teacher, student and EMA student from the same noise: a column each, a row per prompt or class.
+    """Samples of teacher, student and EMA student from the same noise, in one labelled grid.
 
     Args:
         teacher_samples: Keeps the teacher's samples between calls.
         sample: A script's `sample_images` with all but the model and the VAE.
-        load_vae: Loads the VAE, which is freed when this returns.
-        labels: The prompts or classes.
+        load_vae: Loads the VAE, which is freed when this returns; `None` for models of pixels.
+        labels: The prompts or classes, a row each, with a column per model; without them a model is a row.
     """
-    sample = partial(sample, vae=load_vae().to(accelerator.device))
+    if load_vae is not None:
+        sample = partial(sample, vae=load_vae().to(accelerator.device))
     samples = sample_models(sample, teacher, student, ema, teacher_samples)
-    rows = [(label, [images[row] for images in samples.values()]) for row, label in enumerate(labels)]
-    grid = labelled_grid(rows, scale=max(1, 64 // rows[0][1][0].width), columns=list(samples))
+    rows, columns = list(samples.items()), None
+    if labels is not None:
+        rows = [(label, [images[row] for images in samples.values()]) for row, label in enumerate(labels)]
+        columns = list(samples)
+    grid = labelled_grid(rows, scale=max(1, 64 // rows[0][1][0].width), columns=columns)
     save_grid(grid, output_dir, step, accelerator.trackers)
 
 

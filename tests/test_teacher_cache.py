@@ -245,7 +245,7 @@ def test_the_grid_shows_the_teacher_that_is_gone(distil, run, tmp_path, monkeypa
         shown.append((teacher, list(samples)))
         return samples
 
-    monkeypatch.setattr("train_lift_unet.sample_models", spied)
+    monkeypatch.setattr("common.reporting.sample_models", spied)
     distil("unet")
     assert [models for _, models in shown] == [["teacher", "student"], ["teacher", "student", "EMA student"]]
     assert all(teacher is None for teacher, _ in shown)
