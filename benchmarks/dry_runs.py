@@ -32,13 +32,17 @@ UNETS = "pruned_30", "pruned_50", "extreme"
 BLOCKS = "bk_base", "bk_small", "bk_tiny", "bk_extreme"
 WIDTHS = "width_256", "width_224", "width_192", "width_160", "width_128"
 XL = "ssd_1b", "vega", "koala_1b", "koala_700m", "extreme", "width_80"
+AS_PRINTED = (  # the commands of README.md's table of targets, but for the pixel U-Net's, which is among the others
+    *(("sd21", "sd21", "bk_tiny"), ("sdxl", "sdxl", "koala_700m")),
+    *(("dit", "dit", "d14"), ("sd3", "sd3-medium", "half")),
+)
 HALF = "--mixed_precision fp16 --cache_latents"
 SD3 = "--resolution 512 --train_batch_size 4 --mixed_precision bf16 --gradient_checkpointing"
 
 
 def list_runs() -> list[tuple[str, str, str]]:
     """Script, teacher and flags of each estimate."""
-    runs = []
+    runs = [(script, teacher, f"--student {student}") for script, teacher, student in AS_PRINTED]
     for student in UNETS:
         runs += [("unet", "celeba", f"--student {student}{more}") for more in ("", " --gradient_checkpointing")]
     for student in (*BLOCKS, *WIDTHS):

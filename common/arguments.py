@@ -62,7 +62,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     )
     data.add_argument("--random_flip", action=switch, default=False, help="flip images horizontally at random")
     workers = min(4, os.cpu_count() or 1)
-    data.add_argument("--dataloader_num_workers", type=int, default=workers, help="processes that decode images")
+    term = "processes that decode images, one for each core up to 4"
+    data.add_argument("--dataloader_num_workers", type=int, default=workers, help=term)
 
     kd = parser.add_argument_group("distillation")
     term = "teacher's term; place is the published one, rms was better at 16 %% of a teacher, see README.md"

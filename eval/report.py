@@ -253,12 +253,13 @@ def flag_of(name: str) -> str:
     return "--teacher" if name == "teacher" else "--students"
 
 
-def measure_cost(model: str, args: argparse.Namespace, threads: int) -> dict[str, float]:
+def measure_cost(name: str, model: str, args: argparse.Namespace, threads: int) -> dict[str, float]:
     """Measure seconds per image, and peak bytes beyond those that the process held before it loaded the model.
 
     Images are generated one by one. The fastest one counts, because other work of the machine only adds time.
 
     Args:
+        name: Of the model in the report.
         model: Pipeline folder or Hub id.
         args: The flags of the report.
         threads: CPU threads.
@@ -270,7 +271,7 @@ def measure_cost(model: str, args: argparse.Namespace, threads: int) -> dict[str
     device = pick_device()
     before = peak_bytes(device)
     flags = flags_of(model, args)
-    pipeline, conditions, _, texts = load_model(flags, device, 1 + args.latency_images, "--students")
+    pipeline, conditions, _, texts = load_model(flags, device, 1 + args.latency_images, flag_of(name))
     if device.type == "cuda":  # else encoders that are gone would count
         torch.cuda.reset_peak_memory_stats(device)
     seconds = []
@@ -300,9 +301,9 @@ def measure_costs(models: dict[str, str], args: argparse.Namespace) -> dict[str,
     for name, model in tqdm(models.items(), desc="Time and memory"):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             try:
-                costs[name] = pool.submit(measure_cost, model, args, torch.get_num_threads()).result()
+                costs[name] = pool.submit(measure_cost, name, model, args, torch.get_num_threads()).result()
             except BrokenProcessPool:
-                fail(f"{model} could not be measured: its process was killed, perhaps because memory ran out")
+                fail(f"{flag_of(name)} {model} could not be measured: its process was killed, perhaps because memory ran out")
     return costs
 
 

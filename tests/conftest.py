@@ -216,7 +216,7 @@ def costs_here(monkeypatch) -> None:
     monkeypatch.setattr(
         report,
         "measure_costs",
-        lambda models, args: {name: report.measure_cost(model, args, 1) for name, model in models.items()},
+        lambda models, args: {name: report.measure_cost(name, model, args, 1) for name, model in models.items()},
     )
 
 

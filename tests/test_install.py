@@ -137,6 +137,18 @@ def test_no_table_has_more_than_six_columns(page):
         assert all(line.count("|") - line.count("\\|") <= 7 for line in table), table[0]
 
 
+def test_readme_says_what_its_commands_take():
+    """The commands of the table of targets, by the dry runs of exactly their flags."""
+    readme = (ROOT / "README.md").read_text()
+    runs = json.loads((ROOT / "benchmarks" / "results" / "dry-runs.json").read_text())
+    memory = {(run["script"], run["flags"]): run["GiB"] for run in runs}
+    printed = re.findall(r"`train_lift_(\w+)\.py (?:--pretrained_teacher_model teacher )?(--student \w+) [^`]*`", readme)
+    assert len(printed) == 5
+    assert f"**As printed the commands take more: {memory[printed[1]]:.0f} GiB (SD 2.1), {memory[printed[2]]:.0f}" in readme
+    assert f"(SDXL), {memory[printed[3]]:.0f} (DiT), {memory[printed[4]]:.0f} (SD 3).**" in readme
+    assert f"U-Net's\n{memory[printed[0]]} GiB are without" in readme
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
 
