@@ -783,6 +783,8 @@ def compute_losses(
     inputs, target, latents = inputs_of(batch)  # the same for student and teacher
     noisy, timesteps = inputs["hidden_states"], inputs["timestep"]
 
+    if kd_loss is not None:  # first: what the teacher works with is gone when the student's activations come
+        teacher_output, teacher_features = predict(teacher, inputs, batch)
     output, features = student(**inputs)
     prediction, variance = split_output(output, latents.shape[1])
     weights = snr_weights[timesteps] if snr_weights is not None else None
@@ -793,7 +795,6 @@ def compute_losses(
     loss = sum(logs.values())
 
     if kd_loss is not None:
-        teacher_output, teacher_features = predict(teacher, inputs, batch)
         teacher_prediction, teacher_variance = split_output(teacher_output, latents.shape[1])
         kd, parts = kd_loss(prediction, teacher_prediction, progress, weights)
         logs |= {"kd": kd, **parts}

@@ -554,7 +554,7 @@ def make_dataset(
         dataset, buckets = sort_by_bucket(dataset, image, size, args.dataloader_num_workers)
         contents |= {"data": dataset._fingerprint, "buckets": buckets}
 
-    report_long_captions(list(dataset[caption]), tokenizers)
+    report_long_captions(dataset[caption], tokenizers)
     return dataset.with_transform(load), contents
 
 
@@ -759,13 +759,14 @@ def compute_losses(
     inputs, target, sigmas = inputs_of(batch)  # the same for student and teacher
 
     lambda_task, lambda_kd_output, lambda_kd_feat = lambdas
+    if kd_loss is not None:  # first: what the teacher works with is gone when the student's activations come
+        teacher_prediction, teacher_features = predict(teacher, inputs, batch)
     prediction, features = student(**inputs)
     weights = compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
     task = prediction_error(prediction, target, task_loss, weights.flatten())
     loss, logs = lambda_task * task, {"task": task}
 
     if kd_loss is not None:
-        teacher_prediction, teacher_features = predict(teacher, inputs, batch)
         kd, parts = kd_loss(prediction, teacher_prediction, progress, None)
         loss = loss + lambda_kd_output * kd
         logs |= {"kd": kd, **parts}

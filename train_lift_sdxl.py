@@ -463,7 +463,7 @@ def make_dataset(
         dataset, buckets = sort_by_bucket(dataset, args.image_column, size, args.dataloader_num_workers)
         contents |= {"data": dataset._fingerprint, "buckets": buckets}
 
-    report_long_captions(list(dataset[args.caption_column]), {"text_encoder": tokenizers[0]})
+    report_long_captions(dataset[args.caption_column], {"text_encoder": tokenizers[0]})
     return dataset.with_transform(load), contents
 
 
@@ -707,13 +707,14 @@ def compute_losses(
     inputs, target = inputs_of(batch)  # the same for student and teacher
 
     lambda_task, lambda_kd_output, lambda_kd_feat = lambdas
+    if kd_loss is not None:  # first: what the teacher works with is gone when the student's activations come
+        teacher_prediction, teacher_features = predict(teacher, inputs, batch)
     prediction, features = student(**inputs)
     weights = snr_weights[inputs["timestep"]] if snr_weights is not None else None
     task = prediction_error(prediction, target, task_loss, weights)
     loss, logs = lambda_task * task, {"task": task}
 
     if kd_loss is not None:
-        teacher_prediction, teacher_features = predict(teacher, inputs, batch)
         kd, parts = kd_loss(prediction, teacher_prediction, progress, weights)
         loss = loss + lambda_kd_output * kd
         logs |= {"kd": kd, **parts}

@@ -240,8 +240,6 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
     config = override_config(UNet2DModel, public_config(teacher_config), recipe)
     if "width" not in recipe:
         return config
-    if "block_out_channels" in recipe.get("config", {}):
-        raise ValueError('both "width" and "block_out_channels" say how wide it is')
     narrow, groups = narrow_widths(
         teacher_config["block_out_channels"],
         recipe["width"],
@@ -510,13 +508,14 @@ def compute_losses(
         return term * of[0].numel() if reduction == "sum" else term
 
     lambda_task, lambda_kd_output, lambda_kd_feat = lambdas
+    if kd_loss is not None:  # first: what the teacher works with is gone when the student's activations come
+        teacher_prediction, teacher_features = predict(teacher, inputs, batch)
     prediction, features = student(**inputs)
     weights = snr_weights[inputs["timestep"]] if snr_weights is not None else None
     task = scale(prediction_error(prediction, target, task_loss, weights), prediction)
     loss, logs = lambda_task * task, {"task": task}
 
     if kd_loss is not None:
-        teacher_prediction, teacher_features = predict(teacher, inputs, batch)
         kd, parts = kd_loss(prediction, teacher_prediction, progress, weights)
         kd = scale(kd, prediction)
         loss = loss + lambda_kd_output * kd

@@ -10,6 +10,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from transformers import PreTrainedTokenizerBase
 
 
 logger = get_logger(__name__)
+
+LOOKED_AT = 10_000  # captions whose tokens are counted: of millions, counting takes half an hour at every start
 
 
 def add_caption_arguments(groups: dict[str, argparse._ArgumentGroup]) -> None:
@@ -142,17 +145,18 @@ def first_captions(dataset: datasets.Dataset | StreamedDataset, column: str) -> 
     return list(dataset.with_format(None)[:4][column])
 
 
-def report_long_captions(captions: list[str], tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
-    """Warn of captions with more tokens than a text encoder gets.
+def report_long_captions(captions: Sequence[str], tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    """Warn of captions with more tokens than a text encoder gets, as far as the first ones tell.
 
     Args:
+        captions: Of all images.
         tokenizers: Each cuts at its `model_max_length`, by the name of the text encoder.
     """
-    cut = []
+    looked_at, cut = captions[:LOOKED_AT], []
+    of = f"{len(captions)}" if len(captions) <= LOOKED_AT else f"the first {LOOKED_AT:,}"
     for name, tokenizer in tokenizers.items():
         limit = tokenizer.model_max_length
-        batches = (captions[start : start + 10_000] for start in range(0, len(captions), 10_000))
-        longer = sum(len(ids) > limit for batch in batches for ids in tokenizer(batch, verbose=False)["input_ids"])
-        cut += [f"{longer} of {len(captions)} at {limit} tokens for {name}"] * bool(longer)
+        longer = sum(len(ids) > limit for ids in tokenizer(looked_at, verbose=False)["input_ids"])
+        cut += [f"{longer} of {of} at {limit} tokens for {name}"] * bool(longer)
     if cut:
         logger.warning(f"captions are longer than a text encoder takes and are cut there: {', '.join(cut)}")

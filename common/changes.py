@@ -18,7 +18,7 @@ from typing import Any
 
 # Flags that leave what a run learns as it is, and those of the student: a checkpoint of another one is refused.
 INCIDENTAL = {
-    *("output_dir", "cache_dir", "max_train_steps", "num_train_epochs", "dry_run", "num_processes"),
+    *("output_dir", "cache_dir", "num_train_epochs", "dry_run"),
     *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "discard_later_checkpoints"),
     *("logging_steps", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo", "license"),
     *("validation_steps", "validation_prompts", "validation_classes", "num_validation_images"),

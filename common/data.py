@@ -16,7 +16,7 @@ from typing import Any
 
 from common.errors import fail, first_line
 from common.folders import check_images, find_unlisted, in_order, look_into
-from common.shards import forgive_damage
+from common.webdataset import forgive_damage
 
 import datasets
 import torch

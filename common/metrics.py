@@ -65,6 +65,7 @@ class MetricsLog:
         self.path, self.accelerator, self.means = output_dir / "metrics.jsonl", accelerator, means
         self.images_per_step = images * accelerator.num_processes
         if accelerator.is_main_process:
+            flags = {**flags, "num_processes": accelerator.num_processes}
             rewind_metrics(self.path, first_step)
             # One that has no step left learns nothing by them.
             if first_step < steps and (changes := keep_flags(output_dir, flags, first_step)):

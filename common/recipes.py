@@ -70,12 +70,15 @@ def override_config(kind: type, config: dict[str, Any], recipe: dict[str, Any]) 
     """The config of a model class with the recipe's overrides.
 
     Raises:
-        ValueError: An override is none of the class's settings, which Diffusers would drop, or leaves no layer.
+        ValueError: An override is none of the class's settings, which Diffusers would drop, leaves no layer, or gives
+            widths beside a "width".
     """
     overrides = recipe.get("config", {})
     unknown = [key for key in overrides if key not in inspect.signature(kind.__init__).parameters]
     if unknown:
         raise ValueError(f"the config of a {kind.__name__} has no {', '.join(unknown)}")
+    if "width" in recipe and "block_out_channels" in overrides:
+        raise ValueError('both "width" and "block_out_channels" say how wide it is')
     if overrides.get("num_layers", 1) < 1:
         raise ValueError(f"num_layers is {overrides['num_layers']}")
     return config | overrides

@@ -27,7 +27,7 @@ from common.bookmarks import Bookmark, Bookmarks, forget_bookmarks
 from common.ending import outlive_signals
 from common.errors import fail, first_line
 from common.fetching import fetch
-from common.shards import forgive_damage
+from common.webdataset import forgive_damage
 
 import datasets
 import numpy as np

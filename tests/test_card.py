@@ -187,13 +187,24 @@ def test_a_run_that_goes_on_with_other_flags_says_so(make_student, tmp_path, run
     where = ("--pretrained_teacher_model", teacher, "--train_data_dir", images, "--output_dir", student)
     caplog.clear()
     run("train_lift_unet", *where, *FLAGS, *other)
-    changes = "from step 2 on --kd_loss mse (before: place), --learning_rate 0.001 (before: 0.0002)"
+    changes = "from step 2 on --kd_loss mse (before: place), --learning_rate 0.001 (before: 0.0002), "
+    changes += "--max_train_steps 2 (before: 1)"
     assert f"the run goes on with other flags, {changes}; its card will say so" in caplog.text
     assert f"- Other flags {changes}.\n" in (student / "README.md").read_text()
-    caplog.clear()  # what is done once more is forgotten, and the same flags are no change
+    caplog.clear()  # learning rates and weights of the loss may follow the length of the run
     run("train_lift_unet", *where, *FLAGS, *other, "--max_train_steps", 3)
-    assert "other flags" not in caplog.text and changes in (student / "README.md").read_text()
-    assert [part["first_step"] for part in json.loads((student / "flags.json").read_text())] == [0, 1]
+    assert "other flags, from step 3 on --max_train_steps 3 (before: 2); its card" in caplog.text
+    assert changes in (student / "README.md").read_text()
+    parts = json.loads((student / "flags.json").read_text())
+    assert [part["first_step"] for part in parts] == [0, 1, 2] and {p["flags"]["num_processes"] for p in parts} == {1}
+    caplog.clear()  # the same flags are no change
+    shutil.rmtree(student / "checkpoint-2")
+    shutil.rmtree(student / "checkpoint-3")
+    run("train_lift_unet", *where, *FLAGS, *other, "--max_train_steps", 2)
+    run("train_lift_unet", *where, *FLAGS, *other, "--max_train_steps", 2)
+    assert caplog.text.count("other flags, from step 2 on") == 1
+    parts = json.loads((student / "flags.json").read_text())
+    assert [part["first_step"] for part in parts] == [0, 1]  # what is done once more is forgotten
 
 
 def test_no_secrets_and_no_home(monkeypatch, tmp_path):

@@ -406,6 +406,7 @@ STUDENTS = [
     (SD, {"config": {"in_channels": 9}}, "its in_channels is 9; keep the teacher's 4"),
     (SD, {"config": {"cross_attention_dim": 32}}, "its cross_attention_dim is 32; keep the teacher's 16"),
     (SD, {"config": {"block_out_channels": [6, 16, 32, 32]}}, "num_channels (6) must be divisible"),
+    (SD, {"width": 0.5, "config": {"block_out_channels": [8, 16, 32, 32]}}, 'both "width" and "block_out_channels"'),
     (SD, {"config": {"block_out_channels": [16, 32, 64, 64]}}, "wider"),
     (BOTH_SD, {"config": {"layers_per_block": 0}}, "correct"),
     (BOTH_SD, {"config": {"norm_num_groups": 0}}, "correct"),

@@ -11,11 +11,13 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from common import captions
 from common.hub import save_with_variant
 from common.pruning import prune_width
 from common.students import is_narrower, pair_features
 from common.teachers import TeacherSource
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -741,6 +743,14 @@ def test_long_captions_are_cut_counted_and_said_once(prepare, sd_teacher, caplog
     for _ in range(2):
         assert len(dataset[3]["input_ids"]) == 24
     assert sum("longer" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_of_many_captions_the_tokens_of_the_first_are_counted(sd_teacher, caplog, monkeypatch):
+    monkeypatch.setattr(captions, "LOOKED_AT", 1000)
+    tokenizer = train_lift_sd21.CLIPTokenizer.from_pretrained(sd_teacher, subfolder="tokenizer")
+    many = datasets.Dataset.from_dict({"text": ["a dark bag " * 20, *["a bag"] * 1498, "a dark bag " * 20]})
+    captions.report_long_captions(many["text"], {"text_encoder": tokenizer})
+    assert "are cut there: 1 of the first 1,000 at 24 tokens for text_encoder" in caplog.text
 
 
 HUB = """

@@ -65,9 +65,15 @@ def steps(script, seen, run, teachers, images, captioned, articles, tmp_path, mo
     compute_losses, found = module.compute_losses, []
 
     def spied(student, teacher, batch, progress, **values):
-        draws = values["inputs_of"].keywords["draw"](2, torch.device("cpu"))
+        draws, order = values["inputs_of"].keywords["draw"](2, torch.device("cpu")), []
+        models = {"student": student, "teacher": teacher}
+        hooks = [
+            model.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, model in models.items()
+        ]
         loss, logs = compute_losses(student, teacher, batch, progress, **values)
-        found.append(SimpleNamespace(draws=draws, logs=logs, **values))
+        for hook in hooks:
+            hook.remove()
+        found.append(SimpleNamespace(draws=draws, order=order, logs=logs, **values))
         return loss, logs
 
     monkeypatch.setattr(module, "compute_losses", spied)
@@ -89,6 +95,11 @@ def test_every_micro_step_draws_anew(steps):
     assert len(steps) == 4
     for name in ("noise", "shares" if "shares" in steps[0].draws else "timesteps"):
         assert len({tuple(step.draws[name].flatten().tolist()) for step in steps}) == 4
+
+
+@pytest.mark.parametrize("script", DRAWS, scope="module")
+def test_the_teacher_predicts_before_the_student_holds_activations(steps):
+    assert [step.order for step in steps] == [["teacher", "student"]] * 4
 
 
 @pytest.mark.parametrize("script", DRAWS, scope="module")

@@ -341,7 +341,7 @@ def make_dataset(
     dataset = drop_uncaptioned(dataset, **columns, source=source, max_unreadable=args.max_unreadable)
     contents = {"data": dataset._fingerprint, "image": args.image_column, "caption": args.caption_column}
 
-    report_long_captions(list(dataset[args.caption_column]), {"text_encoder": tokenizer})
+    report_long_captions(dataset[args.caption_column], {"text_encoder": tokenizer})
     return dataset.with_transform(load), contents
 
 
@@ -538,6 +538,8 @@ def compute_losses(
     inputs, target = inputs_of(batch)  # the same for student and teacher
 
     lambda_task, lambda_kd_output, lambda_kd_feat = lambdas
+    if kd_loss is not None:  # first: what the teacher works with is gone when the student's activations come
+        teacher_output, teacher_features = predict(teacher, inputs, batch)
     output, features = student(**inputs)
     channels = target.shape[1]
     prediction, variance = output[:, :channels], output[:, channels:]  # the second is empty where none is learned
@@ -546,7 +548,6 @@ def compute_losses(
     loss, logs = lambda_task * task, {"task": task}
 
     if kd_loss is not None:
-        teacher_output, teacher_features = predict(teacher, inputs, batch)
         kd, parts = kd_loss(prediction, teacher_output[:, :channels], progress, weights)
         loss = loss + lambda_kd_output * kd
         logs |= {"kd": kd, **parts}
