@@ -108,11 +108,11 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     training.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm")
     training.add_argument("--use_8bit_adam", action="store_true", help="keep AdamW's moments in 8 bits (bitsandbytes)")
     training.add_argument("--use_ema", action=switch, default=True, help="save a moving average of the weights")
-    training.add_argument("--ema_decay", type=float, default=0.9999, help="its largest decay; at step s it is at most (1 + s) / (10 + s)")
+    training.add_argument("--ema_decay", type=float, default=0.9999, help="after a rise by (1 + step) / (10 + step)")
     training.add_argument(
         "--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what the accelerate config says"
     )
-    training.add_argument("--allow_tf32", action="store_true", help="TF32 products and convolutions (Ampere and later)")
+    training.add_argument("--allow_tf32", action="store_true", help="TF32 in products and convolutions (Ampere on)")
     training.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
     training.add_argument(
         "--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention, not SDPA"

@@ -21,8 +21,9 @@ from common.teachers import vae_factor
 import datasets
 import torch
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import AutoencoderKL, ModelMixin, __version__
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
+from packaging.version import parse
 from torch.utils.data import BatchSampler, RandomSampler
 
 from lift_utils import check_group_size
@@ -168,8 +169,14 @@ def latent_shape(batch: dict[str, Any], vae: AutoencoderKL | None) -> tuple[int,
 
 
 def default_resolution(model: ModelMixin, vae: AutoencoderKL) -> int:
-    """The side, in pixels, of the square images of a model of latents. One of other images ends the run."""
+    """The side, in pixels, of the square images of a model of latents. One of other images ends the run.
+
+    Early conversions of Stable Diffusion have half of it in their config. Their pipeline corrects that, and so do we.
+    """
     side = model.config.sample_size
     if not isinstance(side, int):
         fail(f"--pretrained_teacher_model has the sample_size {side}, which is no square; pass --resolution")
+    if side < 64 and parse(model.config.get("_diffusers_version") or __version__) < parse("0.9.0.dev0"):
+        logger.info(f"the teacher's config, of an early Diffusers, says sample_size {side}: taken for 64")
+        side = 64
     return side * vae_factor(vae)

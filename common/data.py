@@ -23,13 +23,14 @@ import torch
 from accelerate.logging import get_logger
 from datasets.fingerprint import Hasher
 from diffusers.training_utils import find_nearest_bucket
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 
 logger = get_logger(__name__)
 
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))  # that make an EXIF orientation upright
 BYTES = ("string", "large_string", "binary", "large_binary")  # of files, or their paths
 
 
@@ -56,6 +57,7 @@ def load_images(
     Returns:
         The dataset, and the flag it came from with its value, for messages.
     """
+    remedy = "pass a folder of images or a Hub dataset"
     try:
         if dataset_name is not None:
             source, hint = f"--dataset_name {dataset_name}", ""
@@ -70,12 +72,13 @@ def load_images(
             where = {"path": "imagefolder", "data_files": {"train": folder.patterns}, **options}
             if streaming and folder.shards:
                 where, hint = {"path": "webdataset", "data_files": {"train": folder.shards}}, ""
+                remedy = "pass shards whose first five samples have the same kinds of files"
             else:
                 check_images(folder, train_data_dir)
         forgive_damage()
         dataset = datasets.load_dataset(**where, split="train", cache_dir=cache_dir, streaming=streaming)
     except (OSError, ValueError, IndexError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
-        fail(f"{source} does not load: {first_line(error)}; pass a folder of images or a Hub dataset")
+        fail(f"{source} does not load: {first_line(error)}; {remedy}")
     if dataset.column_names is None:  # a stream whose columns are known only once it is read
         fail(f"{source} does not say which columns it has; pass webdataset or Parquet files, or drop --streaming")
     for flag, name in columns.items():
@@ -228,7 +231,9 @@ def open_image(record: dict[str, Any], mode: str) -> Image.Image:
     16-bit images keep their range. What is transparent is white, as on a page.
     """
     image = Image.open(io.BytesIO(record["bytes"]) if record["bytes"] else record["path"])
-    image = ImageOps.exif_transpose(image)
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is not None:  # ImageOps.exif_transpose writes all tags anew as well, and fails at one that is malformed
+        image = image.transpose(turn)
     if image.mode.startswith("I"):  # convert() would clip these at 255
         image = image.convert("F").point(lambda value: value / 257)
     elif image.has_transparency_data:

@@ -17,6 +17,7 @@ from common.errors import fail, first_line
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import auth_check, create_repo, model_info, upload_folder
+from transformers import CLIPTextModel, CLIPTokenizer, T5TokenizerFast
 
 
 # What a run writes beside the folders of the pipeline's parts; the grids of its samples/ stay here.
@@ -35,15 +36,41 @@ def save_with_variant(pipeline: DiffusionPipeline, output_dir: Path, fp16_varian
         if isinstance(part, ConfigMixin):  # else the path that it was loaded from, within the user's home, is saved
             part.register_to_config(_name_or_path="")
     pipeline.save_pretrained(output_dir)
+    save_for_transformers_4(pipeline, output_dir)
     if not fp16_variant:
         return
     configs = {path: path.read_bytes() for path in output_dir.glob("*/config.json")}
     for model in models:
         model.half()
     pipeline.save_pretrained(output_dir, variant="fp16")
+    save_for_transformers_4(pipeline, output_dir, variant="fp16")
     # Transformers notes the last dtype, and would load the float32 text encoders in it.
     for path, content in configs.items():
         path.write_bytes(content)
+
+
+def save_for_transformers_4(pipeline: DiffusionPipeline, output_dir: Path, variant: str | None = None) -> None:
+    """Write text encoders and tokenizers of a saved pipeline so that Transformers 4 reads them, too.
+
+    Transformers 5 reads both ways. From 5.6 on it saves CLIP's text encoder by other names, of which 4 would find none
+    and draw random weights; it saves CLIP's tokenizer without the files that the class of 4 reads, and T5's by a name
+    that in 4 is that of another class.
+    """
+    for name, part in pipeline.components.items():
+        folder = output_dir / name
+        if isinstance(part, CLIPTextModel):
+            weights = {key.removeprefix("text_model."): value for key, value in part.state_dict().items()}
+            state = {f"text_model.{key}": value for key, value in weights.items()}
+            part.save_pretrained(folder, state_dict=state, variant=variant)
+        elif isinstance(part, CLIPTokenizer):
+            part.backend_tokenizer.model.save(str(folder))
+        elif isinstance(part, T5TokenizerFast):
+            path = folder / "tokenizer_config.json"
+            config = json.loads(path.read_text()) | {"tokenizer_class": "T5TokenizerFast"}
+            config["additional_special_tokens"] = config.pop("extra_special_tokens", [])
+            path.write_text(json.dumps(config, indent=2) + "\n")
+    index = output_dir / "model_index.json"
+    index.write_text(index.read_text().replace('"T5Tokenizer"', '"T5TokenizerFast"'))
 
 
 def create_hub_repo(repo_id: str | None, output_dir: Path, private: bool) -> str:

@@ -14,7 +14,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from common.errors import first_line
@@ -38,9 +38,14 @@ def explain(error: Exception, variant: str | None, expected: str) -> str:
     """
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes_of(error)):
         return f"it is no folder, and the Hub cannot be reached. Remedy: check its name and the network; {expected}"
-    missing = re.search(r"no file named \S*model\S*\.(safetensors|bin)", first_line(error))
-    hint = "pass --variant fp16 if its files have that in their names; else " * bool(missing and variant is None)
+    other = variant is None and lacks_weights(error)
+    hint = "pass --variant fp16 if its files have that in their names; else " * other
     return f"{first_line(error)} Remedy: {hint}{expected}"
+
+
+def lacks_weights(error: Exception) -> bool:
+    """Whether an error of `from_pretrained` says that there is no file of weights, in a folder or on the Hub."""
+    return re.search(r"(no|a) file named \S*model\S*\.(safetensors|bin)", first_line(error)) is not None
 
 
 def causes_of(error: BaseException) -> list[BaseException]:
@@ -83,6 +88,21 @@ def read_weights(load: Callable, path: str, **options: Any) -> Any:
                     _say_bin(name)
                 return loaded
     raise missing[0]
+
+
+def read_variant(load: Callable, path: str, variant: str | None, **options: Any) -> Any:
+    """[`read_weights`] of a variant, or of the usual files where one model of a pipeline has no such variant."""
+    try:
+        return read_weights(load, path, variant=variant, **options)
+    except OSError as error:
+        if variant is None or not lacks_weights(error):
+            raise
+        with suppress(OSError):
+            loaded = read_weights(load, path, **options)
+            name = f"{path}/{options.get('subfolder', '')}"
+            logger.warning(f"{name} has no {variant} variant: reading its usual weights")
+            return loaded
+        raise
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from common.errors import fail, first_line
 from common.finite import first_non_finite
-from common.loading import causes_of, explain, read_weights
+from common.loading import causes_of, explain, read_variant
 
 import diffusers
 import torch
@@ -52,7 +52,7 @@ def load_from(source: TeacherSource, load: Callable, **options: Any) -> Any:
         fail(f"--pretrained_teacher_model {path} is no folder; {source.expected}")
     try:
         return load(path, revision=source.revision, **options)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, IndexError, ZeroDivisionError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, ZeroDivisionError, ImportError) as error:
         causes = causes_of(error)
         if any(isinstance(cause, GatedRepoError) for cause in causes):
             remedy = f"accept its terms at https://huggingface.co/{path}, then log in with `hf auth login`"
@@ -63,8 +63,8 @@ def load_from(source: TeacherSource, load: Callable, **options: Any) -> Any:
 
 
 def load_weights(source: TeacherSource, kind: type, **options: Any) -> Any:
-    """The teacher's pipeline, or a model, of this class. See [`load_from`] and [`read_weights`]."""
-    return load_from(source, partial(read_weights, kind.from_pretrained), variant=source.variant, **options)
+    """The teacher's pipeline, or a model, of this class. See [`load_from`] and [`read_variant`]."""
+    return load_from(source, partial(read_variant, kind.from_pretrained), variant=source.variant, **options)
 
 
 def check_weights(model: torch.nn.Module, subject: str, wider: str = "--mixed_precision bf16 or no") -> None:

@@ -100,6 +100,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 # Settings of a model that the other parts of its pipeline ask for.
 SHARED_WITH_BASE = "in_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim"
 SHARED_WITH_BASE += ("projection_class_embeddings_input_dim",)
+OLD_NAMES = {"Transformer2DModel": "DiTTransformer2DModel"}  # in published pipelines
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pillow")
 MANIFEST = {  # by JSON Schema: what is read from one
     "type": "object",
@@ -340,10 +341,13 @@ def check_base(base: str, revision: str | None, parts: dict[str, list], name: st
         name: That of the student in a pipeline of its own.
     """
     kind, theirs = type(student).__name__, (parts.get(name) or [None, None])[1]
-    if theirs != kind:
+    if OLD_NAMES.get(theirs, theirs) != kind:
         has = f"a {theirs}" if theirs else "none"
         fail(f"--base {base}: the checkpoint's {name} is a {kind}, and it has {has}; pass the teacher's pipeline")
-    config = type(student).load_config(base, subfolder=name, revision=revision)
+    try:
+        config = type(student).load_config(base, subfolder=name, revision=revision)
+    except OSError:  # old pixel pipelines of the Hub have the U-Net beside model_index.json
+        config = type(student).load_config(base, revision=revision)
     for key in SHARED_WITH_BASE:
         if key in config and config[key] != student.config.get(key):
             values = f"{key} {student.config.get(key)}, and its own has {config[key]}"
@@ -760,6 +764,8 @@ def digest_model(args: argparse.Namespace) -> str:
     index = folder / "model_index.json"
     parts = [name for name, part in json.loads(index.read_text()).items() if isinstance(part, list)]
     files = [index, *(path for part in parts for path in sorted((folder / part).rglob("*")) if path.is_file())]
+    if not all((folder / part).is_dir() for part in parts):  # old pixel pipelines have theirs beside model_index.json
+        files += sorted(path for path in folder.iterdir() if path.suffix in (".json", ".bin", ".safetensors"))
     listing = "".join(f"{path.relative_to(folder)} {hash_file(path)}\n" for path in files)
     return f"{checkpoint}sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 

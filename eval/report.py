@@ -303,7 +303,8 @@ def measure_costs(models: dict[str, str], args: argparse.Namespace) -> dict[str,
             try:
                 costs[name] = pool.submit(measure_cost, name, model, args, torch.get_num_threads()).result()
             except BrokenProcessPool:
-                fail(f"{flag_of(name)} {model} could not be measured: its process was killed, perhaps because memory ran out")
+                why = "its process was killed, perhaps because memory ran out"
+                fail(f"{flag_of(name)} {model} could not be measured: {why}")
     return costs
 
 
