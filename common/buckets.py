@@ -177,6 +177,6 @@ def default_resolution(model: ModelMixin, vae: AutoencoderKL) -> int:
     if not isinstance(side, int):
         fail(f"--pretrained_teacher_model has the sample_size {side}, which is no square; pass --resolution")
     if side < 64 and parse(model.config.get("_diffusers_version") or __version__) < parse("0.9.0.dev0"):
-        logger.info(f"the teacher's config, of an early Diffusers, says sample_size {side}: taken for 64")
+        logger.warning(f"the teacher's config, of an early Diffusers, says sample_size {side}: taken for 64")
         side = 64
     return side * vae_factor(vae)

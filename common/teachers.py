@@ -106,10 +106,15 @@ def check_parts(
 
 
 def find_sampler(source: TeacherSource, name: str | None) -> type[SchedulerMixin]:
-    """The class of the pipeline's scheduler. One that is not Diffusers' ends the run."""
+    """The class of the pipeline's scheduler. One that is not Diffusers', or lacks a package, ends the run."""
     if not hasattr(diffusers, name or ""):
         fail(f"--pretrained_teacher_model {source.path} has an unknown scheduler, {name}; {source.expected}")
-    return getattr(diffusers, name)
+    kind = getattr(diffusers, name)
+    try:
+        hasattr(kind, "load_config")  # where a package is missing, Diffusers has a stand-in that says which
+    except ImportError as error:
+        fail(f"--pretrained_teacher_model {source.path}: {first_line(error)}; or {source.expected}")
+    return kind
 
 
 def load_part(source: TeacherSource, kind: type, name: str) -> Any:

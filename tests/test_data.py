@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import shutil
+import struct
 from types import SimpleNamespace
 
 from common.batches import endless_batches, make_dataloader
@@ -16,7 +17,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from conftest import inputs_of
-from PIL import Image
+from PIL import Image, ImageOps
 
 import train_lift_unet
 
@@ -127,6 +128,21 @@ def test_photographs_come_out_upright(orientation, stored):
     record = {"bytes": jpeg, "path": None}
     (pixels,) = train_lift_unet.load_examples({"x": [record]}, column="x", mode="L", size=16)["images"]
     assert pixels.shape == (1, 16, 16)
+    assert pixels[:, :7].min() > 240 and pixels[:, 9:].max() < 15
+
+
+@pytest.mark.parametrize("malformed", [(0x128, 8, struct.pack("<hH", -1, 0)), (0x128, 4, struct.pack("<I", 70_000))])
+def test_a_photograph_with_a_malformed_tag_comes_out_upright(malformed):
+    """Some cameras write them. Pillow can read these, and cannot write them again."""
+    tags = [(0x112, 3, struct.pack("<HH", 6, 0)), malformed]
+    entries = b"".join(struct.pack("<HHI", tag, kind, 1) + value for tag, kind, value in tags)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
+    jpeg = encode(halves(40, 16).transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95)
+    jpeg = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+    with pytest.raises((struct.error, TypeError, ValueError, OverflowError)):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(jpeg)))
+    record = {"bytes": jpeg, "path": None}
+    (pixels,) = train_lift_unet.load_examples({"x": [record]}, column="x", mode="L", size=16)["images"]
     assert pixels[:, :7].min() > 240 and pixels[:, 9:].max() < 15
 
 

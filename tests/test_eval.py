@@ -32,6 +32,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiTPipeline,
+    DiTTransformer2DModel,
     LDMPipeline,
     PixArtSigmaPipeline,
     PNDMScheduler,
@@ -42,6 +43,7 @@ from diffusers import (
     VQModel,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, T5EncoderModel
 
 import demo
@@ -148,6 +150,39 @@ def test_a_checkpoint_draws_what_the_finished_student_does(
     (base / "model_index.json").write_text(json.dumps({**index, "unet": ["diffusers", "UNet2DModel"]}))
     with pytest.raises(SystemExit, match=r"^error: --base .* is a UNet2DConditionModel, .* has a UNet2DModel; pass"):
         sample(*checkpoint, "--base", base, name="none")
+
+
+def test_a_base_may_have_the_names_and_the_layout_of_published_pipelines(teachers, teacher, monkeypatch):
+    """DiT-XL/2 by the class's old name; DDPMs whose U-Net lies beside model_index.json, which the Hub does not say."""
+    student = DiTTransformer2DModel.from_pretrained(teachers["dit"], subfolder="transformer")
+    parts = {"transformer": ["diffusers", "Transformer2DModel"]}
+    generate.check_base(str(teachers["dit"]), None, parts, "transformer", student)
+    student, load_config = UNet2DModel.from_pretrained(teacher, subfolder="unet"), UNet2DModel.load_config
+
+    def load_from_root(base, subfolder=None, **options):
+        if subfolder is not None:
+            raise OSError(f"{base} does not appear to have a file named config.json.")
+        return load_config(teacher, subfolder="unet", **options)
+
+    monkeypatch.setattr(UNet2DModel, "load_config", load_from_root)
+    generate.check_base("google/ddpm", None, {"unet": ["diffusers", "UNet2DModel"]}, "unet", student)
+    student.register_to_config(in_channels=9)
+    with pytest.raises(SystemExit, match="the checkpoint's unet has in_channels 9, and its own has 1;"):
+        generate.check_base("google/ddpm", None, {"unet": ["diffusers", "UNet2DModel"]}, "unet", student)
+
+
+def test_models_that_lie_beside_their_index_are_told_apart(teacher, sample, tmp_path):
+    """As published DDPMs are; with other weights it is another model, whose images are not to be mixed."""
+    old = tmp_path / "old"
+    for part in ("unet", "scheduler"):
+        shutil.copytree(teacher / part, old, dirs_exist_ok=True)
+    shutil.copy(teacher / "model_index.json", old)
+    folder = sample("--model", old, "--num_images", 1)
+    assert np.array_equal(read(folder), read(sample("--model", teacher, "--num_images", 1, name="whole")))
+    path = old / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor / 2 for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(SystemExit, match=r"^error: --model .*: its contents differ from those for the images in"):
+        sample("--model", old, "--num_images", 2)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from common import captions
+from common.buckets import default_resolution
 from common.hub import save_with_variant
 from common.pruning import prune_width
 from common.students import is_narrower, pair_features
-from common.teachers import TeacherSource
+from common.teachers import TeacherSource, load_skeleton
 
 import datasets
 import numpy as np
@@ -755,7 +756,7 @@ def test_of_many_captions_the_tokens_of_the_first_are_counted(sd_teacher, caplog
 
 HUB = """
 import sys, train_lift_sd21
-from common.teachers import TeacherSource
+from common.teachers import TeacherSource, load_skeleton
 for name in sys.argv[1:]:
     try:
         train_lift_sd21.check_pipeline(TeacherSource(name, None, None, train_lift_sd21.EXPECTED))
@@ -801,3 +802,18 @@ def test_models_that_are_gone_or_gated_get_one_line(tmp_path):
     assert "huggingface.co/gated/model" in gated and "hf auth login" in gated
     assert broken.startswith("error: --pretrained_teacher_model broken/model does not load: ")
     assert "Traceback" not in finished.stderr
+
+
+def test_an_early_conversion_trains_at_the_size_of_its_pipeline(sd_teacher, tmp_path, caplog):
+    """Before Diffusers 0.9 the conversion wrote half of it, which the pipeline corrects to 64 latents."""
+    teacher = shutil.copytree(sd_teacher, tmp_path / "teacher")
+    path = teacher / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_diffusers_version": "0.8.1", "sample_size": 32}))
+    source = TeacherSource(str(teacher), None, None, "pass another")
+    unet, vae = (
+        load_skeleton(source, kind, name) for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+    )
+    pipeline = StableDiffusionPipeline.from_pretrained(teacher)
+    PartialState()
+    assert default_resolution(unet, vae) == pipeline.unet.config.sample_size * pipeline.vae_scale_factor == 64 * 4
+    assert "says sample_size 32: taken for 64" in caplog.text

@@ -325,6 +325,22 @@ def test_an_unusable_image_leaves_its_place_to_another_of_the_batch(tmp_path, ca
     assert "takes the place of 3.png, of those that cannot be read" in capsys.readouterr().out
 
 
+def test_shards_must_begin_with_whole_samples(tmp_path):
+    """By the first five `datasets` decides which files a sample has."""
+    samples = {str(number): sample(number) for number in range(8)}
+    del samples["3"]["txt"]
+    write_shard(tmp_path / "0.tar", samples)
+    columns = {"image_column": "png", "caption_column": "txt"}
+    says = "does not load: .*; pass shards whose first five samples have the same kinds of files"
+    with pytest.raises(SystemExit, match=says):
+        load_images(None, None, str(tmp_path), str(tmp_path / "cache"), columns, streaming=True)
+    samples = {str(number): sample(number) for number in range(8)}
+    del samples["6"]["txt"]  # a later one is skipped
+    write_shard(tmp_path / "0.tar", samples)
+    stream, _ = load_images(None, None, str(tmp_path), str(tmp_path / "cache"), columns, streaming=True)
+    assert [row["txt"] is None for row in stream] == [number == 6 for number in range(8)]
+
+
 @pytest.mark.parametrize("extension", ["txt", "cls"])
 def test_a_damaged_caption_or_class_counts_as_missing(tmp_path, capsys, monkeypatch, extension):
     samples = {str(number): sample(number) for number in range(8)}

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from common.finite import first_non_finite
+from common.loading import explain
 from common.teachers import (
     DDPM_NOISE,
     TeacherSource,
@@ -80,6 +81,36 @@ def test_weights_of_a_variant_alone(sd_teacher, tmp_path):
     with pytest.raises(SystemExit, match="Remedy: pass --variant fp16 if its files have that in their names;"):
         load_part(source_of(folder), UNet2DConditionModel, "unet")
     load_part(source_of(folder)._replace(variant="fp16"), UNet2DConditionModel, "unet")
+
+
+def test_a_part_without_the_variant_is_read_by_its_usual_files(sd_teacher, tmp_path, caplog):
+    """As Diffusers reads a pipeline of which some parts alone have the variant."""
+    source = source_of(sd_teacher)._replace(variant="fp16")
+    vae = load_part(source, AutoencoderKL, "vae")
+    assert "/vae has no fp16 variant: reading its usual weights" in caplog.text
+    expected = load_part(source_of(sd_teacher), AutoencoderKL, "vae").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in vae.state_dict().items())
+    folder = Path(shutil.copytree(sd_teacher, tmp_path / "teacher"))
+    (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match="does not load"):
+        load_part(source._replace(path=str(folder)), AutoencoderKL, "vae")
+
+
+def test_the_variant_is_named_where_the_hub_has_no_other_weights():
+    error = OSError("a/b does not appear to have a file named diffusion_pytorch_model.bin.")
+    assert explain(error, None, "pass another").endswith("else pass another")
+    assert "--variant fp16" in explain(error, None, "x") and "--variant" not in explain(error, "fp16", "x")
+
+
+def test_a_scheduler_whose_package_is_missing_is_said(distil, tmp_path):
+    teacher = save_sd_pipeline(tmp_path / "teacher")
+    for name, key in (("model_index.json", "scheduler"), ("scheduler/scheduler_config.json", "_class_name")):
+        path = teacher / name
+        kind = "DPMSolverSDEScheduler"
+        value = ["diffusers", kind] if key == "scheduler" else kind
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    line = one_line(distil, "sd21", teacher)
+    assert "DPMSolverSDEScheduler requires the torchsde library" in line and "; or pass a" in line
 
 
 def to_bin(folder: Path, shards: int = 1) -> Path:
