@@ -54,10 +54,8 @@ from common.classes import find_wrong_label, number_classes, number_labels, read
 from common.costs import (
     NO_ENCODING,
     dtype_of,
-    estimate_activations,
     estimate_decoding,
     estimate_image_encoding,
-    profile_forward,
 )
 from common.data import (
     choose_samples,
@@ -71,7 +69,7 @@ from common.data import (
 )
 from common.ending import Stopped, StopSignals
 from common.errors import fail
-from common.estimates import ModelCosts, print_estimates
+from common.estimates import count_costs, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.memory import fits_the_gpu
@@ -86,12 +84,11 @@ from common.reporting import (
     plot_influence,
     share_of,
 )
-from common.sharding import clip_gradients, count_whole, gather_model, prepare
+from common.sharding import clip_gradients, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
     check_groups,
     choose_once,
-    count_features,
     fill_from_blocks,
     match_blocks,
     measure_influence,
@@ -101,7 +98,7 @@ from common.students import (
     spaced_blocks,
 )
 from common.teacher_cache import Batch, cache_predictions, predict
-from common.teacher_weights import count_bytes, hold_teacher
+from common.teacher_weights import hold_teacher
 from common.teachers import (
     TeacherSource,
     find_sampler,
@@ -910,26 +907,17 @@ def print_dry_run(
     args: argparse.Namespace,
 ) -> None:
     """Print parameters, MACs, a memory estimate and the student's config. All models are skeletons."""
-    plan, count, inputs = plan_run(args), student.num_parameters(), example_inputs(student)
+    plan, count = plan_run(args), student.num_parameters()
 
     def make_student() -> DiTTransformer2DModel:
         with torch.device("meta"):
             return DiTTransformer2DModel.from_config(student.config)
 
-    how = plan.gradient_checkpointing, plan.batch_size, plan.mixed_precision
-    macs, *activations = estimate_activations(make_student, *how, **inputs)
-    print(f"student: {count:,} parameters, {macs:,} MACs per image and forward pass")
-    outputs = math.prod((student.config.out_channels, *inputs["hidden_states"].shape[2:]))
-    costs = ModelCosts(macs, activations, trained=count, outputs=outputs)
+    costs = count_costs(plan, make_student, teacher, example_inputs(student), recipe.get("features", []))
+    print(f"student: {count:,} parameters, {costs.macs:,} MACs per image and forward pass")
     if teacher is not None:
         total = teacher.num_parameters()
-        teacher_macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
-        print(f"teacher: {total:,} parameters, {teacher_macs:,} MACs; the student is {count / total:.2%} of it")
-        costs = costs._replace(
-            teacher_macs=teacher_macs,
-            teacher_bytes=count_bytes(teacher, args.teacher_dtype, plan.mixed_precision),
-            features=count_features(teacher, recipe["features"], inputs),
-        )
+        print(f"teacher: {total:,} parameters, {costs.teacher_macs:,} MACs; the student is {count / total:.2%} of it")
     if args.vae != "none":
         batch = args.encoding_batch_size if args.cache_latents else plan.batch_size
         resolution = student.config.sample_size * vae_factor(vae)
@@ -938,8 +926,6 @@ def print_dry_run(
             print(f"beforehand, the VAE, batch {batch}: {encoding.peak / 2**20:,.1f} MiB")
             encoding = NO_ENCODING
         costs = costs._replace(encoding=encoding, decoding=estimate_decoding(vae, resolution))
-    if args.fsdp:
-        costs = costs._replace(whole=count_whole(make_student(), teacher, costs.teacher_bytes))
     print_estimates(plan, costs)
     print(json.dumps(public_config(student.config), indent=2))
 

@@ -57,11 +57,9 @@ from common.checkpoints import prepare_output
 from common.costs import (
     NO_ENCODING,
     dtype_of,
-    estimate_activations,
     estimate_decoding,
     estimate_image_encoding,
     estimate_text_encoding,
-    profile_forward,
     together,
 )
 from common.data import (
@@ -75,7 +73,7 @@ from common.data import (
 )
 from common.ending import Stopped, StopSignals
 from common.errors import fail
-from common.estimates import ModelCosts, print_estimates
+from common.estimates import count_costs, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.levels import pair_levels
@@ -92,18 +90,17 @@ from common.recipes import (
     read_recipe,
 )
 from common.reporting import autocast_of, gather_samples, grid_path, log_validation, share_of
-from common.sharding import clip_gradients, count_whole, gather_model, prepare
+from common.sharding import clip_gradients, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
     check_groups,
-    count_features,
     fill_from_blocks,
     match_blocks,
     pair_features,
     public_config,
 )
 from common.teacher_cache import Batch, cache_predictions, predict
-from common.teacher_weights import count_bytes, hold_teacher
+from common.teacher_weights import hold_teacher
 from common.teachers import (
     TeacherSource,
     check_parts,
@@ -720,7 +717,6 @@ def print_dry_run(
 ) -> None:
     """Print parameters, MACs, a memory estimate and the student's config. All models are skeletons."""
     plan, count, total = plan_run(args), student.num_parameters(), teacher.num_parameters()
-    inputs = example_inputs(student)
 
     def make_student() -> UNet2DConditionModel:
         with torch.device("meta"):
@@ -729,12 +725,10 @@ def print_dry_run(
                 add_adapters(model, args.lora_rank, LORA_TARGETS, dtype_of(args.mixed_precision))
         return model
 
-    teacher_macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
-    size = f"{total:,} parameters, {teacher_macs:,} MACs"
+    costs = count_costs(plan, make_student, teacher, example_inputs(student), recipe["features"])
+    size = f"{total:,} parameters, {costs.teacher_macs:,} MACs"
     print(f"teacher: {size} per image of {args.resolution} pixels and forward pass")
-    how = plan.gradient_checkpointing, plan.batch_size, plan.mixed_precision
-    macs, *activations = estimate_activations(make_student, *how, **inputs)
-    print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
+    print(f"student: {count:,} parameters, {costs.macs:,} MACs; {count / total:.2%} of the teacher")
     config = load_from(source, CLIPTextConfig.from_pretrained, subfolder="text_encoder")
     with torch.device("meta"):
         text_encoder = CLIPTextModel(config)
@@ -747,22 +741,7 @@ def print_dry_run(
     if args.cache_latents:
         print(f"beforehand, VAE and text encoder at once, batch {batch}: {encoding.peak / 2**20:,.1f} MiB")
         encoding = NO_ENCODING
-    weights = 0 if args.offload_teacher else count_bytes(teacher, args.teacher_dtype, plan.mixed_precision)
-    trainee = make_student()
-    costs = ModelCosts(
-        macs,
-        activations,
-        trained=sum(parameter.numel() for parameter in trained_parameters(trainee)),
-        frozen=count if args.lora_rank else 0,
-        adapters=args.lora_rank > 0,
-        teacher_macs=teacher_macs,
-        teacher_bytes=weights,
-        features=count_features(teacher, recipe["features"], inputs),
-        outputs=inputs["sample"].numel(),
-        whole=count_whole(trainee, teacher, weights) if args.fsdp else None,
-        encoding=encoding,
-        decoding=estimate_decoding(vae, args.resolution),
-    )
+    costs = costs._replace(encoding=encoding, decoding=estimate_decoding(vae, args.resolution))
     print_estimates(plan, costs)
     print(json.dumps(public_config(student.config), indent=2))
 

@@ -63,11 +63,9 @@ from common.costs import (
     DTYPES,
     NO_ENCODING,
     dtype_of,
-    estimate_activations,
     estimate_decoding,
     estimate_image_encoding,
     estimate_text_encoding,
-    profile_forward,
     together,
 )
 from common.data import (
@@ -81,7 +79,7 @@ from common.data import (
 )
 from common.ending import Stopped, StopSignals
 from common.errors import fail
-from common.estimates import ModelCosts, print_estimates
+from common.estimates import count_costs, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.memory import fits_the_gpu
@@ -109,12 +107,11 @@ from common.sd3_text import (
     load_tokenizer,
     tokenize,
 )
-from common.sharding import clip_gradients, count_whole, gather_model, prepare
+from common.sharding import clip_gradients, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
     check_groups,
     choose_once,
-    count_features,
     fill_from_blocks,
     match_blocks,
     measure_influence,
@@ -125,7 +122,7 @@ from common.students import (
     spaced_blocks,
 )
 from common.teacher_cache import Batch, cache_predictions, predict
-from common.teacher_weights import count_bytes, first_place, hold_teacher
+from common.teacher_weights import first_place, hold_teacher
 from common.teachers import (
     TeacherSource,
     check_parts,
@@ -893,12 +890,10 @@ def print_dry_run(
                 add_adapters(model, args.lora_rank, LORA_TARGETS, dtype_of(args.mixed_precision))
         return model
 
-    teacher_macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
-    size = f"{total:,} parameters, {teacher_macs:,} MACs"
+    costs = count_costs(plan, make_student, teacher, inputs, recipe["features"], item=1)
+    size = f"{total:,} parameters, {costs.teacher_macs:,} MACs"
     print(f"teacher: {size} per image of {args.resolution} pixels and forward pass")
-    how = plan.gradient_checkpointing, plan.batch_size, plan.mixed_precision
-    macs, *activations = estimate_activations(make_student, *how, **inputs)
-    print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
+    print(f"student: {count:,} parameters, {costs.macs:,} MACs; {count / total:.2%} of the teacher")
     if args.student_depth is not None:
         print("the sizes are those of evenly spaced blocks: a run chooses them by their influence on its data")
     batch = args.encoding_batch_size if args.cache_latents else plan.batch_size
@@ -913,28 +908,13 @@ def print_dry_run(
         size = f"{encodings[most].peak / 2**20:,.1f} MiB"
         print(f"beforehand, one encoder at a time, batch {batch}: {size} for the {most}")
         encoding = NO_ENCODING
-    weights = 0 if args.offload_teacher else count_bytes(teacher, args.teacher_dtype, plan.mixed_precision)
-    trainee = make_student()
     shared = args.share_backbone and plan.live_teacher  # what is frozen is the teacher's then
-    tables = trainee.pos_embed.pos_embed.nbytes
+    tables = student.pos_embed.pos_embed.nbytes
     if plan.live_teacher and not (shared or args.offload_teacher):
         width = DTYPES.get(args.teacher_dtype, dtype_of(plan.mixed_precision)).itemsize
         tables += teacher.pos_embed.pos_embed.nbytes * width // 4
-    costs = ModelCosts(
-        macs,
-        activations,
-        trained=sum(parameter.numel() for parameter in trained_parameters(trainee)),
-        frozen=count if args.lora_rank and not shared else 0,
-        adapters=args.lora_rank > 0,
-        teacher_macs=teacher_macs,
-        teacher_bytes=weights,
-        features=count_features(teacher, recipe["features"], inputs, item=1),
-        outputs=inputs["hidden_states"].numel(),
-        whole=count_whole(trainee, teacher, weights) if args.fsdp else None,
-        encoding=encoding,
-        decoding=estimate_decoding(vae, args.resolution),
-        tables=tables,
-    )
+    costs = costs._replace(encoding=encoding, decoding=estimate_decoding(vae, args.resolution), tables=tables)
+    costs = costs._replace(frozen=0) if shared else costs
     print_estimates(plan, costs)
     print(json.dumps(public_config(student.config), indent=2))
 

@@ -47,11 +47,11 @@ from common.batches import endless_batches, make_dataloader
 from common.cache import cache_encodings
 from common.card import write_model_card
 from common.checkpoints import prepare_output
-from common.costs import dtype_of, estimate_activations, profile_forward
+from common.costs import dtype_of
 from common.data import choose_samples, drop_unreadable, flip_rows, load_images, load_pixels
 from common.ending import Stopped, StopSignals
 from common.errors import fail
-from common.estimates import ModelCosts, print_estimates
+from common.estimates import count_costs, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub
 from common.memory import fits_the_gpu
@@ -67,18 +67,17 @@ from common.recipes import (
     read_recipe,
 )
 from common.reporting import gather_samples, grid_path, log_validation, share_of
-from common.sharding import clip_gradients, count_whole, gather_model, prepare
+from common.sharding import clip_gradients, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
     check_groups,
-    count_features,
     fill_from_blocks,
     match_blocks,
     pair_features,
     public_config,
 )
 from common.teacher_cache import Batch, cache_predictions, predict
-from common.teacher_weights import count_bytes, hold_teacher
+from common.teacher_weights import hold_teacher
 from common.teachers import TeacherSource, check_weights, load_weights, make_noise_schedule, min_snr_weights
 from common.train_state import TrainState, check_finite, load_train_state, save_and_leave, save_train_state
 from common.training import (
@@ -581,22 +580,12 @@ def save_pipeline(
 def print_dry_run(student: UNet2DModel, teacher: UNet2DModel | None, recipe: dict, args: argparse.Namespace) -> None:
     """Print parameters, MACs, a memory estimate and the student's config."""
     plan, count, inputs = plan_run(args), student.num_parameters(), example_inputs(student)
-    how = plan.gradient_checkpointing, plan.batch_size, plan.mixed_precision
-    macs, *activations = estimate_activations(partial(skeleton, student), *how, **inputs)
-    print(f"student: {count:,} parameters, {macs:,} MACs per image and forward pass")
-    costs = ModelCosts(macs, activations, trained=count, outputs=inputs["sample"].numel())
+    models = partial(skeleton, student), skeleton(teacher) if teacher is not None else None
+    costs = count_costs(plan, *models, inputs, recipe.get("features", []))
+    print(f"student: {count:,} parameters, {costs.macs:,} MACs per image and forward pass")
     if teacher is not None:
         total = teacher.num_parameters()
-        teacher_macs, *_ = profile_forward(skeleton(teacher).requires_grad_(False), **inputs)
-        print(f"teacher: {total:,} parameters, {teacher_macs:,} MACs; the student is {count / total:.2%} of it")
-        weights = 0 if args.offload_teacher else count_bytes(teacher, args.teacher_dtype, plan.mixed_precision)
-        costs = costs._replace(
-            teacher_macs=teacher_macs,
-            teacher_bytes=weights,
-            features=count_features(teacher, recipe["features"], inputs),
-        )
-    if args.fsdp:
-        costs = costs._replace(whole=count_whole(skeleton(student), teacher, costs.teacher_bytes))
+        print(f"teacher: {total:,} parameters, {costs.teacher_macs:,} MACs; the student is {count / total:.2%} of it")
     print_estimates(plan, costs)
     print(json.dumps(public_config(student.config), indent=2))
 

@@ -62,8 +62,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     )
     data.add_argument("--random_flip", action=switch, default=False, help="flip images horizontally at random")
     workers = min(4, os.cpu_count() or 1)
-    term = "processes that decode images, one for each core up to 4"
-    data.add_argument("--dataloader_num_workers", type=int, default=workers, help=term)
+    data.add_argument("--dataloader_num_workers", type=int, default=workers, help="image decoders: one a core, to 4")
 
     kd = parser.add_argument_group("distillation")
     term = "teacher's term; place is the published one, rms was better at 16 %% of a teacher, see README.md"
@@ -245,6 +244,9 @@ def plan_run(args: argparse.Namespace) -> RunPlan:
         cached_dtype=args.cache_teacher_dtype,
         images=args.max_train_samples,
         processes=args.num_processes or 1,
+        teacher_dtype=args.teacher_dtype,
+        offload_teacher=args.offload_teacher,
+        fsdp=args.fsdp,
     )
 
 

@@ -8,10 +8,17 @@
 # specific language governing permissions and limitations under the License.
 """What will a run hold in memory and on the disk, and how long will it take?"""
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
-from common.costs import DTYPES, NO_ENCODING, Encoding, dtype_of
-from common.sharding import Whole
+from common.costs import DTYPES, NO_ENCODING, Encoding, dtype_of, estimate_activations, profile_forward
+from common.sharding import Whole, count_whole
+from common.students import count_features
+from common.teacher_weights import count_bytes
+
+import torch
+from diffusers import ModelMixin
 
 
 # Peaks of cards for commodity PCs by NVIDIA's architecture white papers, dense, in TFLOP/s: of float32, and of tensor
@@ -35,6 +42,9 @@ class RunPlan(NamedTuple):
     cached_dtype: str  # `--cache_teacher_dtype`
     images: int | None  # of the data set, which a dry run does not read; `None` is unknown
     processes: int  # that train together, each on a device of its own
+    teacher_dtype: str | None = None  # `--teacher_dtype`
+    offload_teacher: bool = False
+    fsdp: bool = False
 
 
 class ModelCosts(NamedTuple):
@@ -53,6 +63,38 @@ class ModelCosts(NamedTuple):
     encoding: Encoding = NO_ENCODING  # of images and captions in every step
     decoding: int = 0  # bytes of what decodes the samples of a grid
     tables: int = 0  # bytes of tables of positions, which each process holds as they are
+
+
+def count_costs(
+    plan: RunPlan,
+    make_student: Callable[[], ModelMixin],
+    teacher: ModelMixin | None,
+    inputs: dict[str, torch.Tensor],
+    features: list[list[str]],
+    item: int = 0,
+) -> ModelCosts:
+    """What student and teacher cost, without what encodes images and captions and decodes samples.
+
+    Args:
+        make_student: Returns the student as it trains, with adapters if it is to have some, on the meta device.
+        teacher: On the meta device, or `None`.
+        inputs: Arguments of both, of one image, on the meta device, what is noisy first.
+        features: `[student module, teacher module]` each.
+        item: See [`count_features`].
+    """
+    how = plan.gradient_checkpointing, plan.batch_size, plan.mixed_precision
+    macs, *activations = estimate_activations(make_student, *how, **inputs)
+    student = make_student()
+    total = sum(parameter.numel() for parameter in student.parameters())
+    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    outputs = math.prod((student.config.out_channels, *next(iter(inputs.values())).shape[2:]))
+    costs = ModelCosts(macs, activations, trained, total - trained, adapters=trained < total, outputs=outputs)
+    if teacher is not None:
+        teacher_macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
+        weights = 0 if plan.offload_teacher else count_bytes(teacher, plan.teacher_dtype, plan.mixed_precision)
+        elements = count_features(teacher, features, inputs, item)
+        costs = costs._replace(teacher_macs=teacher_macs, teacher_bytes=weights, features=elements)
+    return costs._replace(whole=count_whole(student, teacher, costs.teacher_bytes)) if plan.fsdp else costs
 
 
 def print_estimates(plan: RunPlan, costs: ModelCosts) -> None:

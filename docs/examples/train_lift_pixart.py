@@ -52,11 +52,9 @@ from common.checkpoints import prepare_output
 from common.costs import (
     NO_ENCODING,
     dtype_of,
-    estimate_activations,
     estimate_decoding,
     estimate_image_encoding,
     estimate_text_encoding,
-    profile_forward,
     together,
 )
 from common.data import (
@@ -70,18 +68,17 @@ from common.data import (
 )
 from common.ending import Stopped, StopSignals
 from common.errors import fail
-from common.estimates import ModelCosts, print_estimates
+from common.estimates import count_costs, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
 from common.reporting import autocast_of, gather_samples, grid_path, log_validation, share_of
-from common.sharding import clip_gradients, count_whole, gather_model, prepare
+from common.sharding import clip_gradients, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
 from common.students import (
     check_groups,
-    count_features,
     fill_from_blocks,
     match_blocks,
     pair_features,
@@ -89,7 +86,7 @@ from common.students import (
     spaced_blocks,
 )
 from common.teacher_cache import Batch, cache_predictions, predict
-from common.teacher_weights import count_bytes, hold_teacher
+from common.teacher_weights import hold_teacher
 from common.teachers import (
     TeacherSource,
     check_parts,
@@ -652,18 +649,15 @@ def print_dry_run(
     """Print parameters, MACs, a memory estimate and the student's config. All models are skeletons."""
     plan, count, total = plan_run(args), student.num_parameters(), teacher.num_parameters()
     tokens = args.max_sequence_length
-    inputs = example_inputs(student, tokens)
 
     def make_student() -> PixArtTransformer2DModel:
         with torch.device("meta"):
             return PixArtTransformer2DModel.from_config(student.config)
 
-    teacher_macs, *_ = profile_forward(teacher.requires_grad_(False), **inputs)
-    size = f"{total:,} parameters, {teacher_macs:,} MACs"
+    costs = count_costs(plan, make_student, teacher, example_inputs(student, tokens), recipe["features"])
+    size = f"{total:,} parameters, {costs.teacher_macs:,} MACs"
     print(f"teacher: {size} per image of {args.resolution} pixels and forward pass")
-    how = plan.gradient_checkpointing, plan.batch_size, plan.mixed_precision
-    macs, *activations = estimate_activations(make_student, *how, **inputs)
-    print(f"student: {count:,} parameters, {macs:,} MACs; {count / total:.2%} of the teacher")
+    print(f"student: {count:,} parameters, {costs.macs:,} MACs; {count / total:.2%} of the teacher")
     config = load_from(source, T5Config.from_pretrained, subfolder="text_encoder")
     with torch.device("meta"):
         text_encoder = T5EncoderModel(config)
@@ -676,19 +670,7 @@ def print_dry_run(
     if args.cache_latents:
         print(f"beforehand, VAE and text encoder at once, batch {batch}: {encoding.peak / 2**20:,.1f} MiB")
         encoding = NO_ENCODING
-    weights = 0 if args.offload_teacher else count_bytes(teacher, args.teacher_dtype, plan.mixed_precision)
-    costs = ModelCosts(
-        macs,
-        activations,
-        trained=count,
-        teacher_macs=teacher_macs,
-        teacher_bytes=weights,
-        features=count_features(teacher, recipe["features"], inputs),
-        outputs=student.config.out_channels * inputs["hidden_states"][0, 0].numel(),
-        whole=count_whole(make_student(), teacher, weights) if args.fsdp else None,
-        encoding=encoding,
-        decoding=estimate_decoding(vae, args.resolution),
-    )
+    costs = costs._replace(encoding=encoding, decoding=estimate_decoding(vae, args.resolution))
     print_estimates(plan, costs)
     print(json.dumps(public_config(student.config), indent=2))
 
