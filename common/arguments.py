@@ -107,11 +107,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     training.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm")
     training.add_argument("--use_8bit_adam", action="store_true", help="keep AdamW's moments in 8 bits (bitsandbytes)")
     training.add_argument("--use_ema", action=switch, default=True, help="save a moving average of the weights")
-    training.add_argument("--ema_decay", type=float, default=0.9999, help="after a rise by (1 + step) / (10 + step)")
-    training.add_argument(
-        "--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what the accelerate config says"
-    )
-    training.add_argument("--allow_tf32", action="store_true", help="TF32 in products and convolutions (Ampere on)")
+    term = "its decay, or (1 + step) / (10 + step) while that is less"
+    training.add_argument("--ema_decay", type=float, default=0.9999, help=term)
+    training.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: the accelerate config's")
+    training.add_argument("--allow_tf32", action="store_true", help="compute float32 by TF32 (RTX 30 and later)")
     training.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
     training.add_argument(
         "--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention, not SDPA"

@@ -147,9 +147,10 @@ def estimate_memory(plan: RunPlan, costs: ModelCosts) -> tuple[str, dict[str, in
     if whole:
         weights, unspread = "weights that are whole for a while", "gradients that are not spread yet"
         begins, *later = moments.values()
-        begins[weights] = max(whole.weights, whole.teacher if plan.live_teacher else 0)
+        begins[weights] = whole.weights
         for moment in later:
             moment |= {weights: whole.weights, unspread: whole.gradients}
+        moments["while the teacher predicts"] = {weights: whole.teacher if plan.live_teacher else 0}
     if plan.use_ema and buckets:  # elsewhere gradients have just made room for it
         moments["while weights are averaged"] = {"their difference to the average": 4 * trained}
     moments["while images are encoded"] = {"working set of the VAE": costs.encoding.working_set}  # nothing is whole

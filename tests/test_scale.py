@@ -90,9 +90,9 @@ def measure(name: str, precision: str, checkpointing: bool, fsdp: bool, folder: 
     halves = {key: each.to(dtype) if each.is_floating_point() else each for key, each in inputs.items()}
 
     def step() -> None:
-        prediction, _ = model(**inputs)
         with torch.no_grad():
             target, _ = teacher(**halves)
+        prediction, _ = model(**inputs)
         accelerator.backward((prediction - target).square().mean())
 
     step()
@@ -222,8 +222,11 @@ def test_what_is_spread_is_divided_and_the_rest_is_not():
         "student activations, batch 2": 10,
         "copies of the weights for autocast": 1600,
         "features of both models and gradients": 0,
-        "weights that are whole for a while": 50,  # the teacher's, whose forward pass is the second one
+        "weights that are whole for a while": 40,  # the student's: the teacher's are not at that time
     }
+    moment, parts = estimate_memory(SPREAD, costs._replace(whole=Whole(40, 30, 5000)))
+    assert moment == "while the teacher predicts" and parts["weights that are whole for a while"] == 5000
+    assert "student activations, batch 2" not in parts
     moment, parts = estimate_memory(SPREAD, costs._replace(activations=(10, 1)))
     assert moment == "after the backward pass"
     assert "copies of the weights for autocast" not in parts  # it recomputes them
@@ -250,7 +253,7 @@ def test_one_process_has_nobody_to_spread_to():
 def test_a_teacher_that_is_gone_is_nowhere():
     """It was cached beforehand, and is neither held nor whole for a while."""
     gone = SPREAD._replace(live_teacher=False)
-    _, parts = estimate_memory(gone, COSTS._replace(whole=Whole(40, 30, 50)))
+    _, parts = estimate_memory(gone, COSTS._replace(whole=Whole(40, 30, 5000)))
     assert parts["teacher weights"] == 0 and parts["weights that are whole for a while"] == 40
 
 
