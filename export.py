@@ -292,6 +292,8 @@ def main(args: argparse.Namespace) -> None:
     print(f"{output}: {family.name}, {output.stat().st_size:,} bytes; opens in {', '.join(programs)}")
     if pipeline.scheduler.config.prediction_type == "v_prediction" and family is not SDXL:
         print("it predicts velocity, which the file cannot say: choose v-prediction in the program")
+    elif pipeline.scheduler.config.prediction_type == "v_prediction" and "A1111" in programs:
+        print("it predicts velocity, which A1111 up to 1.10 does not see: put a .yaml that says so beside the file")
 
 
 if __name__ == "__main__":

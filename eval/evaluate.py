@@ -42,6 +42,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from urllib.error import HTTPError
 
 import cleanfid.features
 import datasets
@@ -397,7 +398,8 @@ def read_statistics(path: Path, extractor: Extractor, crop: int | None) -> Stati
         fail(f"--reference_resolution {crop} is not that of {made}; drop the flag, or pass the images")
     count = int(arrays.get("count", 0 if features is None else len(features)))
     size = arrays.get("size", np.array([])).tolist()
-    return Statistics(count, size, mean, covariance, features, None, key.get("reference", str(path)))
+    origin = {"source": key.get("reference", str(path)), "foreign": not key}
+    return Statistics(count, size, mean, covariance, features, None, **origin)
 
 
 def load_published(source: str) -> Statistics:
@@ -406,7 +408,7 @@ def load_published(source: str) -> Statistics:
     get = functools.partial(cleanfid.features.get_reference_statistics, name, resolution, split=split)
     try:
         mean, covariance = get(metric="FID")
-        features = get(metric="KID")
+        features = published_features(get)
     except OSError as error:
         fail(f"--reference {source} cannot be downloaded: {first_line(error)}; pass a folder of the images")
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -415,7 +417,17 @@ def load_published(source: str) -> Statistics:
         for path in (Path(cleanfid.__file__).parent / "stats").glob(f"{glob.escape(stem)}*.npz"):
             path.unlink()
         fail(f"--reference {source} was not downloaded whole; what there was is removed, run the command again")
-    return Statistics(len(features), [], mean, covariance, features, None, source)
+    return Statistics(0 if features is None else len(features), [], mean, covariance, features, None, source)
+
+
+def published_features(get: Callable[..., np.ndarray]) -> np.ndarray | None:
+    """The features that clean-fid publishes of few sets, from which KID is computed; `None` of the others."""
+    try:
+        return get(metric="KID")
+    except HTTPError as error:
+        if error.code != 404:
+            raise
+        return None
 
 
 # --------------------------------------------------------------------------------------------------------- the metrics

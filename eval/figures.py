@@ -38,6 +38,7 @@ class Statistics(NamedTuple):
     features: np.ndarray | None  # float32 (N, D) of some of the images; published statistics may come without
     logits: np.ndarray | None  # float32 (N, classes)
     source: str
+    foreign: bool = False  # whether another program saved them, which may have resized the images otherwise
 
 
 class Figure(NamedTuple):
@@ -128,7 +129,10 @@ def measure_frechet(statistics: Statistics, reference: Statistics) -> Figure:
     if below(dimensions + 1, *counts):
         return Figure(None, *counts, f"not measured: too few images for a covariance of {dimensions:,} features")
     value = frechet_distance(statistics.mean, statistics.covariance, reference.mean, reference.covariance)
-    return Figure(value, *counts, f"fewer than {FEW:,} images make it too high" if below(FEW, *counts) else None)
+    warnings = [f"fewer than {FEW:,} images make it too high"] * below(FEW, *counts)
+    # Without the antialiasing of clean-fid's resizing a distance is whole points another one.
+    warnings += ["the reference's statistics are of another program, which may resize otherwise"] * reference.foreign
+    return Figure(value, *counts, "; ".join(warnings) or None)
 
 
 def measure_kernel(statistics: Statistics, reference: Statistics, seed: int) -> Figure:

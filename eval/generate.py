@@ -264,6 +264,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
             check_base(source, args.revision, parts, *next(iter(student.items())))
             options |= student
         pipeline = read_weights(getattr(diffusers, kind).from_pretrained, source, **options, **dict.fromkeys(absent))
+        pipeline.register_to_config(id2label=parts.get("id2label"))
         if checkpoint is not None and (checkpoint / "lora").is_dir():
             averaged = checkpoint / "lora_ema"
             pipeline.load_lora_weights(averaged if averaged.is_dir() else checkpoint / "lora")
@@ -416,10 +417,12 @@ def make_sampler(pipeline: DiffusionPipeline, name: str) -> SchedulerMixin:
     changes = {}
     if hasattr(pipeline, "vae") and not flow and "clip_sample" not in config:
         changes["clip_sample"] = False  # DDIM and DDPM clip by default, but latents have no bounds
+    if name in ("ddim", "pndm") and config.get("timestep_spacing") == "linspace":
+        changes["timestep_spacing"] = "leading"  # they take steps of one whole length, which linspace's are not
     if name == "pndm":
         changes["skip_prk_steps"] = True  # as published for latents: each step calls the model once
-    if name == "ddpm" and learns_variance(pipeline):
-        changes["variance_type"] = "learned_range"
+    if name == "ddpm" and learns_variance(pipeline):  # as DiT's authors sample
+        changes |= {"variance_type": "learned_range", "timestep_spacing": "linspace"}
     return made.from_config(config, **changes)
 
 
@@ -437,13 +440,21 @@ def count_classes(pipeline: DiffusionPipeline) -> int | None:
 
 def find_classes(pipeline: DiffusionPipeline, classes: list[str] | None) -> list[int]:
     """The numbers of the classes, which are given as numbers or names; all of the pipeline's for `None`."""
-    count, labels = count_classes(pipeline), getattr(pipeline, "labels", {})
-    if classes is None:
-        return sorted(set(labels.values())) or list(range(count))
-    numbers = [int(entry) if entry.isdecimal() else labels.get(entry, -1) for entry in classes]
-    for entry, number in zip(classes, numbers):
-        if not 0 <= number < count:
-            fail(f"--classes {entry} is not a class of the model; pass numbers below {count}, or names of its classes")
+    count = count_classes(pipeline)
+    # Not DiTPipeline's `labels`: of two classes of one name, as ImageNet's cranes, they have one alone.
+    names = {int(number): name for number, name in (pipeline.config.get("id2label") or {}).items()}
+    numbers = sorted(names) or list(range(count))
+    if classes is not None:
+        numbers = []
+        for entry in classes:
+            listed = [number for number, name in names.items() if entry in map(str.strip, name.split(","))]
+            found = [int(entry)] if entry.isdecimal() else listed
+            if len(found) > 1:
+                fail(f"--classes {entry} is the name of the classes {found}; pass one of these numbers")
+            numbers += found or [-1]
+            if not 0 <= numbers[-1] < count:
+                what = f"--classes {entry} is not a class of the model"
+                fail(f"{what}; pass numbers below {count}, or names of its classes")
     return numbers
 
 

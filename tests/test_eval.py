@@ -11,7 +11,7 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 
 import cleanfid
 import cleanfid.downloads_helper
@@ -33,6 +33,7 @@ from diffusers import (
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    EulerDiscreteScheduler,
     LDMPipeline,
     PixArtSigmaPipeline,
     PNDMScheduler,
@@ -327,7 +328,8 @@ def test_learned_variance_is_used(sample, models):
     learned = read(sample(*models["dit"], "--guidance_scale", 1))
     generators = [generate.seeded(0, index) for index in range(6)]
     pipeline = DiTPipeline.from_pretrained(models["dit"][1])
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, variance_type="learned_range", clip_sample=False)
+    changes = {"variance_type": "learned_range", "clip_sample": False, "timestep_spacing": "linspace"}
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
     scheduler.set_timesteps(2)
     noisy = torch.cat([torch.randn(1, 4, 8, 8, generator=generator) for generator in generators])
     labels = torch.tensor([3, 999, 999, 0, 3, 999])
@@ -340,6 +342,39 @@ def test_learned_variance_is_used(sample, models):
     assert np.abs(learned - expected).max() <= 1
     fixed = read(sample(*models["dit"], "--guidance_scale", 1, "--sampler", "as_saved", name="fixed"))
     assert np.abs(learned - fixed).max() > 8
+
+
+def test_dit_is_sampled_at_the_published_timesteps(models):
+    """By `space_timesteps` of DiT's authors: from the last one on, in fractions of 999."""
+    sampler = generate.make_sampler(DiTPipeline.from_pretrained(models["dit"][1]), "ddpm")
+    sampler.set_timesteps(250)
+    assert sampler.timesteps.tolist() == [round(index * 999 / 249) for index in reversed(range(250))]
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm"])
+def test_samplers_of_whole_steps_do_not_take_fractions(sd_teacher, name):
+    """Euler's own spacing is linspace, by which DDIM would go on from other timesteps than it has reached."""
+    pipeline = StableDiffusionPipeline.from_pretrained(sd_teacher)
+    pipeline.scheduler = EulerDiscreteScheduler()
+    sampler = generate.make_sampler(pipeline, name)
+    sampler.set_timesteps(30)
+    assert {int(step) for step in sampler.timesteps.unique().diff()} == {1000 // 30}
+
+
+def test_classes_of_one_name_are_all_drawn(models):
+    """ImageNet has two cranes; DiTPipeline's own table of names has the second alone."""
+    pipeline = DiTPipeline.from_pretrained(models["dit"][1])
+    names = {"2": "crane", "5": "crane", "7": "maillot", "11": "maillot, tank suit"}
+    pipeline.register_to_config(id2label=names)
+    assert generate.find_classes(pipeline, None) == [2, 5, 7, 11]
+    assert generate.find_classes(pipeline, ["5", "tank suit", "2"]) == [5, 11, 2]
+    for name, numbers in (("crane", [2, 5]), ("maillot", [7, 11])):
+        with pytest.raises(SystemExit) as refused:
+            generate.find_classes(pipeline, ["3", name])
+        says = f"error: --classes {name} is the name of the classes {numbers}; pass one of these numbers"
+        assert refused.value.code == says
+    with pytest.raises(SystemExit, match="--classes heron is not a class of the model; pass numbers below 1000"):
+        generate.find_classes(pipeline, ["heron"])
 
 
 def test_two_processes_equal_one(sample, teacher, tmp_path):
@@ -754,6 +789,8 @@ def test_statistics_are_kept_and_used_again(score, noise, pool, tmp_path, monkey
     foreign = score(*flags, tmp_path / "foreign.npz")
     assert foreign["rows"][0]["fid"] == pytest.approx(first["rows"][0]["fid"])
     assert foreign["rows"][0]["kid"] is None and "come without features" in foreign["text"]
+    assert "the reference's statistics are of another program, which may resize otherwise" in foreign["text"]
+    assert "of another program" not in score(*flags, kept[0])["text"]
 
 
 def test_some_features_of_large_sets_are_kept(score, noise, pool, tmp_path, monkeypatch):
@@ -869,6 +906,20 @@ def test_published_statistics(score, noise, pool, tmp_path, monkeypatch):
     flags = ("--images", noise["a"], "--inception", tmp_path, "--reference")
     assert score(*flags, "clean-fid:cifar10:32:train")["rows"][0]["kid"] is not None
     assert downloads == ["cifar10_clean_train_32.npz", "cifar10_clean_train_32_kid.npz"]
+
+    def fetch_moments(local_folder, url):  # of all but three sets clean-fid has no features
+        if url.endswith("_kid.npz"):
+            raise HTTPError(url, status, "Not Found", None, None)
+        return fetch(local_folder, url)
+
+    monkeypatch.setattr(cleanfid.features, "check_download_url", fetch_moments)
+    status = 404
+    results = score(*flags, "clean-fid:cifar10:32:train", "--metrics", "fid", "kid")
+    assert results["rows"][0]["kid"] is None and "statistics come without features" in results["text"]
+    assert "of another program" not in results["text"]
+    status = 503
+    with pytest.raises(SystemExit, match="cannot be downloaded: HTTP Error 503"):
+        score(*flags, "clean-fid:cifar10:32:train")
 
 
 def test_published_statistics_that_were_not_downloaded_whole(score, noise, tmp_path, monkeypatch):

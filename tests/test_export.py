@@ -428,6 +428,19 @@ def test_velocity_is_said_where_the_file_cannot(any_size, tmp_path, capsys):
     assert "choose v-prediction in the program" in capsys.readouterr().out
 
 
+def test_velocity_of_sdxl_is_said_where_a_program_does_not_see_it(any_size, tmp_path, capsys, monkeypatch):
+    """The others know it by the tensor v_pred."""
+    said = {}
+    monkeypatch.setattr(export, "find_programs", lambda unet, family, gaps: ["ComfyUI", "A1111"])
+    for prediction in ("epsilon", "v_prediction"):
+        folder, file = tiny_xl(tmp_path / prediction, prediction), tmp_path / f"{prediction}.safetensors"
+        export.main(export.parse_args(["--model", str(folder), "--output", str(file)]))
+        said[prediction] = capsys.readouterr().out
+    assert all("A1111" in each for each in said.values())
+    assert "put a .yaml that says so beside the file" in said["v_prediction"]
+    assert "predicts velocity" not in said["epsilon"]
+
+
 def test_a_value_that_overflows_is_refused(any_size, tmp_path):
     folder = tiny_models.save_sd_pipeline(tmp_path / "student")
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
