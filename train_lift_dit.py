@@ -267,7 +267,7 @@ def check_pipeline(source: TeacherSource | None, has_vae: bool) -> tuple[type[Sc
     kind = index.get("_class_name") if isinstance(index, dict) else "list"
     if kind != "DiTPipeline":
         fail(f"--pretrained_teacher_model {source.path} is a {kind}; {source.expected}")
-    parts = {name: part[1] for name, part in index.items() if isinstance(part, list)}
+    parts = {name: part[1] for name, part in index.items() if isinstance(part, list) and name[0] != "_"}
     vae, scheduler = parts.get("vae"), parts.get("scheduler")
     if vae != "AutoencoderKL" and not has_vae:
         remedy = f"pass --vae, or {source.expected.removeprefix('pass ')}"

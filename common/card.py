@@ -33,6 +33,8 @@ from huggingface_hub import (
     metadata_load,
     try_to_load_from_cache,
 )
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 
 CURVES = "loss", "task", "kd", "kd_mse", "feat", "coarse", "fine", "weight", "grad_norm"
@@ -82,13 +84,27 @@ def describe_origin(run: RunFacts) -> dict[str, Any]:
     if run.teacher is None:
         return {"license": run.license}
     theirs, on_hub = read_metadata(run.teacher, run.revision), not Path(run.teacher).exists()
-    origin = {"base_model": run.teacher if on_hub else theirs.get("base_model")}
+    origin = {"base_model": run.teacher if on_hub else _as_repositories(theirs.get("base_model"))}
     if run.license is not None:
         return {**origin, "license": run.license}
     link = theirs.get("license_link")
     if link is not None and "://" not in str(link):  # a file beside the teacher's card
         link = f"https://huggingface.co/{run.teacher}/blob/{run.revision or 'main'}/{link}" if on_hub else None
     return {**origin, **{key: theirs.get(key) for key in ("license", "license_name")}, "license_link": link}
+
+
+def _as_repositories(base: Any) -> list[str] | str | None:
+    """The base models of a card that may be on the Hub, which refuses a card with others, such as local paths."""
+    valid = [name for name in (base if isinstance(base, list) else [base]) if _may_be_repository(name)]
+    return (valid or None) if isinstance(base, list) else next(iter(valid), None)
+
+
+def _may_be_repository(name: Any) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return isinstance(name, str)
 
 
 def read_metadata(model: str, revision: str | None) -> dict[str, Any]:

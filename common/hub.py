@@ -17,17 +17,22 @@ from common.errors import fail, first_line
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import auth_check, create_repo, model_info, upload_folder
-from transformers import CLIPTextModel, CLIPTokenizer, T5TokenizerFast
+from transformers import CLIPTokenizer, T5TokenizerFast
 
 
 # What a run writes beside the folders of the pipeline's parts; the grids of its samples/ stay here.
 SHOWN = ("README.md", "samples.png", "curves.png", "metrics.jsonl", "blocks.json", "influence.png")
+# Where the weights of CLIP's models begin in these, and the name that Transformers 4 has after that.
+INNER_MODELS = {
+    "CLIPTextModel": ("", "text_model."),
+    "StableDiffusionSafetyChecker": ("vision_model.", "vision_model."),
+}
 
 
 def save_with_variant(pipeline: DiffusionPipeline, output_dir: Path, fp16_variant: bool) -> None:
     """Save a pipeline in float32, and where asked for its fp16 variant beside that; its parts change in place."""
     for name in pipeline.components:
-        for path in (output_dir / name).glob("*.fp16.*"):
+        for path in (output_dir / name).glob("*.fp16[.-]*"):
             path.unlink()  # it would be an earlier student's
     models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     for model in models:
@@ -37,6 +42,7 @@ def save_with_variant(pipeline: DiffusionPipeline, output_dir: Path, fp16_varian
             part.register_to_config(_name_or_path="")
     pipeline.save_pretrained(output_dir)
     save_for_transformers_4(pipeline, output_dir)
+    finish_index(output_dir)
     if not fp16_variant:
         return
     configs = {path: path.read_bytes() for path in output_dir.glob("*/config.json")}
@@ -44,23 +50,23 @@ def save_with_variant(pipeline: DiffusionPipeline, output_dir: Path, fp16_varian
         model.half()
     pipeline.save_pretrained(output_dir, variant="fp16")
     save_for_transformers_4(pipeline, output_dir, variant="fp16")
+    finish_index(output_dir)
     # Transformers notes the last dtype, and would load the float32 text encoders in it.
     for path, content in configs.items():
         path.write_bytes(content)
 
 
 def save_for_transformers_4(pipeline: DiffusionPipeline, output_dir: Path, variant: str | None = None) -> None:
-    """Write text encoders and tokenizers of a saved pipeline so that Transformers 4 reads them, too.
+    """Write text encoders, tokenizers and safety checker of a saved pipeline so that Transformers 4 reads them, too.
 
-    Transformers 5 reads both ways. From 5.6 on it saves CLIP's text encoder by other names, of which 4 would find none
-    and draw random weights; it saves CLIP's tokenizer without the files that the class of 4 reads, and T5's by a name
-    that in 4 is that of another class.
+    Transformers 5 reads both ways. From 5.6 on it saves models of CLIP by other names, unless they were read by these;
+    4 would draw random weights for them. It saves CLIP's tokenizer without the files that the class of 4 reads, and
+    T5's by a name that in 4 is that of another class.
     """
     for name, part in pipeline.components.items():
-        folder = output_dir / name
-        if isinstance(part, CLIPTextModel):
-            weights = {key.removeprefix("text_model."): value for key, value in part.state_dict().items()}
-            state = {f"text_model.{key}": value for key, value in weights.items()}
+        folder, kind = output_dir / name, type(part).__name__
+        if kind in INNER_MODELS:
+            state = {_name_in_4(key, *INNER_MODELS[kind]): value for key, value in part.state_dict().items()}
             part.save_pretrained(folder, state_dict=state, variant=variant)
         elif isinstance(part, CLIPTokenizer):
             part.backend_tokenizer.model.save(str(folder))
@@ -69,8 +75,23 @@ def save_for_transformers_4(pipeline: DiffusionPipeline, output_dir: Path, varia
             config = json.loads(path.read_text()) | {"tokenizer_class": "T5TokenizerFast"}
             config["additional_special_tokens"] = config.pop("extra_special_tokens", [])
             path.write_text(json.dumps(config, indent=2) + "\n")
-    index = output_dir / "model_index.json"
-    index.write_text(index.read_text().replace('"T5Tokenizer"', '"T5TokenizerFast"'))
+
+
+def _name_in_4(key: str, outer: str, inner: str) -> str:
+    """The name of a weight in Transformers 4; see [`INNER_MODELS`]."""
+    return f"{outer}{inner}{key.removeprefix(outer).removeprefix(inner)}" if key.startswith(outer) else key
+
+
+def finish_index(output_dir: Path) -> None:
+    """Correct the model_index.json of a saved pipeline: T5's tokenizer, and what of `lora/` no pipeline needs.
+
+    Diffusers would download the adapter's own copy of the model with each pipeline: it has the name of weights.
+    """
+    path = output_dir / "model_index.json"
+    index = json.loads(path.read_text().replace('"T5Tokenizer"', '"T5TokenizerFast"'))
+    needless = sorted(str(file.relative_to(output_dir)) for file in output_dir.glob("lora/*/*.safetensors*"))
+    index |= {"_ignore_files": needless} if needless else {}
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def create_hub_repo(repo_id: str | None, output_dir: Path, private: bool) -> str:
@@ -97,18 +118,17 @@ def create_hub_repo(repo_id: str | None, output_dir: Path, private: bool) -> str
 def push_to_hub(output_dir: Path, repo_id: str, stop: StopSignals) -> None:
     """Upload the finished pipeline, its card and what that shows. The token is the one of the login.
 
-    Whatever else lies in the folder stays here: checkpoints, logs, a cache, the user's own files. The repository keeps
-    none of the weights that it had in the same folders: variants and shards of another student.
+    Whatever else lies in the folder stays here: checkpoints, logs, a cache, the user's own files. Of another student
+    the repository keeps no weights in the folders of a pipeline and its adapter, and all that is elsewhere.
 
     Raises:
         Stopped: A signal has come, now or while the student was saved.
     """
     index = json.loads((output_dir / "model_index.json").read_text())
-    wanted = [f"{name}/*" for name, part in index.items() if isinstance(part, list)]
+    parts = [name for name, part in index.items() if isinstance(part, list) and name[0] != "_"]  # absent ones, too
     options = {"commit_message": "End of training", "ignore_patterns": [".*", "*/.*"]}
-    options["allow_patterns"] = ["model_index.json", *SHOWN, *wanted, "lora/*"]
-    parts = {path.parent.name for path in output_dir.glob("*/*.safetensors")}
-    options["delete_patterns"] = [f"{part}/*.safetensors*" for part in sorted(parts)]
+    options["allow_patterns"] = ["model_index.json", *SHOWN, *(f"{part}/*" for part in (*parts, "lora"))]
+    options["delete_patterns"] = [f"{part}/*.safetensors*" for part in (*parts, "lora")]
     try:
         stop.interruptible(upload_folder)(repo_id=repo_id, folder_path=output_dir, **options)
     except Stopped as stopped:
@@ -116,4 +136,5 @@ def push_to_hub(output_dir: Path, repo_id: str, stop: StopSignals) -> None:
         raise
     except Exception as error:
         remedy = "it is whole: add --resume_from_checkpoint latest"
-        fail(f"--push_to_hub cannot upload {output_dir}: {first_line(error)}; {remedy}")
+        why = " ".join(str(error).split())  # of a card that the Hub refuses, what is wrong comes after the first line
+        fail(f"--push_to_hub cannot upload {output_dir}: {why}; {remedy}")

@@ -773,7 +773,8 @@ def digest_model(args: argparse.Namespace) -> str:
     if not folder.is_dir():
         return checkpoint + identify(source, args.revision, [])["commit"]
     index = folder / "model_index.json"
-    parts = [name for name, part in json.loads(index.read_text()).items() if isinstance(part, list) and part[0]]
+    listed = json.loads(index.read_text()).items()
+    parts = [name for name, part in listed if isinstance(part, list) and name[0] != "_" and part[0] is not None]
     files = [index, *(path for part in parts for path in sorted((folder / part).rglob("*")) if path.is_file())]
     if not all((folder / part).is_dir() for part in parts):  # old pixel pipelines have theirs beside model_index.json
         files += sorted(path for path in folder.iterdir() if path.suffix in (".json", ".bin", ".safetensors"))

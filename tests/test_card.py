@@ -99,6 +99,21 @@ def test_the_flag_goes_before_the_teachers_licence(tmp_path):
     assert card.describe_origin(facts(None)) == {"license": None}
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("/home/ada/private project/sd", None),
+        (["someone/pixels", "../sd", "gpt2"], ["someone/pixels", "gpt2"]),
+        (["./sd"], None),
+        (7, None),
+    ],
+)
+def test_a_base_model_that_is_not_on_the_hub_is_left_out(tmp_path, theirs, ours):
+    """The Hub refuses a card with one, and a path would be read by all."""
+    (tmp_path / "README.md").write_text(f"---\nbase_model: {json.dumps(theirs)}\n---\n")
+    assert card.describe_origin(facts(str(tmp_path)))["base_model"] == ours
+
+
 def test_a_teacher_on_the_hub(monkeypatch, tmp_path):
     """Its card is read by its revision, and from the cache where it is there."""
     (tmp_path / "README.md").write_text(CARD)

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,15 @@ from pathlib import Path
 
 from common.ending import Stopped, StopSignals
 from common.hub import push_to_hub, save_with_variant
+from common.teachers import TeacherSource, check_parts
 
 import pytest
 import torch
 from conftest import ROOT, launch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import load_file
-from transformers import CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTokenizer
 
 from tiny_models import save_dit_pipeline, save_sd3_pipeline, save_sdxl_pipeline
 
@@ -31,7 +34,11 @@ FLAGS = [
 ]
 
 
-STALE = ["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors.index.json"]
+STALE = [
+    *("unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors.index.json"),
+    *("lora/pytorch_lora_weights.safetensors", "lora/unet/diffusion_pytorch_model.safetensors"),
+]
+OWN = ["notes/own.safetensors", "checkpoint-1/optimizer.safetensors", "checkpoint-1/unet_ema/model.safetensors"]
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -159,7 +166,7 @@ def pushed(start_hub, teacher, images, tmp_path_factory):
     (folder / "unet" / ".private.txt").write_text("nobody's business")
     (folder / "photo.png").write_bytes(b"nobody's business")
     server = start_hub(folder)
-    server.there = [".gitattributes", *STALE, "unet/diffusion_pytorch_model.safetensors", "notes/own.safetensors"]
+    server.there = [".gitattributes", *STALE, "unet/diffusion_pytorch_model.safetensors", *OWN]
     finished = push(server, teacher, images, folder, "--hub_model_id", "someone/tiny-digits", "--hub_private_repo")
     assert finished.returncode == 0, finished.stdout
     return server, finished, folder
@@ -212,9 +219,10 @@ def test_the_pipeline_arrives_byte_for_byte(pushed):
 
 
 def test_another_students_weights_do_not_stay_on_the_hub(pushed):
-    """What loads a variant or shards would load them."""
+    """What loads a variant, shards or an adapter would load them. What the user has put there stays."""
     (commit,) = pushed[0].commits
-    assert [line["value"]["path"] for line in commit if line["key"] == "deletedFile"] == STALE
+    assert sorted(line["value"]["path"] for line in commit if line["key"] == "deletedFile") == sorted(STALE)
+    assert (pushed[2] / "checkpoint-1" / "optimizer.safetensors").exists()  # of the same name as one of the user's
 
 
 def test_what_is_not_the_students_stays_here(pushed):
@@ -324,6 +332,21 @@ def test_a_signal_while_the_student_is_saved_leaves_the_upload(tmp_path, monkeyp
     assert capsys.readouterr().out == said
 
 
+def test_the_reason_why_the_hub_refuses_a_card_is_said(tmp_path, monkeypatch):
+    """It comes after the first line of the error."""
+
+    def refuse(**options):
+        raise ValueError('Invalid metadata in README.md.\n- "license" must be one of [apache-2.0, mit]')
+
+    monkeypatch.setattr("common.hub.upload_folder", refuse)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(SystemExit) as ended:
+        push_to_hub(tmp_path, "someone/tiny", StopSignals(1))
+    assert (
+        'Invalid metadata in README.md. - "license" must be one of [apache-2.0, mit]; it is whole' in ended.value.code
+    )
+
+
 def test_a_refused_login_ends_before_the_first_step(start_hub, teacher, images, tmp_path):
     folder = tmp_path / "digits"
     server = start_hub(folder, refuse="/api/", status=401)
@@ -386,20 +409,52 @@ def test_a_repository_of_others_and_a_public_one_are_refused_before_a_run(start_
     )
 
 
+@pytest.fixture
+def with_checker(sd_teacher, tmp_path) -> Path:
+    """A Stable Diffusion with a safety checker, as those of 1.x have."""
+    towers = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    vision = {**towers, "image_size": 32, "patch_size": 16}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=towers, vision_config=vision, projection_dim=8))
+    folder = shutil.copytree(sd_teacher, tmp_path / "with-checker")
+    checker.save_pretrained(folder / "safety_checker")
+    CLIPImageProcessor().save_pretrained(folder / "feature_extractor")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("generation", [1, 2])  # a student as the next one's teacher is read by the names of 4
 @pytest.mark.parametrize(("script", "fp16_variant"), [("sd21", True), ("sdxl", False), ("sd3", False)])
-def test_what_is_saved_has_the_names_and_files_of_transformers_4(teachers, tmp_path, script, fp16_variant):
+def test_what_is_saved_has_the_names_and_files_of_transformers_4(
+    teachers, with_checker, tmp_path, script, fp16_variant, generation
+):
     """Of which 4 finds none, it draws random weights for. With 4.57 and Diffusers 0.35 the images were the same."""
-    pipeline, text = DiffusionPipeline.from_pretrained(teachers[script]), "a dark bag é 1"
-    save_with_variant(pipeline, tmp_path, fp16_variant)
-    index = json.loads((tmp_path / "model_index.json").read_text())
+    text, output = "a dark bag é 1", tmp_path / "saved"
+    pipeline = DiffusionPipeline.from_pretrained(with_checker if script == "sd21" else teachers[script])
+    for number in range(1, generation):
+        save_with_variant(pipeline, tmp_path / str(number), fp16_variant=False)
+        pipeline = DiffusionPipeline.from_pretrained(tmp_path / str(number))
+    weights = {
+        name: {key: tensor.clone() for key, tensor in part.state_dict().items()}
+        for name, part in pipeline.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    save_with_variant(pipeline, output, fp16_variant)
+    index = json.loads((output / "model_index.json").read_text())
     kinds = {name: part[1] for name, part in index.items() if isinstance(part, list) and part[1]}
     for name, kind in kinds.items():
-        folder = tmp_path / name
-        if kind == "CLIPTextModel":
+        folder = output / name
+        if kind in ("CLIPTextModel", "StableDiffusionSafetyChecker"):
             files = [load_file(path) for path in folder.glob("*.safetensors")]
             assert len(files) == 1 + fp16_variant
-            assert all(key.startswith("text_model.") for weights in files for key in weights)
-            dtypes = {weights["text_model.final_layer_norm.weight"].dtype for weights in files}
+            inner = "text_model." if kind == "CLIPTextModel" else "vision_model.vision_model."
+            outer = inner.split(".")[0]
+            keys = {key for weights in files for key in weights if key.startswith(outer)}
+            assert len(keys) > 10 and all(key.startswith(inner) for key in keys)
+            assert not any(key.startswith(f"{inner}{outer}") for key in keys)
+            dtypes = {weights[f"{inner}embeddings.position_embedding.weight"].dtype for weights in files}
             assert dtypes == {torch.float32, *[torch.float16] * fp16_variant}
         elif kind == "CLIPTokenizer":
             merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines()[1:]]
@@ -409,9 +464,24 @@ def test_what_is_saved_has_the_names_and_files_of_transformers_4(teachers, tmp_p
             config = json.loads((folder / "tokenizer_config.json").read_text())
             assert kind == config["tokenizer_class"] == "T5TokenizerFast"
             assert config["additional_special_tokens"] == [] and "extra_special_tokens" not in config
-    assert {"sd21": "CLIPTextModel", "sdxl": "CLIPTokenizer", "sd3": "T5TokenizerFast"}[script] in kinds.values()
+    wanted = {"sd21": "StableDiffusionSafetyChecker", "sdxl": "CLIPTokenizer", "sd3": "T5TokenizerFast"}
+    assert wanted[script] in kinds.values()
+    again = DiffusionPipeline.from_pretrained(output)
+    for name, state in weights.items():
+        ours = getattr(again, name).state_dict()
+        assert ours.keys() == state.keys() and all(torch.equal(ours[key], tensor) for key, tensor in state.items())
+
+
+def test_a_pipeline_is_downloaded_without_the_adapters_own_model(tmp_path, teachers):
+    """Diffusers takes it for weights of the pipeline by its name."""
+    pipeline = DiffusionPipeline.from_pretrained(teachers["sd21"])
+    pipeline.unet.save_pretrained(tmp_path / "lora" / "unet")
+    save_with_variant(pipeline, tmp_path, fp16_variant=False)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_ignore_files"] == ["lora/unet/diffusion_pytorch_model.safetensors"]
     again = DiffusionPipeline.from_pretrained(tmp_path)
-    for name in (name for name in kinds if name.startswith("text_encoder")):
-        ids = torch.tensor([getattr(pipeline, name.replace("text_encoder", "tokenizer"))(text).input_ids])
-        ours, theirs = (getattr(each, name).float()(ids)[0] for each in (again, pipeline))
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)  # the one that was saved is in float16 since
+    assert again.components.keys() == pipeline.components.keys()
+    source = TeacherSource(str(tmp_path), None, None, "pass another")  # and it serves as a teacher
+    assert check_parts(source, {"unet": "UNet2DConditionModel"}).keys() == {
+        name for name, part in again.components.items() if part is not None
+    }
