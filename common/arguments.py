@@ -89,9 +89,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     training.add_argument("--train_batch_size", type=int, default=4, help="images per device and micro-batch")
     training.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per step")
     training.add_argument("--max_train_steps", type=int, default=50_000, help="optimizer steps of the whole run")
-    training.add_argument(
-        "--num_train_epochs", type=float, help="passes over the images, in place of --max_train_steps"
-    )
+    training.add_argument("--num_train_epochs", type=float, help="passes over the images, not --max_train_steps")
     training.add_argument("--learning_rate", type=float, default=5e-5, help="peak learning rate")
     training.add_argument(
         "--lr_scheduler",
@@ -122,9 +120,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.
     logs = parser.add_argument_group("checkpoints, logs and the Hub")
     logs.add_argument("--checkpointing_steps", type=int, help="steps between checkpoints (default: half an hour)")
     logs.add_argument("--checkpoints_total_limit", type=int, default=3, help="keep this many checkpoints, the newest")
-    logs.add_argument(
-        "--resume_from_checkpoint", help='a checkpoint folder, or "latest" (starts anew if there is none)'
-    )
+    logs.add_argument("--resume_from_checkpoint", help='a checkpoint folder, or "latest" (anew if there is none)')
     logs.add_argument(
         "--discard_later_checkpoints", action="store_true", help="resume from an older one and remove the newer ones"
     )
@@ -162,6 +158,10 @@ def check_args(args: argparse.Namespace) -> None:
         check_cached_teacher(args)
     if getattr(args, "snr_gamma", None) is not None and args.kd_loss in ("place", "lift"):
         fail(f"--snr_gamma {args.snr_gamma} is not for --kd_loss {args.kd_loss}; pass mse, rms or none, or drop it")
+    for flag, usual, losses in (("kd_weighting", "adaptive", ("place", "lift")), ("group_by", "error", ("place",))):
+        if getattr(args, flag) != usual and args.kd_loss not in losses:
+            given = f"--{flag} {getattr(args, flag)}"
+            fail(f"{given} has no effect with --kd_loss {args.kd_loss}; drop it, or pass --kd_loss {losses[0]}")
     if args.dry_run and args.num_train_epochs is not None:
         fail(f"--num_train_epochs {args.num_train_epochs} with --dry_run, which reads no data; pass --max_train_steps")
     if not args.dry_run:
