@@ -762,7 +762,7 @@ CASES = [
     (XL, "--pretrained_teacher_model {sd}", "is a StableDiffusionPipeline with no text_encoder_2; pass"),
     (XL, "--pretrained_teacher_model {one_safetensors}", "diffusers.StableDiffusionXLPipeline.from_single_file("),
     (XL, "--snr_gamma 0", "--snr_gamma 0.0 is out of range"),
-    (UNET, "--kd_loss mse --kd_weighting fine_only", "--kd_weighting fine_only has no effect with --kd_loss mse; drop"),
+    (UNET, "--kd_loss mse --kd_weighting fine_only", "--kd_weighting fine_only has no effect with --kd_loss mse"),
     (UNET, "--kd_loss lift --group_by position", "--group_by position has no effect with --kd_loss lift; drop it"),
     (XL, "--aspect_ratio_buckets 16,72", "--aspect_ratio_buckets"),
     (SD, "--resolution 2", "--resolution 2 is not divisible by VAE and U-Net; pass a multiple of 32"),
