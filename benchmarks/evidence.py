@@ -230,7 +230,7 @@ def long_experiment() -> Experiment:
     pairs = *(("place", other) for other in ("none, rms", "rms, rms")), ("rms, rms", "none, rms")
     pairs += tuple(("place, rms", other) for other in ("place", "none, rms", "rms, rms"))
     pairs += tuple((other, "mse") for other in ("place", "place, rms", "rms, rms", "none, rms"))
-    return Experiment(question, rows, (0, 1, 2), shared, (("mse",), ("none, rms",)), pairs=pairs)
+    return Experiment(question, rows, (0, 1, 2, 3, 4), shared, (("mse",), ("none, rms",)), pairs=pairs)
 
 
 def ablations_experiment() -> Experiment:
