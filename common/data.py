@@ -72,7 +72,7 @@ def load_images(
             where = {"path": "imagefolder", "data_files": {"train": folder.patterns}, **options}
             if streaming and folder.shards:
                 where, hint = {"path": "webdataset", "data_files": {"train": folder.shards}}, ""
-                remedy = "pass shards whose first five samples have the same kinds of files"
+                remedy = "pass whole shards, whose first five samples have the same kinds of files"
             else:
                 check_images(folder, train_data_dir)
         forgive_damage()

@@ -264,7 +264,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, flag: str = "-
             check_base(source, args.revision, parts, *next(iter(student.items())))
             options |= student
         pipeline = read_weights(getattr(diffusers, kind).from_pretrained, source, **options, **dict.fromkeys(absent))
-        pipeline.register_to_config(id2label=parts.get("id2label"))
+        pipeline.id2label = parts.get("id2label")  # which a DiTPipeline does not keep whole
         if checkpoint is not None and (checkpoint / "lora").is_dir():
             averaged = checkpoint / "lora_ema"
             pipeline.load_lora_weights(averaged if averaged.is_dir() else checkpoint / "lora")
@@ -439,10 +439,15 @@ def count_classes(pipeline: DiffusionPipeline) -> int | None:
 
 
 def find_classes(pipeline: DiffusionPipeline, classes: list[str] | None) -> list[int]:
-    """The numbers of the classes, which are given as numbers or names; all of the pipeline's for `None`."""
+    """The numbers of the classes, which are given as numbers or names; all of the pipeline's for `None`.
+
+    Args:
+        pipeline: Of [`load_pipeline`].
+        classes: `--classes`.
+    """
     count = count_classes(pipeline)
     # Not DiTPipeline's `labels`: of two classes of one name, as ImageNet's cranes, they have one alone.
-    names = {int(number): name for number, name in (pipeline.config.get("id2label") or {}).items()}
+    names = {int(number): name for number, name in (pipeline.id2label or {}).items()}
     numbers = sorted(names) or list(range(count))
     if classes is not None:
         numbers = []

@@ -365,7 +365,7 @@ def test_classes_of_one_name_are_all_drawn(models):
     """ImageNet has two cranes; DiTPipeline's own table of names has the second alone."""
     pipeline = DiTPipeline.from_pretrained(models["dit"][1])
     names = {"2": "crane", "5": "crane", "7": "maillot", "11": "maillot, tank suit"}
-    pipeline.register_to_config(id2label=names)
+    pipeline.id2label = names
     assert generate.find_classes(pipeline, None) == [2, 5, 7, 11]
     assert generate.find_classes(pipeline, ["5", "tank suit", "2"]) == [5, 11, 2]
     for name, numbers in (("crane", [2, 5]), ("maillot", [7, 11])):

@@ -331,7 +331,7 @@ def test_shards_must_begin_with_whole_samples(tmp_path):
     del samples["3"]["txt"]
     write_shard(tmp_path / "0.tar", samples)
     columns = {"image_column": "png", "caption_column": "txt"}
-    says = "does not load: .*; pass shards whose first five samples have the same kinds of files"
+    says = "does not load: .*; pass whole shards, whose first five samples have the same kinds of files"
     with pytest.raises(SystemExit, match=says):
         load_images(None, None, str(tmp_path), str(tmp_path / "cache"), columns, streaming=True)
     samples = {str(number): sample(number) for number in range(8)}
@@ -460,7 +460,7 @@ def test_columns_of_shards(shards, tmp_path, columns, message):
 
 def test_shards_that_do_not_load(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"no archive")
-    with pytest.raises(SystemExit, match=r"--train_data_dir .* does not load: .*pass a folder of images or a Hub"):
+    with pytest.raises(SystemExit, match=r"--train_data_dir .* does not load: .*; pass whole shards"):
         load_images(None, None, str(tmp_path), str(tmp_path / "cache"), {"image_column": "png"}, streaming=True)
 
 
