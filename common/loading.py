@@ -15,10 +15,12 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from common.errors import first_line
 
+from huggingface_hub import list_repo_files
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 
@@ -91,11 +93,11 @@ def read_weights(load: Callable, path: str, **options: Any) -> Any:
 
 
 def read_variant(load: Callable, path: str, variant: str | None, **options: Any) -> Any:
-    """[`read_weights`] of a variant, or of the usual files where one model of a pipeline has no such variant."""
+    """[`read_weights`] of a variant, or of the usual files where other models of the pipeline have it alone."""
     try:
         return read_weights(load, path, variant=variant, **options)
     except OSError as error:
-        if variant is None or not lacks_weights(error):
+        if variant is None or not lacks_weights(error) or not _has_variant(path, variant, options.get("revision")):
             raise
         with suppress(OSError):
             loaded = read_weights(load, path, **options)
@@ -103,6 +105,17 @@ def read_variant(load: Callable, path: str, variant: str | None, **options: Any)
             logger.warning(f"{name} has no {variant} variant: reading its usual weights")
             return loaded
         raise
+
+
+def _has_variant(path: str, variant: str, revision: str | None) -> bool:
+    """Whether some file of a folder or of a repository is of the variant; no, where the Hub cannot be asked."""
+    try:
+        folder = Path(path)
+        local = (file.name for file in folder.rglob("*"))
+        names = local if folder.is_dir() else list_repo_files(path, revision=revision)
+        return any(re.search(rf"\.{re.escape(variant)}[.-]", name) for name in names)
+    except Exception:  # of whichever HTTP library
+        return False
 
 
 @contextmanager

@@ -786,7 +786,7 @@ CASES = [
     (UNET, "--pretrained_teacher_model nobody", "does not load"),
     (SD3, "--pretrained_teacher_model a/b/c/d", "is no folder"),
     ((UNET, SD), "--variant nosuch", "--pretrained_teacher_model {teacher} does not load", "variant=nosuch"),
-    (XL, "--variant nosuch", "--pretrained_teacher_model {teacher} does not load", "variant=nosuch"),
+    ((XL, SD3, DIT), "--variant nosuch", "--pretrained_teacher_model {teacher} does not load", ".nosuch.safetensors"),
     (UNET, "--pretrained_teacher_model {sd}", "UNet2DModel"),
     (SD, "--pretrained_teacher_model {pixel}", "is a DDPMPipeline with UNet2DModel unet; pass a Stable Diffusion"),
     (DIT, "--pretrained_teacher_model {pixel}", "is a DDPMPipeline"),

@@ -84,16 +84,19 @@ def test_weights_of_a_variant_alone(sd_teacher, tmp_path):
 
 
 def test_a_part_without_the_variant_is_read_by_its_usual_files(sd_teacher, tmp_path, caplog):
-    """As Diffusers reads a pipeline of which some parts alone have the variant."""
-    source = source_of(sd_teacher)._replace(variant="fp16")
+    """As Diffusers reads a pipeline of which some parts alone have the variant; one that no part has is refused."""
+    folder = Path(shutil.copytree(sd_teacher, tmp_path / "teacher"))
+    source, name = source_of(folder)._replace(variant="fp16"), "diffusion_pytorch_model.fp16.safetensors"
+    with pytest.raises(SystemExit, match=r"does not load: .* no file named \S*\.fp16\.safetensors"):
+        load_part(source, AutoencoderKL, "vae")
+    shutil.copy(folder / "unet" / "diffusion_pytorch_model.safetensors", folder / "unet" / name)
     vae = load_part(source, AutoencoderKL, "vae")
     assert "/vae has no fp16 variant: reading its usual weights" in caplog.text
     expected = load_part(source_of(sd_teacher), AutoencoderKL, "vae").state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in vae.state_dict().items())
-    folder = Path(shutil.copytree(sd_teacher, tmp_path / "teacher"))
-    (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"damaged")
+    (folder / "vae" / name).write_bytes(b"damaged")
     with pytest.raises(SystemExit, match="does not load"):
-        load_part(source._replace(path=str(folder)), AutoencoderKL, "vae")
+        load_part(source, AutoencoderKL, "vae")
 
 
 def test_the_variant_is_named_where_the_hub_has_no_other_weights():
