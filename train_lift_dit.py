@@ -72,6 +72,7 @@ from common.errors import fail
 from common.estimates import count_costs, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
+from common.loading import list_parts
 from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
@@ -267,7 +268,7 @@ def check_pipeline(source: TeacherSource | None, has_vae: bool) -> tuple[type[Sc
     kind = index.get("_class_name") if isinstance(index, dict) else "list"
     if kind != "DiTPipeline":
         fail(f"--pretrained_teacher_model {source.path} is a {kind}; {source.expected}")
-    parts = {name: part[1] for name, part in index.items() if isinstance(part, list) and name[0] != "_"}
+    parts = list_parts(index)
     vae, scheduler = parts.get("vae"), parts.get("scheduler")
     if vae != "AutoencoderKL" and not has_vae:
         remedy = f"pass --vae, or {source.expected.removeprefix('pass ')}"

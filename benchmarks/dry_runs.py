@@ -33,8 +33,10 @@ BLOCKS = "bk_base", "bk_small", "bk_tiny", "bk_extreme"
 WIDTHS = "width_256", "width_224", "width_192", "width_160", "width_128"
 XL = "ssd_1b", "vega", "koala_1b", "koala_700m", "extreme", "width_80"
 AS_PRINTED = (  # the commands of README.md's table of targets, but for the pixel U-Net's, which is among the others
-    *(("sd21", "sd21", "bk_tiny"), ("sdxl", "sdxl", "koala_700m")),
-    *(("dit", "dit", "d14"), ("sd3", "sd3-medium", "half")),
+    ("sd21", "sd21", "bk_tiny"),
+    ("sdxl", "sdxl", "koala_700m"),
+    ("dit", "dit", "d14"),
+    ("sd3", "sd3-medium", "half"),
 )
 HALF = "--mixed_precision fp16 --cache_latents"
 SD3 = "--resolution 512 --train_batch_size 4 --mixed_precision bf16 --gradient_checkpointing"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common.ending import Stopped, StopSignals
 from common.errors import fail, first_line
+from common.loading import list_parts
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
@@ -40,20 +41,22 @@ def save_with_variant(pipeline: DiffusionPipeline, output_dir: Path, fp16_varian
     for part in (pipeline, *pipeline.components.values()):
         if isinstance(part, ConfigMixin):  # else the path that it was loaded from, within the user's home, is saved
             part.register_to_config(_name_or_path="")
-    pipeline.save_pretrained(output_dir)
-    save_for_transformers_4(pipeline, output_dir)
-    finish_index(output_dir)
+    _save(pipeline, output_dir)
     if not fp16_variant:
         return
     configs = {path: path.read_bytes() for path in output_dir.glob("*/config.json")}
     for model in models:
         model.half()
-    pipeline.save_pretrained(output_dir, variant="fp16")
-    save_for_transformers_4(pipeline, output_dir, variant="fp16")
-    finish_index(output_dir)
+    _save(pipeline, output_dir, variant="fp16")
     # Transformers notes the last dtype, and would load the float32 text encoders in it.
     for path, content in configs.items():
         path.write_bytes(content)
+
+
+def _save(pipeline: DiffusionPipeline, output_dir: Path, variant: str | None = None) -> None:
+    pipeline.save_pretrained(output_dir, variant=variant)
+    save_for_transformers_4(pipeline, output_dir, variant)
+    finish_index(output_dir)
 
 
 def save_for_transformers_4(pipeline: DiffusionPipeline, output_dir: Path, variant: str | None = None) -> None:
@@ -125,7 +128,7 @@ def push_to_hub(output_dir: Path, repo_id: str, stop: StopSignals) -> None:
         Stopped: A signal has come, now or while the student was saved.
     """
     index = json.loads((output_dir / "model_index.json").read_text())
-    parts = [name for name, part in index.items() if isinstance(part, list) and name[0] != "_"]  # absent ones, too
+    parts = list_parts(index)  # absent ones, too
     options = {"commit_message": "End of training", "ignore_patterns": [".*", "*/.*"]}
     options["allow_patterns"] = ["model_index.json", *SHOWN, *(f"{part}/*" for part in (*parts, "lora"))]
     options["delete_patterns"] = [f"{part}/*.safetensors*" for part in (*parts, "lora")]

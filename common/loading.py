@@ -50,6 +50,11 @@ def lacks_weights(error: Exception) -> bool:
     return re.search(r"(no|a) file named \S*model\S*\.(safetensors|bin)", first_line(error)) is not None
 
 
+def list_parts(index: dict[str, Any]) -> dict[str, str | None]:
+    """The class of each part that a model_index.json names; `None` of those that are left out."""
+    return {name: part[1] for name, part in index.items() if isinstance(part, list) and name[0] != "_"}
+
+
 def causes_of(error: BaseException) -> list[BaseException]:
     """The error, and those that led to it."""
     causes, cause = [error], error.__cause__ or error.__context__

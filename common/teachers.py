@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from common.errors import fail, first_line
 from common.finite import first_non_finite
-from common.loading import causes_of, explain, read_variant
+from common.loading import causes_of, explain, list_parts, read_variant
 
 import diffusers
 import torch
@@ -96,8 +96,7 @@ def check_parts(
     index = load_from(source, DiffusionPipeline.load_config)
     if not isinstance(index, dict):
         fail(f"--pretrained_teacher_model {source.path} has a model_index.json that lists no parts; {source.expected}")
-    parts = {name: part for name, part in index.items() if isinstance(part, list) and name[0] != "_"}
-    kinds = {name: part[1] for name, part in parts.items() if part[1] is not None}
+    kinds = {name: kind for name, kind in list_parts(index).items() if kind is not None}
     present = {name: kind for name, kind in (optional or {}).items() if name in kinds}
     for name, kind in {**required, **present}.items():
         if name not in kinds or kind not in (None, kinds[name]):

@@ -64,7 +64,7 @@ from common.errors import fail, first_line
 from common.finite import first_non_finite
 from common.folders import check_writable
 from common.full import end_in_one_line
-from common.loading import explain, read_weights
+from common.loading import explain, list_parts, read_weights
 from common.processes import TIMEOUT, check_connected
 from common.students import public_config
 from common.teachers import DDPM_NOISE, PREDICTIONS
@@ -778,8 +778,7 @@ def digest_model(args: argparse.Namespace) -> str:
     if not folder.is_dir():
         return checkpoint + identify(source, args.revision, [])["commit"]
     index = folder / "model_index.json"
-    listed = json.loads(index.read_text()).items()
-    parts = [name for name, part in listed if isinstance(part, list) and name[0] != "_" and part[0] is not None]
+    parts = [name for name, kind in list_parts(json.loads(index.read_text())).items() if kind is not None]
     files = [index, *(path for part in parts for path in sorted((folder / part).rglob("*")) if path.is_file())]
     if not all((folder / part).is_dir() for part in parts):  # old pixel pipelines have theirs beside model_index.json
         files += sorted(path for path in folder.iterdir() if path.suffix in (".json", ".bin", ".safetensors"))
