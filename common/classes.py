@@ -8,7 +8,7 @@
 # specific language governing permissions and limitations under the License.
 """Which class of the model is a label of the data, and what are the classes called?"""
 
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 from common.errors import fail
@@ -53,25 +53,41 @@ def number_labels(
 
 def _match_names(names: list[str], known: dict[int, str]) -> list[int] | None:
     """The numbers of these names among the known ones, `None` where they are not all known."""
-    numbers, owners = _numbers_by_name(known), Counter(part for name in known.values() for part in _split(name))
-    unknown = [name for name in names if owners[name] != 1]  # ImageNet has two cranes
+    numbers = _numbers_by_name(known)
+    unknown = [name for name in names if len(numbers[name]) != 1]  # ImageNet has two cranes
     if len(unknown) == len(names):
         return None
     if unknown:
         found = f"{unknown[0]} is not one of the teacher's classes, and {len(names) - len(unknown)} others are"
         logger.warning(f"{found}: class i is the i-th name; for its classes name all as it does, or by their numbers")
         return None
-    return [numbers[name] for name in names]
+    return [numbers[name][0] for name in names]
 
 
-def _numbers_by_name(names: dict[int, str]) -> dict[str, int]:
-    """The number of each name, and of each of several in one."""
-    return {part: number for number, name in names.items() for part in _split(name)}
+def _numbers_by_name(names: dict[int, str]) -> defaultdict[str, list[int]]:
+    """The numbers of the classes that have a name, by themselves or among several with commas between."""
+    numbers = defaultdict(list)
+    for number, name in names.items():
+        for part in {name, *map(str.strip, name.split(","))}:
+            numbers[part].append(number)
+    return numbers
 
 
-def _split(name: str) -> set[str]:
-    """The name of a class, and the several that it may list."""
-    return {part.strip() for part in [name, *name.split(",")]}
+def find_class(entry: str, num_classes: int, names: dict[int, str], flag: str) -> int:
+    """The number of a class that is given by its number or name. One that is no class, or several, ends the run.
+
+    Args:
+        entry: The number or the name.
+        num_classes: Of the model.
+        names: Of its classes by number, as far as they are known. A name may list several, with commas between.
+        flag: That gives it.
+    """
+    found = [int(entry)] if entry.isdecimal() else _numbers_by_name(names)[entry]
+    if len(found) > 1:
+        fail(f"{flag} {entry} is the name of the classes {found}; pass one of these numbers")
+    if not found or not 0 <= found[0] < num_classes:
+        fail(f"{flag} {entry} is no class; pass a number below {num_classes}, or a name of its classes")
+    return found[0]
 
 
 def number_classes(
@@ -108,16 +124,11 @@ def read_classes(chosen: list[str] | None, num_classes: int, names: dict[int, st
     Args:
         chosen: The flag's value.
         num_classes: Of the model.
-        names: Of its classes by number, as far as they are known. A name may list several, with commas between.
+        names: Of its classes by number, as far as they are known.
 
     Returns:
         A label for each class, by number.
     """
-    numbers, classes = _numbers_by_name(names), {}
-    for entry in chosen or [str(number) for number in sorted(names or range(num_classes))[:8]]:
-        number = int(entry) if entry.isdecimal() else numbers.get(entry, -1)
-        if not 0 <= number < num_classes:
-            remedy = f"pass a number below {num_classes}, or a name of its classes"
-            fail(f"--validation_classes {entry} is no class; {remedy}")
-        classes[number] = names.get(number, f"class {number}")
-    return classes
+    first = [str(number) for number in sorted(names or range(num_classes))[:8]]
+    numbers = [find_class(entry, num_classes, names, "--validation_classes") for entry in chosen or first]
+    return {number: names.get(number, f"class {number}") for number in numbers}

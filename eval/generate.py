@@ -60,6 +60,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.arguments import HelpFormatter, check_values
 from common.cache import identify
 from common.checkpoints import check_ended, hash_file
+from common.classes import find_class
 from common.errors import fail, first_line
 from common.finite import first_non_finite
 from common.folders import check_writable
@@ -448,19 +449,9 @@ def find_classes(pipeline: DiffusionPipeline, classes: list[str] | None) -> list
     count = count_classes(pipeline)
     # Not DiTPipeline's `labels`: of two classes of one name, as ImageNet's cranes, they have one alone.
     names = {int(number): name for number, name in (pipeline.id2label or {}).items()}
-    numbers = sorted(names) or list(range(count))
-    if classes is not None:
-        numbers = []
-        for entry in classes:
-            listed = [number for number, name in names.items() if entry in map(str.strip, name.split(","))]
-            found = [int(entry)] if entry.isdecimal() else listed
-            if len(found) > 1:
-                fail(f"--classes {entry} is the name of the classes {found}; pass one of these numbers")
-            numbers += found or [-1]
-            if not 0 <= numbers[-1] < count:
-                what = f"--classes {entry} is not a class of the model"
-                fail(f"{what}; pass numbers below {count}, or names of its classes")
-    return numbers
+    if classes is None:
+        return sorted(names) or list(range(count))
+    return [find_class(entry, count, names, "--classes") for entry in classes]
 
 
 def find_conditions(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list | None:

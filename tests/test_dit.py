@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import common.reporting
-from common.classes import number_classes
+from common.classes import number_classes, read_classes
 from common.students import spaced_blocks
 from common.vae import pixel_vae
 
@@ -808,6 +808,13 @@ def test_classes_of_the_grid_by_number_and_name(distil, monkeypatch):
     monkeypatch.setattr(common.reporting, "labelled_grid", spied_grid)
     distil("--validation_classes", "tee", "ankle boot", 5)
     assert rows and all(labels == ["t-shirt, tee", "ankle boot", "class 5"] for labels in rows)
+
+
+def test_a_name_of_several_classes_is_not_guessed():
+    with pytest.raises(SystemExit) as refused:
+        read_classes(["5", "crane"], 1000, {134: "crane", 517: "crane", 5: "electric ray"})
+    says = "--validation_classes crane is the name of the classes [134, 517]; pass one of these numbers"
+    assert refused.value.code == f"error: {says}"
 
 
 def test_the_teacher_by_default():

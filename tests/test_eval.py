@@ -373,7 +373,7 @@ def test_classes_of_one_name_are_all_drawn(models):
             generate.find_classes(pipeline, ["3", name])
         says = f"error: --classes {name} is the name of the classes {numbers}; pass one of these numbers"
         assert refused.value.code == says
-    with pytest.raises(SystemExit, match="--classes heron is not a class of the model; pass numbers below 1000"):
+    with pytest.raises(SystemExit, match="--classes heron is no class; pass a number below 1000"):
         generate.find_classes(pipeline, ["heron"])
 
 
