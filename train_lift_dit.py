@@ -830,6 +830,7 @@ def sample_images(
     Args:
         vae: In float32, on the device.
         scheduler: The teacher's.
+        guidance_scale: 1 or less is no guidance.
     """
     config, count, device = transformer.config, len(classes), accelerator.device
     mine = share_of(count, accelerator)
@@ -843,7 +844,7 @@ def sample_images(
         with autocast_of(transformer, accelerator):
             output = transformer(both, step.expand(2 * len(mine)), labels, return_dict=False)[0]
         guided, unguided = split_output(output, config.in_channels)[0].chunk(2)
-        guided = unguided + guidance_scale * (guided - unguided)
+        guided = unguided + max(guidance_scale, 1) * (guided - unguided)
         latents = scheduler.step(guided, step, latents).prev_sample
     latents = latents / vae.config.scaling_factor
     images = torch.cat([vae.decode(image).sample for image in latents.split(1)])  # one by one: decoding takes memory

@@ -50,8 +50,10 @@ def test_predictions_come_in_float32_while_samples_are_drawn():
     assert (widened.dtype, plain.dtype) == (torch.float32, torch.bfloat16) and torch.equal(widened, plain.float())
 
 
-@pytest.mark.parametrize("script", ["unet", "sd21", "sdxl", "dit", "sd3"])
-def test_samples_are_the_pipelines(teachers, script):
+@pytest.mark.parametrize(
+    ("script", "guidance"), [("unet", None), ("sd21", 5), ("sdxl", 5), ("dit", 5), ("dit", 0.5), ("sd3", 5)]
+)
+def test_samples_are_the_pipelines(teachers, script, guidance):
     """The pipeline that users load draws the same pictures, in the prompts' order, from the same noise.
 
     Also by a sampler that adds noise of its own.
@@ -66,7 +68,7 @@ def test_samples_are_the_pipelines(teachers, script):
     draw = partial(
         module.sample_images, model, scheduler=pipeline.scheduler, seed=0, accelerator=Accelerator(cpu=True)
     )
-    how = {"num_inference_steps": 3} | ({} if script == "unet" else {"guidance_scale": 5.0})
+    how = {"num_inference_steps": 3} | ({} if guidance is None else {"guidance_scale": guidance})
     if script == "unet":
         ours, inputs = draw(count=2, **how), {"batch_size": 2, "generator": torch.Generator().manual_seed(0)}
     elif script == "dit":
