@@ -57,21 +57,13 @@ from common.costs import (
     estimate_decoding,
     estimate_image_encoding,
 )
-from common.data import (
-    choose_samples,
-    drop_unreadable,
-    flip_rows,
-    flip_views,
-    load_images,
-    load_pixels,
-    random_flips,
-    report_unlisted,
-)
+from common.data import choose_samples, drop_unreadable, load_images, report_unlisted
 from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import count_costs, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
+from common.images import flip_rows, flip_views, load_pixels, random_flips
 from common.loading import list_parts
 from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes

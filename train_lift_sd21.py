@@ -62,20 +62,13 @@ from common.costs import (
     estimate_text_encoding,
     together,
 )
-from common.data import (
-    choose_samples,
-    drop_unreadable,
-    flip_rows,
-    flip_views,
-    load_images,
-    load_pixels,
-    random_flips,
-)
+from common.data import choose_samples, drop_unreadable, load_images
 from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import count_costs, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
+from common.images import flip_rows, flip_views, load_pixels, random_flips
 from common.levels import pair_levels
 from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
@@ -105,6 +98,7 @@ from common.teachers import (
     TeacherSource,
     check_parts,
     find_sampler,
+    find_weights,
     load_from,
     load_frozen,
     load_noise_schedule,
@@ -772,6 +766,7 @@ def main(args: argparse.Namespace) -> None:
     scheduler, tokenizer = load_noise_schedule(source, sampler), load_tokenizer(source)
     # What training does without, such as a safety checker: the end needs it, and must not be the first to load it.
     load_weights(source, DiffusionPipeline, **dict.fromkeys(PARTS))
+    find_weights(source, {"text_encoder": CLIPTextModel})
 
     # ---- output
     output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)

@@ -68,20 +68,13 @@ from common.costs import (
     estimate_text_encoding,
     together,
 )
-from common.data import (
-    choose_samples,
-    drop_unreadable,
-    flip_rows,
-    flip_views,
-    load_images,
-    load_pixels,
-    random_flips,
-)
+from common.data import choose_samples, drop_unreadable, load_images
 from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import count_costs, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
+from common.images import flip_rows, flip_views, load_pixels, random_flips
 from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
@@ -126,6 +119,7 @@ from common.teacher_weights import first_place, hold_teacher
 from common.teachers import (
     TeacherSource,
     check_parts,
+    find_weights,
     load_from,
     load_frozen,
     load_part,
@@ -944,6 +938,7 @@ def main(args: argparse.Namespace) -> None:
         return print_dry_run(student_shape, teacher_shape, vae_shape, recipe, text_encoders, source, args)
     scheduler, sampler = load_scheduler(source, accelerator.device), load_part(source, sampler, "scheduler")
     tokenizers = {name: load_tokenizer(source, name, args.max_sequence_length) for name in text_encoders}
+    find_weights(source, {name: TEXT_ENCODERS[name].model for name in text_encoders})
 
     # ---- output
     output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)
@@ -1030,9 +1025,8 @@ def main(args: argparse.Namespace) -> None:
     # ---- what a step and a validation do
     kd_loss = make_kd_loss(args.kd_loss, args.group_size, args.group_by, args.coarse_norm, args.kd_weighting)
     lambdas = args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat
-    how = {"task_loss": args.task_loss, "weighting_scheme": args.weighting_scheme}
-    values = {"inputs_of": inputs_of, "kd_loss": kd_loss, "lambdas": lambdas, **how}
-    losses_of = partial(compute_losses, student, teacher_model, **values)
+    how = {"inputs_of": inputs_of, "kd_loss": kd_loss, "lambdas": lambdas, "task_loss": args.task_loss}
+    losses_of = partial(compute_losses, student, teacher_model, weighting_scheme=args.weighting_scheme, **how)
     shown = teacher_samples, sample, load_vae, prompts, output_dir, accelerator
     validate = partial(log_validation, teacher, transformer, ema, *shown)
 

@@ -63,23 +63,13 @@ from common.costs import (
     estimate_text_encoding,
     together,
 )
-from common.data import (
-    choose_samples,
-    choose_size,
-    covering_size,
-    drop_unreadable,
-    fit_image,
-    flip_rows,
-    flip_views,
-    load_images,
-    open_image,
-    random_flips,
-)
+from common.data import choose_samples, drop_unreadable, load_images
 from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import count_costs, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
+from common.images import choose_size, covering_size, fit_image, flip_rows, flip_views, open_image, random_flips
 from common.levels import pair_levels
 from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
@@ -109,6 +99,7 @@ from common.teachers import (
     TeacherSource,
     check_parts,
     find_sampler,
+    find_weights,
     freeze,
     load_from,
     load_frozen,
@@ -866,6 +857,7 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         return print_dry_run(student_shape, teacher_shape, vae, recipe, source, args)
     scheduler, tokenizers = load_noise_schedule(source, sampler), load_tokenizers(source)
+    find_weights(source, TEXT_ENCODERS)
 
     # ---- output
     output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)

@@ -48,12 +48,13 @@ from common.cache import cache_encodings
 from common.card import write_model_card
 from common.checkpoints import prepare_output
 from common.costs import dtype_of
-from common.data import choose_samples, drop_unreadable, flip_rows, load_images, load_pixels
+from common.data import choose_samples, drop_unreadable, load_images
 from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import count_costs, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub
+from common.images import flip_rows, load_pixels
 from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start

@@ -19,8 +19,9 @@
     6  tests that have a GPU's part, on it
     7  memory and speed of SDXL -> koala_700m at 1024 pixels: whole, and as LoRA
 
-The models have random weights (random_teachers.py), nothing is downloaded. Each slice writes a JSON list and keeps
-each run as soon as it is done: the same command goes on where it was stopped. Runs start side by side, as many as the
+The models have random weights (random_teachers.py), nothing is downloaded; but slice 6 needs Fashion-MNIST, as all
+tests do. Each slice writes a JSON list and keeps each run as soon as it is done: the same command goes on where it was
+stopped. Runs start side by side, as many as the
 GPU holds, and are timed in turns. Slices 2, 3 and 7 hold a run to the memory of a card of 12, 16 or 24 GiB, its CUDA
 context included, and double or halve the batch until it is the largest that fits.
 """
@@ -50,6 +51,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.attention import check_xformers
 from common.errors import fail
 from common.metrics import read_metrics
 
@@ -457,6 +459,8 @@ def time_steps(results: Results, size: str, inputs: Path) -> None:
         own, _, passed = grid.partition(" -- ")
         flags = [*own.split(), "--size", size, *(["--", *passed.split()] if passed else [])]
         cells += list_cells(parse_step_args(flags))
+    cells = [cell for cell in cells if results.misses(cell) and (has_xformers() or "xformers" not in cell["flags"])]
+    cells.sort(key=lambda cell: cell["compile"] != "on")  # which start slowest: while there is most time
     if ON_GPU:
         at_once = max(int(torch.cuda.get_device_properties(0).total_memory / 2**30 / CELL), 1)
         at_once = min(at_once, (os.cpu_count() or 2) // 2)
@@ -466,6 +470,14 @@ def time_steps(results: Results, size: str, inputs: Path) -> None:
         wave, seconds = cells[start : start + at_once], results.seconds_left()
         found = run_cells(wave, results.path, inputs, 3, "benchmarks/gpu.sh 4", at_once, seconds)
         write_markdown(results.path.with_suffix(".md"), found)
+
+
+def has_xformers() -> bool:
+    """Whether its kernels load beside this torch."""
+    with contextlib.suppress(SystemExit):
+        check_xformers()
+        return True
+    return False
 
 
 def kill_and_resume(results: Results, size: str, inputs: Path) -> None:
@@ -547,6 +559,7 @@ def run_tests(results: Results, size: str, inputs: Path) -> None:
         try:
             finished = run_python(*command, seconds=results.seconds_left(2 * LIMIT), **environment)
         except subprocess.TimeoutExpired as error:
+            print((error.stdout or b"").decode(errors="replace")[-5000:], flush=True)  # bytes, whatever was asked for
             return results.keep(settings, {"error": str(error)}, started)
         print(finished.stdout[-5000:], flush=True)
         last = finished.stdout.strip().rpartition("\n")[2]

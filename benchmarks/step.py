@@ -47,6 +47,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -365,12 +366,15 @@ def run_cells(
     kept = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else []
     known = {identify(cell): cell for cell in kept}
     missing = [cell for cell in wanted if not is_measured(known.get(identify(cell), {"error": "none yet"}))]
+    teachers = sorted({(cell["script"], cell["size"]) for cell in missing})
+    with ThreadPoolExecutor(at_once) as pool:
+        errors = dict(zip(teachers, pool.map(lambda teacher: prepare_inputs(*teacher, inputs), teachers)))
     for start in range(0, len(missing), at_once):
         cells, failed = missing[start : start + at_once], {}
         for number, cell in enumerate(cells, start + 1):
             name = " ".join(str(cell[axis]) for axis in SETTINGS[:8])
             print(f"{number} of {len(missing)}: {name}", file=sys.stderr, flush=True)
-            if error := prepare_inputs(cell["script"], cell["size"], inputs):
+            if error := errors[cell["script"], cell["size"]]:
                 failed[identify(cell)] = cell | {"command": command, "error": error}
         known |= failed
         cells = [cell for cell in cells if identify(cell) not in failed]

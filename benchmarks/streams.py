@@ -28,7 +28,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.data import load_images, load_pixels
+from common.data import load_images
+from common.images import load_pixels
 from common.streaming import StreamedDataset, StreamLoader
 
 import numpy as np

@@ -170,7 +170,7 @@ def check_args(args: argparse.Namespace) -> None:
         if (args.dataset_name is None) == (args.train_data_dir is None):
             fail("--dataset_name or --train_data_dir must say where the images are: pass one of them")
         if args.train_data_dir is not None:
-            check_data_dir(args.train_data_dir, args.output_dir)
+            check_data_dir(args.train_data_dir, args.output_dir, args.cache_dir)
         teacher = args.pretrained_teacher_model
         if teacher is not None and Path(teacher).resolve() == Path(args.output_dir).resolve():
             which = "is --pretrained_teacher_model, which it would overwrite"

@@ -14,8 +14,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from common.data import choose_size, measure_images
+from common.data import measure_images
 from common.errors import fail
+from common.images import choose_size
 from common.teachers import vae_factor
 
 import datasets

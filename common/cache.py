@@ -29,6 +29,7 @@ from common.memory import fits_the_gpu
 import datasets
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load, save
@@ -80,6 +81,9 @@ def cache_encodings(
     text = json.dumps({**key, **shorter, "version": CACHE_VERSION}, sort_keys=True, indent=2)
     root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "lift-encodings"
     folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
+    if len(set(gather_object([folder.name]))) > 1:
+        found = "--train_data_dir or --dataset_name: the processes find other data"
+        fail(f"{found}; see that all of them read the same files, and that nothing else writes there")
     period = period or len(dataset)
     ends = {
         start: min(start + CACHE_SHARD, first + period)

@@ -239,7 +239,7 @@ def find_checkpoint(output_dir: Path, resume_from: str, discard_later: bool = Fa
     "latest" passes over damaged checkpoints, and says so; one that is named must be whole, and the newest.
 
     Args:
-        discard_later: Whether there may be newer ones, which the run will remove.
+        discard_later: Whether there may be newer ones.
     """
     if resume_from != "latest":
         candidates = [path for path in (output_dir / resume_from, Path(resume_from)) if path.is_dir()][:1]

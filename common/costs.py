@@ -74,7 +74,7 @@ def profile_forward(model: torch.nn.Module, dtype: torch.dtype = torch.float32, 
         if CHECKPOINTED.search(name):
             module.register_forward_pre_hook(enter)
             module.register_forward_hook(leave)
-    with FakeTensorMode():
+    with _no_gpu(), FakeTensorMode():
         kept = _KeptStorages(_put_on_fake_gpu(model))
         inputs = recursively_apply(partial(_fake_input, dtype=dtype), inputs)
         with (
@@ -86,6 +86,16 @@ def profile_forward(model: torch.nn.Module, dtype: torch.dtype = torch.float32, 
         ):
             model(**inputs)
     return flops.get_total_flops() // 2, kept.bytes(), largest
+
+
+@contextmanager
+def _no_gpu() -> Iterator[None]:
+    """No GPU for fake tensors, which would otherwise take a real one's memory, where maybe a training has it all."""
+    available, torch.cuda.is_available = torch.cuda.is_available, lambda: False
+    try:
+        yield
+    finally:
+        torch.cuda.is_available = available
 
 
 def _fake_input(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

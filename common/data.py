@@ -8,7 +8,7 @@
 # specific language governing permissions and limitations under the License.
 """Where do the images and labels come from, and which of them can be used?"""
 
-import io
+import errno
 import os
 import tarfile
 from contextlib import suppress
@@ -16,22 +16,23 @@ from typing import Any
 
 from common.errors import fail, first_line
 from common.folders import check_images, find_unlisted, in_order, look_into
+from common.images import choose_size, open_image
 from common.webdataset import forgive_damage
 
 import datasets
-import torch
 from accelerate.logging import get_logger
 from datasets.fingerprint import Hasher
-from diffusers.training_utils import find_nearest_bucket
-from PIL import ExifTags, Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 
 logger = get_logger(__name__)
 
-TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))  # that make an EXIF orientation upright
 BYTES = ("string", "large_string", "binary", "large_binary")  # of files, or their paths
+# What an image that is damaged or missing raises, without a number where Pillow says so. Others may have passed soon.
+LASTING = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+class ReadError(Exception):
+    """An image cannot be read now, as where a network drive does not answer; it may be whole."""
 
 
 def load_images(
@@ -74,7 +75,7 @@ def load_images(
                 where, hint = {"path": "webdataset", "data_files": {"train": folder.shards}}, ""
                 remedy = "pass whole shards, whose first five samples have the same kinds of files"
             else:
-                check_images(folder, train_data_dir)
+                check_images(folder, train_data_dir, streaming)
         forgive_damage()
         dataset = datasets.load_dataset(**where, split="train", cache_dir=cache_dir, streaming=streaming)
     except (OSError, ValueError, IndexError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
@@ -135,6 +136,9 @@ def measure_images(dataset: datasets.Dataset, column: str, num_workers: int) -> 
         dataset: With an undecoded image column.
         column: Its name.
         num_workers: Processes that decode, 0 for this one.
+
+    Raises:
+        ReadError: An image cannot be read now.
     """
     measured = dataset.map(
         _measure,
@@ -164,7 +168,10 @@ def drop_unreadable(
         num_workers: Processes that decode, 0 for this one.
         size: See [`load_pixels`].
     """
-    sizes = measure_images(dataset, column, num_workers)
+    try:
+        sizes = measure_images(dataset, column, num_workers)
+    except ReadError as error:  # to drop the image would make it another dataset, for every later run
+        fail(f"{source}: {error}; see that all files can be read, and start again")
     small = [min(image) for image in sizes if all(image) and _is_smaller(image, choose_size(*image, size))]
     if small:
         than = f"{size} pixels" if isinstance(size, int) else "their bucket"
@@ -225,75 +232,15 @@ def report_unlisted(
         report_dropped(len(unlisted), total, ", ".join(unlisted[:10]), problem, source, max_unreadable)
 
 
-def open_image(record: dict[str, Any], mode: str) -> Image.Image:
-    """A PIL image of the mode, upright, from an undecoded record of `datasets`.
-
-    16-bit images keep their range. What is transparent is white, as on a page.
-    """
-    image = Image.open(io.BytesIO(record["bytes"]) if record["bytes"] else record["path"])
-    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    if turn is not None:  # ImageOps.exif_transpose writes all tags anew as well, and fails at one that is malformed
-        image = image.transpose(turn)
-    if image.mode.startswith("I"):  # convert() would clip these at 255
-        image = image.convert("F").point(lambda value: value / 257)
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
-
-
 def _measure(record: dict[str, Any]) -> dict[str, int]:
     try:
         width, height = open_image(record, "RGB").size
-    except Exception:  # decoders raise anything on damaged files
+    except Exception as error:  # decoders raise anything on damaged files
+        if getattr(error, "errno", None) not in LASTING:
+            raise ReadError(f"{record['path']} cannot be read now: {first_line(error)}") from error
         width = height = 0
     return {"height": height, "width": width}
 
 
 def _is_smaller(image: tuple[int, int], size: tuple[int, int]) -> bool:
     return image[0] < size[0] or image[1] < size[1]
-
-
-def choose_size(height: int, width: int, size: int | list[tuple[int, int]]) -> tuple[int, int]:
-    """Height and width to which an image of this height and width is brought; see [`load_pixels`]."""
-    return (size, size) if isinstance(size, int) else size[find_nearest_bucket(height, width, size)]
-
-
-def load_pixels(records: list[dict[str, Any]], mode: str, size: int | list[tuple[int, int]]) -> list[torch.Tensor]:
-    """Decode undecoded records, resize them to cover their size and crop the centre: uint8 tensors (channels, H, W).
-
-    Args:
-        size: The side of a square, or buckets (H, W), of which each image takes the nearest by aspect ratio.
-    """
-    return [fit_image(open_image(record, mode), size) for record in records]
-
-
-def fit_image(image: Image.Image, size: int | list[tuple[int, int]]) -> torch.Tensor:
-    """An image resized to cover its size, the centre cropped; the size is that of [`load_pixels`]."""
-    chosen = choose_size(image.height, image.width, size)
-    covering = covering_size(image.height, image.width, chosen)
-    resized = functional.resize(image, covering, InterpolationMode.LANCZOS)
-    return functional.pil_to_tensor(functional.center_crop(resized, chosen))
-
-
-def covering_size(height: int, width: int, chosen: tuple[int, int]) -> tuple[int, int]:
-    """Height and width to which an image is resized before it is cropped to the chosen ones."""
-    if width * chosen[0] > height * chosen[1]:  # wider than these: the height is fitted
-        return chosen[0], int(chosen[0] * width / height)
-    return int(chosen[1] * height / width), chosen[1]
-
-
-def flip_views(images: torch.Tensor, both: bool) -> list[torch.Tensor]:
-    """The images (B, C, H, W), and where `both` their horizontal flips: what a cache encodes for `--random_flip`."""
-    return [images, images.flip(-1)] if both else [images]
-
-
-def random_flips(count: int, enabled: bool, device: torch.device) -> torch.Tensor:
-    """Which of a batch's images are flipped, bool (B,). The draw is made either way: later draws do not shift."""
-    flips = torch.rand(count, device=device) < 0.5
-    return flips if enabled else torch.zeros_like(flips)
-
-
-def flip_rows(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, H, W), flipped horizontally where `flips` (B,) says so."""
-    return torch.where(flips[:, None, None, None], images.flip(-1), images)

@@ -46,15 +46,21 @@ class Folder(NamedTuple):
     suffixes: Counter[str]  # how many files have each, in lower case
 
 
-def check_data_dir(path: str, output_dir: str) -> None:
-    """Refuse a `--train_data_dir` without data, or around `--output_dir`, whose samples would be trained on later."""
+def check_data_dir(path: str, output_dir: str, cache_dir: str | None) -> None:
+    """Refuse a `--train_data_dir` without data, or around a folder that the run writes to.
+
+    Samples would be trained on later, and with each file of a cache the data would count as others.
+    """
     if not os.path.isdir(path):
         fail(f"--train_data_dir {path} is no folder; pass a folder of images")
     if not os.listdir(path):
         fail(f"--train_data_dir {path} is empty; put images into it")
-    if Path(output_dir).resolve().is_relative_to(Path(path).resolve()):
-        inside = f"is in --train_data_dir {path}, so that its own samples would be trained on"
-        fail(f"--output_dir {output_dir} {inside}; pass a folder outside")
+    for flag, folder, what in (
+        ("output_dir", output_dir, "its own samples would be trained on"),
+        ("cache_dir", cache_dir, "each file of the cache would make the data others, cached anew at every start"),
+    ):
+        if folder is not None and Path(folder).resolve().is_relative_to(Path(path).resolve()):
+            fail(f"--{flag} {folder} is in --train_data_dir {path}, so that {what}; pass a folder outside")
 
 
 def check_writable(flag: str, folder: Path) -> None:
@@ -96,8 +102,11 @@ def look_into(path: str) -> Folder:
     return Folder(root, [f"{glob.escape(each)}/**" for each in filled], metadata, sorted(shards), suffixes)
 
 
-def check_images(folder: Folder, path: str) -> None:
-    """Refuse a folder `--train_data_dir` without images, and say which images are of a kind that is left out."""
+def check_images(folder: Folder, path: str, streaming: bool) -> None:
+    """Refuse a folder `--train_data_dir` without images, and say which are of a kind that is left out.
+
+    Also say that a stream does not mix a folder of images.
+    """
     kinds = {kind: folder.suffixes[kind] for kind in UNREAD if folder.suffixes[kind]}
     found = " and ".join(f"{count} {kind}" for kind, count in kinds.items())
     if folder.suffixes.keys().isdisjoint(ImageFolder.EXTENSIONS):
@@ -106,6 +115,9 @@ def check_images(folder: Folder, path: str) -> None:
         fail(f"--train_data_dir {path} holds no images" + f" but {found} files" * bool(kinds) + f"; {remedy}")
     if kinds:
         logger.warning(f"--train_data_dir {path}: {found} files are left out; convert them to JPEG or PNG")
+    if streaming:
+        order = "come in the order of their folders and names, --shuffle_buffer of them mixed at a time"
+        logger.warning(f"--train_data_dir {path}: images {order}; where neighbours are alike, write mixed shards")
 
 
 def _find_root(path: str) -> str:

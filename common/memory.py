@@ -34,6 +34,9 @@ def fits_the_gpu(subject: str, remedy: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the GPU's memory is full. What CUDA and cuBLAS take by themselves is no `torch.OutOfMemoryError`."""
-    own = r"CUDA error: (out of memory|CUBLAS_STATUS_ALLOC_FAILED)"
+    """Whether the GPU's memory is full. What CUDA, cuBLAS and cuDNN take by themselves is no `torch.OutOfMemoryError`.
+
+    Of cuDNN the convolutions that find no room are passed over, until none is left.
+    """
+    own = r"CUDA error: (out of memory|CUBLAS_STATUS_ALLOC_FAILED)|(GET|FIND) was unable to find an engine"
     return isinstance(error, torch.OutOfMemoryError) or re.match(own, str(error)) is not None

@@ -131,6 +131,19 @@ def load_part(source: TeacherSource, kind: type, name: str) -> Any:
     return model
 
 
+def find_weights(source: TeacherSource, models: dict[str, type]) -> None:
+    """End the run at its beginning where weights are missing that it may read at its end alone.
+
+    So it is of the encoders of what an earlier run has cached. Their files are looked for, on the Hub they are
+    downloaded; no weight is read.
+
+    Args:
+        models: Of Transformers: the class of each by its folder in the pipeline.
+    """
+    for name, kind in models.items():
+        load_weights(source, kind, subfolder=name, device_map="meta")
+
+
 def load_skeleton(source: TeacherSource, kind: type, name: str) -> torch.nn.Module:
     """A Diffusers model of the teacher's pipeline without its weights, on the meta device."""
 

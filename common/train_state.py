@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.checkpoints import find_checkpoint, save_checkpoint
+from common.checkpoints import discard, find_checkpoint, list_checkpoints, save_checkpoint, step_of
 from common.ending import Stopped, end_workers
 from common.errors import fail
 from common.finite import first_non_finite
@@ -202,7 +202,7 @@ def load_train_state(output_dir: Path, resume_from: str | None, discard_later: b
     """Continue from the checkpoint that `--resume_from_checkpoint` asks for; returns the number of steps done.
 
     Args:
-        discard_later: Whether there may be newer ones, which the run will remove.
+        discard_later: Whether there may be newer ones, which are removed.
     """
     found = find_checkpoint(output_dir, resume_from, discard_later) if resume_from else None
     steps = gather_object([found[1]["step"] if found else 0]) if resume_from else [0]
@@ -244,6 +244,8 @@ def load_train_state(output_dir: Path, resume_from: str | None, discard_later: b
     if train_state.ema is not None:
         train_state.ema.optimization_step = state["ema_step"]
     train_state.saved = state["step"]
+    if discard_later and PartialState().is_main_process:  # else `latest` would go on from them until the next save
+        discard(output_dir, [path.name for path in list_checkpoints(output_dir) if step_of(path) > state["step"]])
     return state["step"]
 
 

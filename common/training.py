@@ -104,8 +104,18 @@ def make_accelerator(
     logging.basicConfig(format="%(levelname)s %(message)s", level=level)
     for name in ("httpx", "httpx2"):  # they print every request to the Hub, signed addresses and all
         logging.getLogger(name).setLevel(logging.WARNING)
+    warn_of_bf16(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32  # cudnn's own default is True
     return accelerator
+
+
+def warn_of_bf16(accelerator: Accelerator) -> None:
+    """Say where a GPU has no bf16 of its own: older than NVIDIA's Ampere. Accelerate takes imitation for support."""
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda":
+        imitated = not torch.cuda.is_bf16_supported(including_emulation=False)
+        slow = "this GPU only imitates it, slowly, and in more memory than --dry_run says"
+        if imitated:
+            logger.warning(f"--mixed_precision bf16: {slow}; pass --mixed_precision fp16")
 
 
 def prepare_models(

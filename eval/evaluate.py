@@ -57,10 +57,11 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.arguments import HelpFormatter, check_values
-from common.data import follow_files, open_image, undecode
+from common.data import follow_files, undecode
 from common.errors import fail, first_line
 from common.folders import check_writable, walk
 from common.full import end_in_one_line
+from common.images import open_image
 
 from figures import (
     Figure,

@@ -54,10 +54,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.arguments import HelpFormatter, check_values
 from common.costs import profile_forward
-from common.data import open_image
 from common.errors import fail, first_line
 from common.folders import check_writable
 from common.full import end_in_one_line
+from common.images import open_image
 from common.metrics import plot_curves, read_metrics
 from common.reporting import labelled_grid
 from common.teachers import vae_factor

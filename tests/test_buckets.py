@@ -12,7 +12,8 @@ from pathlib import Path
 from common.batches import make_dataloader
 from common.buckets import BucketBatchSampler, read_buckets
 from common.cache import collate_alike
-from common.data import choose_size, drop_unreadable, load_images, load_pixels
+from common.data import drop_unreadable, load_images
+from common.images import choose_size, load_pixels
 
 import numpy as np
 import pytest

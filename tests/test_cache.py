@@ -368,6 +368,21 @@ def test_cached_and_uncached_runs_see_the_same_data(distil, monkeypatch, flags):
     assert all(map(torch.equal, seen["again"], seen["cached"]))
 
 
+@pytest.mark.parametrize(("script", "student"), [("sd21", "bk_extreme"), ("sdxl", "extreme"), ("sd3", "half")])
+def test_what_the_end_alone_needs_is_missed_before_the_first_step(run, teachers, captioned, tmp_path, script, student):
+    """Where an earlier run has cached what the text encoders give, they are read for the result alone."""
+    teacher, cache = shutil.copytree(teachers[script], tmp_path / "teacher"), ("--cache_dir", tmp_path / "cache")
+    flags = ("--pretrained_teacher_model", teacher, "--train_data_dir", captioned, *cache, "--cache_latents")
+    flags = (f"train_lift_{script}", *SHORT, "--student", student, "--max_train_steps", 1, *flags, "--output_dir")
+    run(*flags, tmp_path / "first")
+    (teacher / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(
+        SystemExit, match=r"^error: --pretrained_teacher_model \S+ does not load: .*text_encoder|no file"
+    ):
+        run(*flags, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
 def test_what_does_not_fit_the_gpu_is_named(distil, monkeypatch):
     def full(*inputs, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import common.data
+import common.images
 import common.train_state
 from common.batches import endless_batches
 from common.checkpoints import (
@@ -175,13 +175,13 @@ def test_projections_of_features_learn(whole):
 
 def test_skipped_batches_are_not_decoded(distil, monkeypatch):
     decoded = []
-    original = common.data.open_image
+    original = common.images.open_image
 
     def open_image(record, mode):
         decoded.append(mode)
         return original(record, mode)
 
-    monkeypatch.setattr(common.data, "open_image", open_image)
+    monkeypatch.setattr(common.images, "open_image", open_image)
     flags = ("--train_batch_size", 8)  # 12 batches an epoch
     distil("student", *flags, "--max_train_steps", 10)
     assert decoded.count("L") >= 80
@@ -694,6 +694,19 @@ def test_a_run_that_diverges_ends_and_can_go_on(distil, whole, tmp_path):
     assert digest(folder / "checkpoint-2") == digest(whole / "checkpoint-2")
     distil("student", "--resume_from_checkpoint", "checkpoint-2", "--discard_later_checkpoints")
     assert_same_result(folder, whole, 5)
+
+
+def test_checkpoints_that_a_run_discards_are_gone_before_it_saves(distil, whole, tmp_path, monkeypatch):
+    """Else `latest`, after its own death, would go on from the course that it was to leave."""
+    folder = shutil.copytree(whole, tmp_path / "student")
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_lift_unet, "MetricsLog", die)
+    with pytest.raises(KeyboardInterrupt):
+        distil("student", "--resume_from_checkpoint", "checkpoint-2", "--discard_later_checkpoints")
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
 
 
 # ------------------------------------------------------------------------------------------------------- random states

@@ -83,6 +83,15 @@ def test_layers_keep_their_inputs_in_the_dtype_of_the_run(dtype):
     assert not torch.is_autocast_enabled("cuda")
 
 
+def test_a_dry_run_leaves_the_gpu_alone(monkeypatch):
+    """A fake tensor asks a real GPU for a context, which has no room where a training has it all."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with torch.device("meta"):
+        layer, x = torch.nn.Linear(4, 4), torch.zeros(8, 4)
+    assert profile_forward(layer, input=x)[0] == 8 * 4 * 4
+    assert torch.cuda.is_available()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_attention_keeps_no_matrix_of_scores(dtype):
     """Queries, keys, values, the output, and float32 sums of 1024 scores; two products of 1024 x 1024 x 8 each."""

@@ -1,14 +1,17 @@
 """The data: every kind of image comes out the same way, and what cannot be read is named, not met in training."""
 
+import errno
 import io
 import itertools
 import os
+import re
 import shutil
 import struct
 from types import SimpleNamespace
 
 from common.batches import endless_batches, make_dataloader
-from common.data import load_images, open_image
+from common.data import load_images
+from common.images import open_image
 from common.training import make_accelerator, seed_step
 
 import datasets
@@ -81,6 +84,14 @@ def test_sixteen_bits_keep_their_range():
     ours = np.asarray(image, dtype=int)
     assert ours[0, 0] == 0 and ours[-1, -1] == 255
     assert np.abs(ours - levels / 257).max() <= 1 and len(np.unique(ours)) == 256
+
+
+def test_floating_point_pixels_do_not_become_black(load, images, tmp_path, capsys):
+    """They may be of any range."""
+    folder = shutil.copytree(images, tmp_path / "images")
+    Image.fromarray(np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)).save(folder / "floats.tif")
+    assert len(load("--train_data_dir", folder, "--max_unreadable", 0.1)) == len(list(images.iterdir()))
+    assert "skipping 1 of 97 images, which cannot be read" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
@@ -193,7 +204,8 @@ def test_of_splits_only_train_is_used(load, tmp_path):
     assert len(load("--train_data_dir", tmp_path / "data")) == 2
 
 
-def test_linked_folders_are_followed(load, tmp_path):
+def test_linked_folders_are_followed(load, tmp_path, caplog):
+    PartialState()  # which the logger needs
     for name in ("data/a/0.png", "elsewhere/b/1.png", "further/2.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         halves().save(tmp_path / name)
@@ -203,6 +215,7 @@ def test_linked_folders_are_followed(load, tmp_path):
     stream, _ = load_images(None, None, str(tmp_path / "data"), None, {"image_column": "image"}, streaming=True)
     names = [os.path.relpath(row["image"]["path"], tmp_path) for row in stream]
     assert names == ["data/a/0.png", "data/b/1.png", "data/b/c/2.png"]
+    assert "images come in the order of their folders and names" in caplog.text  # which a stream does not mix
     for name in ("elsewhere/b", "further"):  # links alone: none of their own files
         (tmp_path / "links" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "links" / name).symlink_to(tmp_path / name)
@@ -230,6 +243,7 @@ def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(load, tmp_pa
 
 def test_several_metadata_files_have_one_order(tmp_path):
     """`datasets` reads them in the order of a set, which is another one in each process."""
+    PartialState()  # which the logger needs
     for name in "abcde":
         (tmp_path / "data" / name).mkdir(parents=True)
         halves().save(tmp_path / "data" / name / "0.png")
@@ -382,6 +396,25 @@ def test_too_many_damaged_images_end_the_run(load, damaged, share):
     assert all(name in message for name in ("cut.png", "cut.jpg", "text.png", "zero.png"))
     assert f"--max_unreadable {0.01 if share is None else float(share)}" in message and "repair or remove" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_drive_that_does_not_answer_makes_no_image_unreadable(load, images, monkeypatch, workers):
+    """The run ends, and the next one reads what the drive did not give."""
+    flags, opened = ("--train_data_dir", images, "--dataloader_num_workers", workers), Image.open
+
+    def fail_once(file):
+        if str(file).endswith("003.png"):
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", fail_once)
+        with pytest.raises(SystemExit) as end:
+            load(*flags, "--max_unreadable", 0.5)
+    assert re.match(r"error: --train_data_dir .*003.png cannot be read now: .*Input/output error", end.value.code)
+    assert "see that all files can be read" in end.value.code and "\n" not in end.value.code
+    assert len(load(*flags, "--max_unreadable", 0)) == len(list(images.iterdir()))
 
 
 def test_one_among_many_is_within_the_default(load, images, tmp_path, capsys):

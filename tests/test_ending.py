@@ -426,8 +426,12 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_last_checkpoint(run, start
             "--train_batch_size 4 does not .*: CUDA error",
         ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "--train_batch_size 4 does not fit"),
+        (
+            RuntimeError("GET was unable to find an engine to execute this computation"),
+            "--train_batch_size 4 does not",
+        ),
     ],
-    ids=["disk", "memory", "memory of CUDA itself", "memory of cuBLAS"],
+    ids=["disk", "memory", "memory of CUDA itself", "memory of cuBLAS", "memory of cuDNN"],
 )
 def test_what_is_full_is_said_in_one_line(error, line):
     @end_in_one_line

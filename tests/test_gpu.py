@@ -14,16 +14,16 @@ from unittest import mock
 from common.adapters import add_adapters
 from common.attention import check_xformers
 from common.costs import dtype_of
-from common.data import flip_views
+from common.images import flip_views
 from common.sd3_text import T5, TextLayout, join_text
 from common.students import pair_features
 from common.teacher_weights import hold_teacher
 from common.teachers import TeacherSource, load_part, load_skeleton
-from common.training import make_accelerator, prepare_models
+from common.training import make_accelerator, prepare_models, warn_of_bf16
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.operations import convert_outputs_to_fp32
 from conftest import inputs_of
 from diffusers import (
@@ -118,6 +118,16 @@ def test_tf32_is_what_the_flag_says(tmp_path, allowed):
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_gpu_that_imitates_bf16_is_named(own, monkeypatch, caplog):
+    PartialState()  # which the logger needs
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: own or including_emulation)
+    for precision, device, said in (("bf16", "cuda", not own), ("fp16", "cuda", False), ("bf16", "cpu", False)):
+        caplog.clear()
+        warn_of_bf16(types.SimpleNamespace(mixed_precision=precision, device=torch.device(device)))
+        assert ("only imitates it" in caplog.text) == said
 
 
 @pytest.mark.usefixtures("no_accelerator")

@@ -548,6 +548,7 @@ DAMAGED_DATA = [
     (SD, {"0.png": 60, "1.png": 60}, "--max_unreadable 0.2", "2 of 6 images cannot be read", "1.png"),
     ((UNET, SD), {}, "--output_dir {it}", "--output_dir {it}", "--train_data_dir"),
     ((UNET, SD), {}, "--output_dir {it}/student", "--output_dir {it}/student is in --train_data_dir {it}", "outside"),
+    ((UNET, SD), {}, "--cache_dir {it}/cache", "--cache_dir {it}/cache is in --train_data_dir {it}", "folder outside"),
     (SD, {"metadata.jsonl": None, "0.txt": "a bag"}, "", "5 of 6 images have no caption: {it}/1.png, {it}/2.png"),
     (SD3, {"metadata.jsonl": None, "0.txt": b"\xff\xfea"}, "", "{it}/0.txt cannot be read: 'utf-8' codec"),
     (SD, {"metadata.jsonl": None, "0.txt": Path.mkdir, "1.txt": "a bag"}, "", "{it}/0.txt cannot be read: [Errno 21]"),

@@ -17,8 +17,9 @@ import common.bookmarks
 import common.fetching
 from common.captions import find_no_caption
 from common.classes import find_wrong_label
-from common.data import load_images, load_pixels, open_image
+from common.data import load_images
 from common.fetching import fetch
+from common.images import load_pixels, open_image
 from common.metrics import read_metrics
 from common.streaming import StreamedDataset, StreamLoader, StreamPart
 

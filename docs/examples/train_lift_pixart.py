@@ -57,20 +57,13 @@ from common.costs import (
     estimate_text_encoding,
     together,
 )
-from common.data import (
-    choose_samples,
-    drop_unreadable,
-    flip_rows,
-    flip_views,
-    load_images,
-    load_pixels,
-    random_flips,
-)
+from common.data import choose_samples, drop_unreadable, load_images
 from common.ending import Stopped, StopSignals
 from common.errors import fail
 from common.estimates import count_costs, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
+from common.images import flip_rows, flip_views, load_pixels, random_flips
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
 from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
@@ -91,6 +84,7 @@ from common.teachers import (
     TeacherSource,
     check_parts,
     find_sampler,
+    find_weights,
     load_from,
     load_frozen,
     load_noise_schedule,
@@ -696,6 +690,7 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         return print_dry_run(student_shape, teacher_shape, vae_shape, recipe, source, args)
     scheduler, tokenizer = load_noise_schedule(source, sampler), load_tokenizer(source, args.max_sequence_length)
+    find_weights(source, {"text_encoder": T5EncoderModel})
 
     # ---- output
     output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)
