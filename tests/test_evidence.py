@@ -418,7 +418,7 @@ def test_students_are_sampled_in_other_ways(page, classifier, tmp_path, monkeypa
         shutil.rmtree(folder / "runs", ignore_errors=True)
 
 
-@pytest.mark.parametrize("name", ["tiny-tuned", "tiny-longer", "tiny-pruned", "small", "ablations"])
+@pytest.mark.parametrize("name", ["tiny-tuned", "tiny-longer", "tiny-pruned", "small", "ablations", "long"])
 def test_the_page_of_samplers_says_what_was_measured(name):
     results = evidence.ROOT / "benchmarks" / "results" / "evidence" / f"samplers-{name}.jsonl"
     lines = [json.loads(line) for line in results.read_text().splitlines()]
