@@ -459,9 +459,7 @@ def describe_bounds(results: Path) -> str:
     for path in sorted(results.glob("bounds-*.json")):
         side = path.stem.removeprefix("bounds-")
         bounds = ", ".join(f"{name} {distance:.2f}" for name, distance in json.loads(path.read_text()).items())
-        text += (
-            f"Fréchet distances at {side} pixels: {bounds}. Students beyond the latter are no nearer than it.\n\n"
-        )
+        text += f"Fréchet distances at {side} pixels: {bounds}. Students beyond the latter are no nearer than it.\n\n"
     return text
 
 
