@@ -68,7 +68,7 @@ from common.loading import list_parts
 from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
-from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
+from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, pair_blocks, read_recipe
 from common.reporting import (
     autocast_of,
     gather_samples,
@@ -354,8 +354,7 @@ def build_student(
     if teacher is None or args.kd_loss == "none" or args.lambda_kd_feat == 0:
         recipe = {**recipe, "features": []}
     if "features" not in recipe:
-        both = range(min(student.config.num_layers, teacher.config.num_layers))
-        recipe = {**recipe, "features": [[f"transformer_blocks.{index}"] * 2 for index in both]}
+        recipe = {**recipe, "features": pair_blocks(recipe, student.config.num_layers, teacher.config.num_layers)}
     with model_errors_end(mismatch, FEATURES_REMEDY):
         pair_features(student, teacher, recipe["features"], example_inputs(student))
     return student, recipe

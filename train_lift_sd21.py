@@ -69,7 +69,7 @@ from common.estimates import count_costs, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.images import flip_rows, flip_views, load_pixels, random_flips
-from common.levels import pair_levels
+from common.levels import keeps_widths, pair_levels
 from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
@@ -295,7 +295,9 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
         config |= {"down_block_types": config["down_block_types"][:levels], "attention_head_dim": heads}
         config |= {"up_block_types": config["up_block_types"][-levels:], "block_out_channels": widths}
     if "width" in recipe:
-        narrow, groups = narrow_widths(widths, recipe["width"], config["norm_num_groups"])
+        groups = recipe.get("config", {}).get("norm_num_groups")
+        how = groups or config["norm_num_groups"], groups is not None
+        narrow, groups = narrow_widths(widths, recipe["width"], *how)
         fewest = [
             next(number for number in range(1, width + 1) if width % number == 0 and width // number <= wide // of)
             for width, wide, of in zip(narrow, widths, heads)
@@ -320,8 +322,8 @@ def build_student(
         if student.config[key] != teacher.config[key]:
             fail(f"{mismatch}: its {key} is {student.config[key]}; keep the teacher's {teacher.config[key]}")
     if len(student.up_blocks) < len(teacher.up_blocks) and "blocks" not in recipe:
-        if "width" in recipe and args.student_init == "teacher":
-            fail(f'{mismatch}: with "levels" its "width" prunes nothing; pass --student_init random, or "blocks"')
+        if args.student_init == "teacher" and not keeps_widths(student, teacher):
+            fail(f'{mismatch}: with "levels" other widths prune nothing; pass --student_init random, or "blocks"')
         recipe = {**pair_levels(student, teacher), **recipe}
     if args.student_init == "teacher":
         with model_errors_end(mismatch, "pass another preset, correct the JSON file, or pass --student_init random"):

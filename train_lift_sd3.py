@@ -30,7 +30,6 @@ in with `hf auth login`. Without distillation the script trains a pipeline's own
 
 import argparse
 import json
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -78,7 +77,15 @@ from common.images import flip_rows, flip_views, load_pixels, random_flips
 from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
-from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
+from common.recipes import (
+    FEATURES_REMEDY,
+    WHOLE_BLOCK,
+    check_forward,
+    model_errors_end,
+    override_config,
+    pair_blocks,
+    read_recipe,
+)
 from common.reporting import (
     autocast_of,
     gather_samples,
@@ -184,7 +191,6 @@ RECIPE = {
 # What teacher and student have outside their blocks.
 OUTER = ("pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out")
 
-WHOLE_BLOCK = re.compile(r"transformer_blocks\.\d+")  # whose second output are the image tokens
 
 LORA_TARGETS = [
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -403,11 +409,7 @@ def build_student(
     if args.kd_loss == "none" or args.lambda_kd_feat == 0:
         recipe = {**recipe, "features": []}
     if "features" not in recipe:
-        both = range(min(student.config.num_layers, teacher.config.num_layers))
-        same = [f"transformer_blocks.{index}" for index in both]
-        blocks = recipe.get("blocks", dict(zip(same, same)))
-        pairs = [list(pair) for pair in blocks.items() if pair[0].startswith("transformer_blocks.")]
-        recipe = {**recipe, "features": [pair for pair in pairs if all(map(WHOLE_BLOCK.fullmatch, pair))]}
+        recipe = {**recipe, "features": pair_blocks(recipe, student.config.num_layers, teacher.config.num_layers)}
     with model_errors_end(mismatch, FEATURES_REMEDY):
         pair_features(student, teacher, recipe["features"], example_inputs(student, args.max_sequence_length), item=1)
     parts = [name for pair in recipe["features"] for name in pair if not WHOLE_BLOCK.fullmatch(name)]

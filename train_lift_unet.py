@@ -55,6 +55,7 @@ from common.estimates import count_costs, print_estimates
 from common.full import end_in_one_line
 from common.hub import create_hub_repo, push_to_hub
 from common.images import flip_rows, load_pixels
+from common.levels import keeps_widths, pair_levels
 from common.memory import fits_the_gpu
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
@@ -252,7 +253,7 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
     if attended and min(attended) < head:
         raise ValueError(f"its width leaves {min(attended)} channels to attention heads of {head}; pass a larger one")
     config |= {"block_out_channels": narrow, "norm_num_groups": groups}
-    if config.get("time_embedding_dim"):
+    if config.get("time_embedding_dim") and "time_embedding_dim" not in recipe.get("config", {}):
         config["time_embedding_dim"] = 4 * narrow[0]
     return config
 
@@ -269,6 +270,10 @@ def build_student(teacher: UNet2DModel | None, args: argparse.Namespace) -> tupl
     for key in ("in_channels", "out_channels"):
         if teacher is not None and student.config[key] != teacher.config[key]:
             fail(f"--student {args.student} has {key} {student.config[key]}; keep the teacher's {teacher.config[key]}")
+    if teacher is not None and len(student.up_blocks) < len(teacher.up_blocks) and "blocks" not in recipe:
+        if args.student_init != "random" and not keeps_widths(student, teacher):
+            fail(f"--student {args.student}: with fewer levels other widths prune nothing; pass --student_init random")
+        recipe = {**pair_levels(student, teacher), **recipe}
     if teacher is not None and args.student_init != "random":
         with model_errors_end(f"--student {args.student}", 'correct its "blocks", or pass --student_init random'):
             match_blocks(student, teacher.state_dict(), recipe.get("blocks"))
@@ -541,8 +546,11 @@ def sample_images(
     num_inference_steps: int,
     accelerator: Accelerator,
 ) -> list[Image.Image]:
-    """Samples by DDIM from the noise that the seed fixes, the same for every model, whatever its precision."""
-    sampler = DDIMScheduler.from_config(scheduler.config)
+    """Samples by DDIM from the noise that the seed fixes, the same for every model, whatever its precision.
+
+    It does not clip, as published: to clip the image that is expected and not the noise leaves some of that.
+    """
+    sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
     sampler.set_timesteps(min(num_inference_steps, sampler.config.num_train_timesteps))
     shape = count, unet.config.in_channels, *image_size(unet)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -572,7 +580,9 @@ def save_pipeline(
     height, width = image_size(student)
     facts.append(f"- Images of {height} × {width} pixels; {args.reduction} reduction of all losses.")
     usage = "from diffusers import DDIMPipeline\n\n"
-    usage += f'image = DDIMPipeline.from_pretrained("{args.hub_model_id or output_dir.resolve().name}")().images[0]'
+    usage += f'pipeline = DDIMPipeline.from_pretrained("{args.hub_model_id or output_dir.resolve().name}")\n'
+    usage += "pipeline.scheduler.register_to_config(clip_sample=False)  # as DDIM is published\n"
+    usage += "image = pipeline().images[0]"
     kind, tags = "An unconditional diffusion model", ["unconditional-image-generation"]
     write_model_card(output_dir, kind, facts, describe_run(args), usage, tags)
     logger.info(f"the model is in {output_dir}: see README.md, or draw by eval/generate.py --model {output_dir}")

@@ -6,14 +6,20 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""Which of the teacher's tensors and features has a U-Net with fewer levels, where its recipe does not say?"""
+"""Which of the teacher's tensors and features does a U-Net with fewer levels get, where its recipe does not say?"""
 
 import re
 
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
 
-def pair_levels(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> dict[str, dict | list]:
+def keeps_widths(student: ModelMixin, teacher: ModelMixin) -> bool:
+    """Whether the student's levels are as wide as the teacher's outer ones: else it can start from few weights."""
+    widths = student.config.block_out_channels
+    return [*widths] == [*teacher.config.block_out_channels][: len(widths)]
+
+
+def pair_levels(student: ModelMixin, teacher: ModelMixin) -> dict[str, dict | list]:
     """The "blocks" and "features" of a student that has the teacher's outer levels alone.
 
     Down blocks are counted from the outside, up blocks from the inside: the student's first is not the teacher's.

@@ -11,6 +11,7 @@
 import inspect
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 
+WHOLE_BLOCK = re.compile(r"transformer_blocks\.\d+")
 # What a JSON file may say of a student, by JSON Schema. Each script takes some of the keys.
 KEYS = {
     "config": {"type": "object"},
@@ -96,6 +98,18 @@ def model_errors_end(subject: str, remedy: str) -> Iterator[None]:
         yield
     except Exception as error:
         fail(f"{subject}: {first_line(error)}; {remedy}")
+
+
+def pair_blocks(recipe: dict[str, Any], *depths: int) -> list[list[str]]:
+    """The feature pairs of a recipe without any: each transformer block and the teacher's that it starts from.
+
+    Args:
+        recipe: Without "blocks" a block starts from the teacher's of the same number.
+        depths: Numbers of blocks, of student and teacher.
+    """
+    same = [f"transformer_blocks.{index}" for index in range(min(depths))]
+    pairs = recipe.get("blocks", dict(zip(same, same))).items()
+    return [[*pair] for pair in pairs if all(map(WHOLE_BLOCK.fullmatch, pair))]
 
 
 FEATURES_REMEDY = 'correct its "features", or pass --lambda_kd_feat 0'

@@ -292,4 +292,6 @@ def fill_from_blocks(
         logger.info("the student starts from random weights")
         return
     fresh = copy_blocks(student, teacher.state_dict(), blocks)
-    logger.info(f"{len(fresh)} tensors of the student start from random weights: {', '.join(fresh) or 'none'}")
+    weights = {name: tensor.numel() for name, tensor in student.state_dict().items()}
+    say = logger.warning if 2 * sum(map(weights.get, fresh)) > sum(weights.values()) else logger.info
+    say(f"{len(fresh)} tensors of the student start from random weights: {', '.join(fresh) or 'none'}")

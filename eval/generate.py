@@ -416,8 +416,9 @@ def make_sampler(pipeline: DiffusionPipeline, name: str) -> SchedulerMixin:
     if name == "pndm" and config.get("prediction_type") == "sample":
         fail("--sampler pndm is not for a model that predicts the sample; pass ddim or as_saved")
     changes = {}
-    if hasattr(pipeline, "vae") and not flow and "clip_sample" not in config:
-        changes["clip_sample"] = False  # DDIM and DDPM clip by default, but latents have no bounds
+    if name == "ddim" or (hasattr(pipeline, "vae") and not flow and "clip_sample" not in config):
+        # DDIM as published does not clip; Diffusers', which does by default, leaves noise. Latents have no bounds.
+        changes["clip_sample"] = False
     if name in ("ddim", "pndm") and config.get("timestep_spacing") == "linspace":
         changes["timestep_spacing"] = "leading"  # they take steps of one whole length, which linspace's are not
     if name == "pndm":

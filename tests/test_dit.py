@@ -233,6 +233,15 @@ def test_json_student_with_blocks_and_features(distil, dit_teacher, tmp_path):
     assert not torch.equal(ours["proj_out_1.weight"], theirs["proj_out_1.weight"])
 
 
+def test_a_block_is_compared_with_the_one_that_it_starts_from(dit_teacher, tmp_path):
+    path = tmp_path / "student.json"
+    blocks = {f"transformer_blocks.{at}": f"transformer_blocks.{2 * at + 1}" for at in (0, 1)}
+    path.write_text(json.dumps({"config": {"num_layers": 2}, "blocks": {**blocks, "pos_embed": "pos_embed"}}))
+    args = train_lift_dit.parse_args(["--student", str(path), "--dry_run"])
+    teacher = DiTTransformer2DModel.from_pretrained(dit_teacher / "transformer")
+    assert train_lift_dit.build_student(teacher, args)[1]["features"] == [[*pair] for pair in blocks.items()]
+
+
 def test_narrower_json_student_gets_projected_features(distil, tmp_path):
     path = tmp_path / "student.json"
     path.write_text(json.dumps({"config": {"num_layers": 3, "num_attention_heads": 1}}))

@@ -41,6 +41,7 @@ UNET, SD, DIT, SD3, XL = (f"train_lift_{kind}" for kind in ("unet", "sd21", "dit
 GENERATE, EVALUATE, REPORT = "generate", "evaluate", "report"
 ALL, LATENT, CAPTIONED, DEEP = (UNET, SD, DIT, SD3, XL), (SD, DIT, SD3, XL), (SD, SD3, XL), (DIT, SD3)
 BOTH_SD, LOADING = (SD, XL), (*ALL, GENERATE)
+ONE_LEVEL = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
 WEIGHTED, SAMPLED = (UNET, SD, SD3, XL), (*LATENT, GENERATE, REPORT)  # by --lambda_task; with --guidance_scale
 
 # Commands that succeed in two steps. A case's flags take the place of these; ^--flag takes one away. The feature term
@@ -394,7 +395,9 @@ STUDENTS = [
     (BOTH_SD, {"levels": 1.5}, '"levels"'),
     (SD, {"levels": 99}, "does not fit the teacher of 4 levels"),
     (XL, {"levels": 99}, "does not fit the teacher of 3 levels"),
-    (BOTH_SD, {"levels": 2, "width": 0.5}, 'with "levels" its "width" prunes nothing; pass --student_init random'),
+    (BOTH_SD, {"levels": 2, "width": 0.5}, 'with "levels" other widths prune nothing; pass --student_init random'),
+    (SD, {"levels": 2, "config": {"block_out_channels": [4, 8]}}, "other widths prune nothing"),
+    (UNET, {"config": ONE_LEVEL}, "with fewer levels other widths prune nothing; pass --student_init random"),
     (XL, {"config": {"transformer_layers_per_block": "x"}}, "correct"),
     (XL, {"config": {"transformer_layers_per_block": [1]}}, "correct"),
     (XL, {"config": {"addition_embed_type": None}}, "its addition_embed_type is None; keep the teacher's text_time"),

@@ -17,6 +17,7 @@ from full_models import SDXL, make_vae
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_lift_sd21
 import train_lift_sdxl
 from tiny_models import save_sd_pipeline, save_sdxl_pipeline
 from train_lift_sdxl import STUDENTS
@@ -200,6 +201,19 @@ def test_a_teacher_that_is_thinned_itself_gives_the_same_students(preset):
     with torch.device("meta"):
         ours, plain = (UNet2DConditionModel.from_config(each).state_dict() for each in (ours, plain))
     assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in plain.items()}
+
+
+def test_the_outer_levels_of_a_teacher_that_is_thinned_itself():
+    """Its up blocks are listed from the innermost on: the outer ones are the last."""
+    config = {**SDXL, "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1]}
+    ours = train_lift_sdxl.student_config(config, {"levels": 2})
+    assert ours["reverse_transformer_layers_per_block"] == [[2, 1, 1], 1]
+
+
+@pytest.mark.parametrize("script", [train_lift_sd21, train_lift_sdxl])
+def test_widths_are_of_whole_groups_of_the_student(script):
+    config = script.student_config(SDXL, {"width": 0.25, "config": {"norm_num_groups": 16}})
+    assert config["block_out_channels"] == [80, 160, 320] and config["norm_num_groups"] == 16
 
 
 @pytest.mark.parametrize("preset", STUDENTS)

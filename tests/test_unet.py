@@ -7,11 +7,12 @@ from pathlib import Path
 import common.pruning
 from common.costs import profile_forward
 from common.pruning import prune_width
-from common.students import copy_blocks, is_narrower
+from common.students import copy_blocks, fill_from_blocks, is_narrower
 
 import datasets
 import pytest
 import torch
+from accelerate.state import PartialState
 from conftest import TWO_PROCESSES, copy_script, digest, launch, metrics, run_several, same, weights, widened
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
@@ -377,6 +378,43 @@ def test_a_student_may_have_more_heads_or_wider_ones(width, head_dim):
     name = "mid_block.attentions.0.to_v.weight"
     ours, theirs = (set(model.state_dict()[name].flatten().tolist()) for model in (student, teacher))
     assert len(ours) == width**2 * len(theirs) and ours <= theirs
+
+
+def test_a_student_of_fewer_levels_has_the_outer_ones(teacher, tmp_path):
+    """Up blocks are counted from the inside: the student's first is the teacher's second."""
+    kinds = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    path = tmp_path / "student.json"
+    path.write_text(json.dumps({"config": {**kinds, "block_out_channels": [16]}}))
+    args = train_lift_unet.parse_args(
+        ["--student", str(path), "--dry_run", "--pretrained_teacher_model", str(teacher)]
+    )
+    original = UNet2DModel.from_pretrained(teacher / "unet")
+    student, recipe = train_lift_unet.build_student(original, args)
+    assert recipe["features"] == [["up_blocks.0", "up_blocks.1"]]
+    fill_from_blocks(student, original, recipe["blocks"], random=False)
+    ours, theirs = student.state_dict(), original.state_dict()
+    named = {name: name.replace("up_blocks.0", "up_blocks.1") for name in ours}
+    alike = [name for name in ours if theirs[named[name]].shape == ours[name].shape]
+    assert len(alike) > len(ours) / 2 and "up_blocks.0.resnets.1.conv2.weight" in alike
+    assert all(torch.equal(ours[name], theirs[named[name]]) for name in alike if "mid_block" not in name)
+
+
+def test_a_student_that_starts_mostly_from_random_weights_is_named(teacher, caplog):
+    """Equal neighbouring widths take a shortcut out of a block: it has other layers, and is not pruned."""
+    PartialState()  # which the logger needs
+    original = UNet2DModel.from_pretrained(teacher / "unet")
+    for widths, level in (([8, 8], "WARNING"), ([16, 32], "INFO")):
+        caplog.clear()
+        caplog.set_level("INFO")
+        student = UNet2DModel.from_config({**original.config, "block_out_channels": widths})
+        fill_from_blocks(student, original, None, random=False)
+        assert [record.levelname for record in caplog.records if "start from random" in record.getMessage()] == [level]
+
+
+def test_what_a_student_says_of_itself_is_kept():
+    recipe = {"width": 0.5, "config": {"time_embedding_dim": 128}}
+    config = train_lift_unet.student_config({**TINY_UNET, "time_embedding_dim": 64}, recipe)
+    assert config["time_embedding_dim"] == 128 and config["block_out_channels"] == [8, 16]
 
 
 def test_json_student_with_blocks_and_features(distil, teacher, tmp_path):

@@ -66,7 +66,7 @@ from common.hub import create_hub_repo, push_to_hub, save_with_variant
 from common.images import flip_rows, flip_views, load_pixels, random_flips
 from common.metrics import MetricsLog, mean_over_processes
 from common.pace import Due, count_steps, describe_start
-from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, read_recipe
+from common.recipes import FEATURES_REMEDY, check_forward, model_errors_end, override_config, pair_blocks, read_recipe
 from common.reporting import autocast_of, gather_samples, grid_path, log_validation, share_of
 from common.sharding import clip_gradients, gather_model, prepare
 from common.streaming import StreamedDataset, add_streaming_arguments, check_streaming
@@ -271,8 +271,7 @@ def build_student(
     if args.kd_loss == "none" or args.lambda_kd_feat == 0:
         recipe = {**recipe, "features": []}
     if "features" not in recipe:
-        shared = range(min(student.config.num_layers, teacher.config.num_layers))
-        recipe = {**recipe, "features": [[f"transformer_blocks.{block}"] * 2 for block in shared]}
+        recipe = {**recipe, "features": pair_blocks(recipe, student.config.num_layers, teacher.config.num_layers)}
     with model_errors_end(mismatch, FEATURES_REMEDY):
         pair_features(student, teacher, recipe["features"], example_inputs(student, tokens))
     return student, recipe
