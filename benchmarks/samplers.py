@@ -46,7 +46,6 @@ SAMPLES = 1000
 LATER = 900  # the first timestep of DDIM by 10 steps
 TEACHER = "the teacher"
 LEADS = "place", "place, rms", "rms"  # rows that the others are compared with
-PICTURED = "DDPM, 50 from 980"
 
 
 class LaterStart(DDIMScheduler):
@@ -83,6 +82,7 @@ SAMPLERS = {
     "DDIM, 10 from 900": Sampler(DDIMScheduler, 10),
     "DDPM, 50 from 980": Sampler(DDPMScheduler, 50),
 }
+PICTURED = PUBLISHED, "DDPM, 50 from 980"  # the first by which all rows are measured
 
 
 def roughness(images: torch.Tensor) -> torch.Tensor:
@@ -144,6 +144,8 @@ def measure_all(models: dict[tuple[str, int], Path], study: Study, results: Path
     done = {(line["name"], line["seed"], line["sampler"]) for line in lines}
     left = [(*model, name) for model in models for name in SAMPLERS if (*model, name) not in done]
     absent = {(row, name) for row, seed, name in left if not is_there(models[row, seed])}
+    if not lines and len(absent) == len({(row, name) for row, _, name in left}):
+        fail("--folder has no row with all its students; run the experiment by benchmarks/evidence.py there")
     for row, name in sorted(absent):  # a row is measured in all of its seeds, or not at all
         print(f"{row}, {name}: left out, not all its students are in --folder; run benchmarks/evidence.py there")
     left = [(row, seed, name) for row, seed, name in left if (row, name) not in absent]
@@ -157,6 +159,13 @@ def measure_all(models: dict[tuple[str, int], Path], study: Study, results: Path
             file.write(json.dumps(lines[-1]) + "\n")
             file.flush()
     return lines
+
+
+def choose_picture(experiment: str, lines: list[dict[str, Any]]) -> str:
+    """The sampler of the picture: of [`PICTURED`] the first by which all rows are measured."""
+    measured = {(line["name"], line["sampler"]) for line in lines}
+    rows = [*EXPERIMENTS[experiment]().rows, TEACHER]
+    return next((name for name in PICTURED if all((row, name) in measured for row in rows)), PICTURED[-1])
 
 
 def describe(experiment: str, lines: list[dict[str, Any]]) -> str:
@@ -191,13 +200,13 @@ def describe(experiment: str, lines: list[dict[str, Any]]) -> str:
         f"# Other samplers\n\nThe students of `{experiment}`, {SAMPLES:,} samples each, by `benchmarks/samplers.py`: "
         "steps, and the timestep of the first. Fréchet distances:\n\n"
         f"{distances}\nThe share of samples that is noise, in per cent:\n\n{noise}{text}"
-        f"\n![Samples of the first seed, {PICTURED}](samplers-{experiment}.png)\n"
+        f"\n![Samples of the first seed, {choose_picture(experiment, lines)}](samplers-{experiment}.png)\n"
     )
 
 
 @torch.no_grad()
-def draw(models: dict[tuple[str, int], Path], study: Study, path: Path) -> None:
-    """Samples of each row's first seed by [`PICTURED`], from the same noise, above unseen images.
+def draw(models: dict[tuple[str, int], Path], study: Study, path: Path, sampler: str) -> None:
+    """Samples of each row's first seed by one of [`SAMPLERS`], from the same noise, above unseen images.
 
     Where one of them was trained on another machine, the picture stays as it is.
     """
@@ -205,8 +214,8 @@ def draw(models: dict[tuple[str, int], Path], study: Study, path: Path) -> None:
     for (name, _), folder in models.items():
         first.setdefault(name, folder)
     if all(map(is_there, first.values())):
-        steps = SAMPLERS[PICTURED].steps
-        strips = {name: sample(*load(folder, PICTURED), steps, SHOWN)[:, 0] for name, folder in first.items()}
+        steps = SAMPLERS[sampler].steps
+        strips = {name: sample(*load(folder, sampler), steps, SHOWN)[:, 0] for name, folder in first.items()}
         draw_strips(strips, study, path)
 
 
@@ -232,7 +241,7 @@ def main(args: argparse.Namespace) -> None:
     models = {(TEACHER, 0): study.folder / "teacher", **models}
     path = args.results / f"samplers-{args.experiment}.jsonl"
     lines = measure_all(models, study, path, args.jobs)
-    draw(models, study, path.with_suffix(".png"))
+    draw(models, study, path.with_suffix(".png"), choose_picture(args.experiment, lines))
     page = describe(args.experiment, lines)
     path.with_suffix(".md").write_text(page, encoding="utf-8")
     print(page)

@@ -13,6 +13,7 @@ from conftest import ROOT, run_file
 from packaging.requirements import Requirement
 
 import evidence
+import samplers
 import study
 import train_lift_unet
 
@@ -170,20 +171,41 @@ def read_rows(table: list[str]) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
 
 
-def test_readme_shows_every_loss_with_its_flags_and_its_figures(images, teacher):
+def test_every_loss_is_shown_with_its_flags_and_its_figures(images, teacher):
     """The figures are those that benchmarks/evidence.py has written, the flags those that it ran."""
     page = ROOT / "benchmarks" / "results" / "evidence" / "README.md"
     measured = {name: cells for name, *cells in read_rows(read_tables(page)[0])}
-    (table,) = [table for table in read_tables(ROOT / "README.md") if table[0].startswith("| loss | flags |")]
+    (table,) = [table for table in read_tables(ROOT / "docs" / "evidence.md") if "| flags |" in table[0]]
     assert [name for name, *_ in read_rows(table)] == list(evidence.LOSSES) == list(measured)
-    source = ["--pretrained_teacher_model", str(teacher), "--train_data_dir", str(images)]
-    for name, flags, distance, *differences in read_rows(table):
+    for name, _, distance, *differences in read_rows(table):
         assert [distance, *differences] == [measured[name][0], *measured[name][-2:]]
+    (short,) = [table for table in read_tables(ROOT / "README.md") if "| flags |" in table[0]]
+    source = ["--pretrained_teacher_model", str(teacher), "--train_data_dir", str(images)]
+    for name, flags, *_ in read_rows(table) + read_rows(short):
         run = {"lambda_kd_feat": 0, **evidence.LOSSES[name]}
         words = [word for key in run.keys() - evidence.CACHED.keys() for word in study.flag_of(key, run[key])]
         shown, ran = (vars(train_lift_unet.parse_args(source + each)) for each in (flags.strip("`").split(), words))
         assert {key for key in shown if shown[key] != ran[key]} <= {"lambda_kd_feat"}
         assert shown["lambda_kd_feat"] == ran["lambda_kd_feat"] or shown["kd_loss"] == "none"
+
+
+def test_readme_shows_the_losses_by_the_papers_sampler():
+    """The figures of the README's table are those of benchmarks/samplers.py."""
+    (table,) = [table for table in read_tables(ROOT / "README.md") if "| flags |" in table[0]]
+    pages = {
+        name: [
+            {row[0]: row[1] for row in read_rows(each)}
+            for each in read_tables(ROOT / "benchmarks" / "results" / "evidence" / f"samplers-{name}.md")
+            if each[0].startswith(f"| | {samplers.PUBLISHED} |")
+        ]
+        for name in ("tiny-pruned", "long")
+    }
+    (pruned, _, leads, *_), (longer, *_) = pages["tiny-pruned"], pages["long"]
+    assert len(table) > 8
+    for name, _, distance, lead, later in read_rows(table):
+        assert (distance, later) == (pruned.get(name, ""), longer.get(name, ""))
+        told, written = (re.findall(r"[+-][\d.]+", text) for text in (lead, leads.get(name, "")))
+        assert [float(one) for one in told] == pytest.approx([float(one) for one in written], abs=0.051)
 
 
 def test_the_verdicts_tell_what_was_measured():
@@ -200,16 +222,18 @@ def test_the_verdicts_tell_what_was_measured():
     page = ROOT / "benchmarks" / "results" / "evidence" / "README.md"
     text = (ROOT / "docs" / "evidence.md").read_text()
     heads = "Which loss helps", "Learning rates", "A larger teacher", "A larger student"
-    heads += "A pruned start", "The verdict so far"
+    heads += "A pruned start", "The verdict so far", "By the paper's sampler"
     sections = [text.partition(f"\n## {head}\n")[2].partition("\n## ")[0] for head in heads]
-    losses, rates, teachers, students, pruned, demos = sections
+    losses, rates, teachers, students, pruned, demos, paper = sections
+    samplings = [*page.parent.glob("samplers-*.md")]
     for told, pages, least in (
-        (losses, [page, *page.parent.glob("samplers-*.md")], 20),
+        (losses, [page, *samplings], 20),
         (rates, [page], 8),
         (teachers, [page], 8),
         (students, [page, page.with_name("samplers-small.md")], 12),
         (pruned, [page, page.with_name("samplers-tiny-pruned.md")], 12),
-        (demos, RESULTS, 12),
+        (demos, [*RESULTS, *samplings], 12),
+        (paper, samplings, 12),
     ):
         written = [figures for each in pages for figures in read_differences(each.read_text())]
         told = read_differences(told)

@@ -382,6 +382,7 @@ def test_a_student_may_have_more_heads_or_wider_ones(width, head_dim):
 
 def test_a_student_of_fewer_levels_has_the_outer_ones(teacher, tmp_path):
     """Up blocks are counted from the inside: the student's first is the teacher's second."""
+    PartialState()  # which the logger needs
     kinds = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
     path = tmp_path / "student.json"
     path.write_text(json.dumps({"config": {**kinds, "block_out_channels": [16]}}))
