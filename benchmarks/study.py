@@ -16,16 +16,19 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demos"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.checkpoints import list_checkpoints, step_of
 from common.errors import fail
 from common.metrics import read_metrics
 from common.teachers import min_snr_weights
@@ -79,9 +83,10 @@ class Scale(NamedTuple):
     teacher_steps: int
     jobs: int  # runs side by side
     device: str
+    clip_sample: bool  # of DDIM: as Diffusers does by default, by which all stored runs are measured, or as published
 
 
-SCALES = {"cpu": Scale(16, 20_000, 4000, 2, "cpu"), "gpu": Scale(32, 60_000, 10_000, 8, "cuda")}
+SCALES = {"cpu": Scale(16, 20_000, 4000, 2, "cpu", True), "gpu": Scale(32, 60_000, 10_000, 8, "cuda", False)}
 
 
 class TimeUp(Exception):
@@ -273,8 +278,10 @@ class Study:
         """
         with self.processes:
             process = start()
-        seconds = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
-        ended = wait([process.sentinel], seconds)
+        ended = []
+        while not ended and (self.deadline is None or time.monotonic() < self.deadline):  # a signal may set it
+            ended = wait([process.sentinel], 0.2)
+        ended = ended or wait([process.sentinel], 0)
         if not ended:
             process.terminate()
             wait([process.sentinel])
@@ -310,20 +317,38 @@ class Study:
                 bar.update()
                 bar.write(f"{run.folder}: {figures['fd_50']:.1f}")
 
-        with ThreadPoolExecutor(self.jobs) as pool:
+        with ThreadPoolExecutor(self.jobs) as pool, self.stopped_by_signals():
+            jobs = [pool.submit(finish, run) for run in left]
             try:
-                list(pool.map(finish, left))
+                for job in as_completed(jobs):  # the first that fails says so, whatever else is going on
+                    job.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
         return True
+
+    @contextmanager
+    def stopped_by_signals(self) -> Iterator[None]:
+        """For Ctrl+C, SIGTERM and a closed terminal the time is up: no training is left behind."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.deadline = 0.0
+
+        kinds = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+        before = {kind: signal.signal(kind, stop) for kind in kinds}
+        try:
+            yield
+        finally:
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
 
     def run(self, run: Run, folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
         """Train a model in a folder, measure it, and add its line; returns its figures. Raises [`TimeUp`]."""
         words = self.train(folder, flags)
         figures = folder / "figures.json"
         if not figures.exists():
-            options = folder, self.folder / run.teacher, self.folder, run.samples, words, figures, self.scale.device
+            options = folder, self.folder / run.teacher, self.folder, run.samples, words, figures
+            options += self.scale.device, self.scale.clip_sample
 
             def start_measuring() -> BaseProcess:
                 process = self.context.Process(target=measure, args=options)
@@ -368,7 +393,14 @@ def moments_of(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.no_grad()
 def measure(
-    folder: Path, teacher: Path, study: Path, samples: int, words: list[str], figures: Path, device: str = "cpu"
+    folder: Path,
+    teacher: Path,
+    study: Path,
+    samples: int,
+    words: list[str],
+    figures: Path,
+    device: str = "cpu",
+    clip_sample: bool = True,
 ) -> None:
     """Distances of a run's samples to unseen images, and its errors to the teacher by timestep, as a JSON file.
 
@@ -381,14 +413,16 @@ def measure(
         samples: How many are drawn; each point of the curve is of [`CURVE_SAMPLES`].
         words: The command line of the run.
         device: That the models run on.
+        clip_sample: Of DDIM.
     """
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # its own default would round what the others do not
     classifier = torch.jit.load(str(study / "classifier.pt")).eval()
     unseen = torch.from_numpy(np.load(study / "unseen.npy")).float().unsqueeze(1)
     reference = classifier(unseen)[0].numpy()
     moments = moments_of(reference)
     pipeline = DDPMPipeline.from_pretrained(folder)
-    sampler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    sampler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=clip_sample)
 
     def distance(features: np.ndarray) -> float:
         return frechet_distance(*moments_of(features), *moments)
@@ -402,14 +436,23 @@ def measure(
         features = features_of(student, steps, samples)
         result[f"fd_{steps}"] = distance(features)
         result[f"kid_{steps}"] = kernel_inception_distance(features, reference, seed=0)
-    for checkpoint in sorted(folder.glob("checkpoint-*/unet_ema"), key=lambda path: int(path.parent.name[11:])):
-        model = UNet2DModel.from_pretrained(checkpoint).to(device)
-        result["curve"][checkpoint.parent.name[11:]] = distance(features_of(model, 10, CURVE_SAMPLES))
+    checkpoints = list_checkpoints(folder)
+    for checkpoint in checkpoints:
+        if step_of(checkpoint) % interval_of(words) and checkpoint != checkpoints[-1]:
+            continue  # a slice of time ended there
+        model = UNet2DModel.from_pretrained(checkpoint / "unet_ema").to(device)
+        result["curve"][str(step_of(checkpoint))] = distance(features_of(model, 10, CURVE_SAMPLES))
     original = UNet2DModel.from_pretrained(teacher, subfolder="unet").to(device).eval()
     probes = unseen[:PROBES].to(device)
     result |= compare(student, original, probes)
     result["gradients"] = share_gradients(student, original, probes, words)
     figures.write_text(json.dumps(result))
+
+
+def interval_of(words: list[str]) -> int:
+    """The steps between the checkpoints of a run, by its command line; 1 where it does not say."""
+    flag = "--checkpointing_steps"
+    return int(words[words.index(flag) + 1]) if flag in words else 1
 
 
 @torch.no_grad()

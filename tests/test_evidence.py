@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -318,6 +319,43 @@ def test_what_runs_when_the_time_is_up_is_asked_to_end(tmp_path):
     with pytest.raises(study.TimeUp):
         study.Study(tmp_path, tmp_path / "runs.jsonl", 1, study.SCALES["cpu"], minutes=0.01).complete(lambda: slow)
     assert slow.exitcode == -signal.SIGTERM
+
+
+def test_a_signal_ends_what_runs(tmp_path):
+    """Trainings lead groups of their own: a closed terminal alone would leave them there."""
+    slow, before = started("spawn", time.sleep, 600), signal.getsignal(signal.SIGHUP)
+    small = study.Study(tmp_path, tmp_path / "runs.jsonl", 1, study.SCALES["cpu"])
+    with small.stopped_by_signals(), ThreadPoolExecutor(1) as pool:
+        job = pool.submit(small.complete, lambda: slow)
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(study.TimeUp):
+            job.result(60)
+    assert slow.exitcode == -signal.SIGTERM and signal.getsignal(signal.SIGHUP) is before
+
+
+def test_a_failing_run_is_named_at_once(tmp_path, monkeypatch):
+    """It is not hidden by an earlier one that the end of the time stops."""
+
+    def run(self, run: study.Run, *args) -> dict:
+        if run.name == "mse":
+            raise SystemExit("error: mse ended with exit code 1")
+        time.sleep(2)
+        raise study.TimeUp
+
+    monkeypatch.setattr(study, "make_fork_server", lambda modules: None)
+    monkeypatch.setattr(study.Study, "prepare", lambda self, teachers: None)
+    monkeypatch.setattr(study.Study, "run", run)
+    small = study.Study(tmp_path, tmp_path / "runs.jsonl", 2, study.SCALES["cpu"])
+    with pytest.raises(SystemExit, match="mse ended with exit code 1"):
+        small.run_all(evidence.list_runs("one", EXPERIMENT)[:2])
+
+
+def test_steps_at_which_a_slice_ended_are_in_no_curve(page):
+    runs = evidence.list_runs("one", EXPERIMENT)
+    lines = [line_of(run, 1.0) for run in runs]
+    lines[0]["figures"]["curve"]["7"] = 3.0
+    page(lines, EXPERIMENT)
+    assert study.interval_of(["--checkpointing_steps", "50"]) == 50 and study.interval_of(["--seed", "1"]) == 1
 
 
 def test_exit_codes_are_right_where_processes_end_at_one_time(tmp_path):
