@@ -198,7 +198,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="the student: its pipeline folder or Hub id")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--variant", help="weights variant, e.g. fp16")
-    parser.add_argument("--format", default="single_file", choices=("single_file",), help="what is written")
     parser.add_argument("--output", required=True, help="the .safetensors file")
     vae = "dtype of the tensors; with fp16 a VAE of SDXL that overflows stays in fp32"
     parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES), help=vae)

@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed
 
 
 # A slope is cov / var, so its gradient grows like 1 / var: a flat student (a zero-initialised output layer) would meet
@@ -64,7 +63,7 @@ def lift_place_loss(
         teacher: Prediction of the same shape. Treated as a constant.
         group_size: Elements per group, a divisor of the spatial size; 16 in the published runs (PLACE). `None` makes
             each channel of each sample one group (LIFT).
-        norm: "l1" or "l2", the distance of the lines from (1, 0) in the coarse term.
+        norm: Of the lines' distances from (1, 0) in the coarse term: "l1", or "l2" for their squares.
         weighting: "adaptive" for `1 - min(1, mean|slope - 1| + mean|intercept|)`, always an L1 distance and averaged
             over all processes of a distributed run, which must call this together with batches of one size; "constant"
             for 1; or a number in [0, 1]. Under gradient accumulation it is one weight per micro-batch.
@@ -201,8 +200,9 @@ def make_kd_loss(
             the run), "coarse_only" (0), or "fine_only" (the fine term alone, without the coarse one).
 
     Returns:
-        A function of two predictions (B, C, *spatial) and the progress. It returns the mean loss, a differentiable
-        scalar, and what to log, scalars that stay on the device: its parts by name, and "kd_mse" whatever the kind.
+        A function of two predictions (B, C, *spatial), the progress and, for "mse" and "rms", weights of the samples
+        (B,). It returns the mean loss, a differentiable scalar, and what to log, scalars that stay on the device: its
+        parts by name, and whatever the kind "kd_mse", and "teacher_finite": 1 where all of the teacher's output is.
     """
     if kind == "none":
         return None

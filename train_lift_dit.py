@@ -428,7 +428,7 @@ def fill_student(
 
 
 def keep_labels(transformer: DiTTransformer2DModel) -> None:
-    """Stop the label embeddings from dropping labels while training, each block others; see [`compute_losses`].
+    """Stop the label embeddings from dropping labels while training, each block others; see [`make_draws`].
 
     Only the live modules change: config and weights, the null class's among them, stay as they are.
     """

@@ -81,10 +81,7 @@ def make_cases(script: str, folder: Path, images: int = IMAGES) -> dict[str, Cas
         folder: For teachers and images.
         images: Of a case with a cache.
     """
-    if script == "unet":
-        cached = make_case(script, folder, images, *MOST, *CACHED_TEACHER)
-        return {"plain": make_case(script, folder, 24, *PLAIN), "most": cached}
-    cached = make_case(script, folder, images, *MOST, *CACHED)
+    cached = make_case(script, folder, images, *MOST, *(CACHED_TEACHER if script == "unet" else CACHED))
     return {"plain": make_case(script, folder, 24, *PLAIN), "most": cached}
 
 

@@ -241,7 +241,7 @@ class Aim(NamedTuple):
     """When a run is to be killed."""
 
     phase: str  # of PHASES
-    visit: int  # the how manieth time that the run is in this phase, from 1
+    visit: int  # which of the run's visits to this phase, counted from 1
     delay: float  # seconds since it came there
 
 

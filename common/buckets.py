@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""Which size has each image of a run with aspect-ratio buckets, and how does a batch get images of one size?"""
+"""Which size does each image have in a run with aspect-ratio buckets, and how does a batch get images of one size?"""
 
 import bisect
 import itertools

@@ -233,7 +233,7 @@ NO_ENCODING = Encoding()
 
 
 def estimate_image_encoding(vae: ModelMixin, dtype: torch.dtype, resolution: int, batch_size: int) -> Encoding:
-    """What the VAE costs, whose encoder computes.
+    """What encoding images costs: the weights of the whole VAE, and the work of its encoder.
 
     It holds most at the end of its first block, all of it as large as the images and as wide as the block: what the
     block was given and, if there was a layer before, its last layer; what that layer's convolutions give; the sum of

@@ -19,7 +19,7 @@ WAITS = (1, 5, 25, 125, 600)  # seconds between attempts: minutes without a netw
 
 
 def fetch(path: str, source: str) -> bytes:
-    """A file that is not on this machine, or in an archive.
+    """The bytes of a file on another machine, or inside an archive.
 
     Args:
         path: As `fsspec` takes it, such as "hf://datasets/owner/name/a.jpg".

@@ -67,8 +67,8 @@ def causes_of(error: BaseException) -> list[BaseException]:
 def read_weights(load: Callable, path: str, **options: Any) -> Any:
     """`load(path, **options)`, a `from_pretrained`, by safetensors files, or where there are none by `.bin` files.
 
-    Those are said in one line. Diffusers and Transformers read them by `torch.load(weights_only=True)`, which runs
-    none of their code.
+    A warning names them in one line. Diffusers and Transformers read them by `torch.load(weights_only=True)`, which
+    runs none of their code.
 
     Args:
         load: Of a Diffusers or Transformers model, or of a pipeline.

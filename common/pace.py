@@ -80,6 +80,8 @@ def describe_start(
 ) -> None:
     """Log what a run is about to do: on what, how much, and when there will be something to see.
 
+    One of which more steps are done than asked for ends here.
+
     Args:
         teacher: The one that runs in each step.
         data: Images, batches of an epoch of each process, and images of a batch. An epoch is a pass over the images.

@@ -190,7 +190,7 @@ def pair_features(
 
 @torch.no_grad()
 def measure_influence(blocks: torch.nn.ModuleList, run: Callable[[], Any], item: int = 0) -> list[float]:
-    """How much each transformer block changes its tokens: 1 - cosine of input and output, averaged over all tokens.
+    """How much each transformer block changes its tokens: 1 - cosine of input and output, the mean of all passes.
 
     The block influence of ShortGPT (Men et al., 2024): the blocks of least influence are the first to go.
 

@@ -258,7 +258,8 @@ def check_skipped(row: dict[str, float], step: int, last: bool) -> None:
     At the run's end two of them are too many, or half of all its steps: the weights are those that made them so.
 
     Args:
-        row: Of this step: "skipped_in_a_row", and with a teacher "teacher_finite", the share of its finite outputs.
+        row: Of this step: "skipped_in_a_row", and with a teacher "teacher_finite", the share of its outputs
+            that are wholly finite.
         step: This one.
         last: Whether the run ends with it.
     """

@@ -509,12 +509,6 @@ def test_other_refusals(student, tmp_path, capsys, monkeypatch):
     assert not file.exists()
 
 
-def test_other_formats_are_refused(student, capsys):
-    with pytest.raises(SystemExit):
-        export.parse_args(["--model", str(student), "--output", "student.onnx", "--format", "onnx"])
-    assert "invalid choice: 'onnx'" in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------------------------------ docs/export.md
 
 
