@@ -295,9 +295,7 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
         config |= {"down_block_types": config["down_block_types"][:levels], "attention_head_dim": heads}
         config |= {"up_block_types": config["up_block_types"][-levels:], "block_out_channels": widths}
     if "width" in recipe:
-        groups = recipe.get("config", {}).get("norm_num_groups")
-        how = groups or config["norm_num_groups"], groups is not None
-        narrow, groups = narrow_widths(widths, recipe["width"], *how)
+        narrow, groups = narrow_widths(widths, recipe, config.get("norm_num_groups"))
         fewest = [
             next(number for number in range(1, width + 1) if width % number == 0 and width // number <= wide // of)
             for width, wide, of in zip(narrow, widths, heads)

@@ -191,7 +191,6 @@ RECIPE = {
 # What teacher and student have outside their blocks.
 OUTER = ("pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out")
 
-
 LORA_TARGETS = [
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),

@@ -241,12 +241,7 @@ def student_config(teacher_config: dict, recipe: dict) -> dict:
     config = override_config(UNet2DModel, public_config(teacher_config), recipe)
     if "width" not in recipe:
         return config
-    narrow, groups = narrow_widths(
-        teacher_config["block_out_channels"],
-        recipe["width"],
-        config["norm_num_groups"] or 1,
-        fixed="norm_num_groups" in recipe.get("config", {}),
-    )
+    narrow, groups = narrow_widths(teacher_config["block_out_channels"], recipe, config["norm_num_groups"] or 1)
     attended = [width for width, kind in zip(narrow, config["down_block_types"]) if "Attn" in kind]
     attended += narrow[-1:] if config.get("add_attention", True) else []
     head = config.get("attention_head_dim") or 1

@@ -21,9 +21,9 @@
 
 The models have random weights (random_teachers.py), nothing is downloaded; but slice 6 needs Fashion-MNIST, as all
 tests do. Each slice writes a JSON list and keeps each run as soon as it is done: the same command goes on where it was
-stopped. Runs start side by side, as many as the
-GPU holds, and are timed in turns. Slices 2, 3 and 7 hold a run to the memory of a card of 12, 16 or 24 GiB, its CUDA
-context included, and double or halve the batch until it is the largest that fits.
+stopped. Runs start side by side, as many as the GPU holds, and are timed in turns. Slices 2, 3 and 7 hold a run to the
+memory of a card of 12, 16 or 24 GiB, its CUDA context included, and double or halve the batch until it is the largest
+that fits.
 """
 
 import argparse
@@ -459,12 +459,13 @@ def time_steps(results: Results, size: str, inputs: Path) -> None:
         own, _, passed = grid.partition(" -- ")
         flags = [*own.split(), "--size", size, *(["--", *passed.split()] if passed else [])]
         cells += list_cells(parse_step_args(flags))
-    cells = [cell for cell in cells if results.misses(cell) and (has_xformers() or "xformers" not in cell["flags"])]
+    cells = [cell for cell in cells if results.misses(cell) and ("xformers" not in cell["flags"] or has_xformers())]
     cells.sort(key=lambda cell: cell["compile"] != "on")  # which start slowest: while there is most time
     if ON_GPU:
         at_once = max(int(torch.cuda.get_device_properties(0).total_memory / 2**30 / CELL), 1)
         at_once = min(at_once, (os.cpu_count() or 2) // 2)
     write_json(results.path, results.found)  # where `run_cells` looks for what is measured
+    write_markdown(results.path.with_suffix(".md"), results.found)
     for start in range(0, len(cells), at_once):
         results.check_time()
         wave, seconds = cells[start : start + at_once], results.seconds_left()

@@ -22,6 +22,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,6 +179,14 @@ def describe(experiment: str, lines: list[dict[str, Any]]) -> str:
     def values(row: str, sampler: str, what: str = "distance") -> list[float]:
         return [line[what] for line in lines if (line["name"], line["sampler"]) == (row, sampler)]
 
+    def mean_of(row: str, sampler: str) -> str:
+        found = values(row, sampler)
+        return cell(found) if found else "–"
+
+    def share_of(row: str, sampler: str) -> str:
+        found = [100 * share for share in values(row, sampler, "noise")]
+        return cell(found, 0) if found else "–"
+
     def lead_of(lead: str, row: str, sampler: str) -> str:
         pair = values(lead, sampler), values(row, sampler)
         return interval(*pair) if all(pair) else "–"
@@ -187,14 +196,10 @@ def describe(experiment: str, lines: list[dict[str, Any]]) -> str:
         return head + "".join(f"| {row} | {' | '.join(say(row, name) for name in SAMPLERS)} |\n" for row in rows)
 
     students = list(EXPERIMENTS[experiment]().rows)
-    rows = [*students, TEACHER]
-    distances = table(rows, lambda row, name: cell(values(row, name)) if values(row, name) else "–")
-    shares = {row: {name: [100 * one for one in values(row, name, "noise")] for name in SAMPLERS} for row in rows}
-    noise = table(rows, lambda row, name: cell(shares[row][name], 0) if shares[row][name] else "–")
+    distances, noise = (table([*students, TEACHER], say) for say in (mean_of, share_of))
     text = ""
     for lead in [row for row in LEADS if row in students]:
-        others = [row for row in students if row != lead]
-        leads = table(others, lambda row, name, lead=lead: lead_of(lead, row, name))
+        leads = table([row for row in students if row != lead], partial(lead_of, lead))
         text += f"\nThe distance of `{lead}` less that of others:\n\n{leads}"
     return (
         f"# Other samplers\n\nThe students of `{experiment}`, {SAMPLES:,} samples each, by `benchmarks/samplers.py`: "

@@ -121,16 +121,20 @@ def check_forward(model: torch.nn.Module, inputs: dict[str, torch.Tensor], subje
         model(**inputs)
 
 
-def narrow_widths(widths: list[int], fraction: float, groups: int, fixed: bool = False) -> tuple[list[int], int]:
-    """Block widths reduced to a fraction, rounded up to whole normalisation groups, and the number of groups.
+def narrow_widths(widths: list[int], recipe: dict[str, Any], groups: int | None) -> tuple[list[int], int]:
+    """Block widths reduced to the recipe's "width", rounded up to whole normalisation groups, and how many these are.
 
     Where rounding would make different widths equal, which takes the shortcut convolution out of a block, there are
-    fewer groups, unless their number is `fixed`.
+    fewer groups, unless the recipe's "config" says how many.
+
+    Args:
+        groups: Of the teacher; not needed where the recipe says them.
 
     Raises:
         ValueError: Rounding gives the whole widths.
     """
-    for number in [groups] if fixed else [number for number in range(groups, 0, -1) if groups % number == 0]:
+    fraction, own = recipe["width"], recipe.get("config", {}).get("norm_num_groups")
+    for number in [own] if own else [number for number in range(groups, 0, -1) if groups % number == 0]:
         narrow = [math.ceil(width * fraction / number) * number for width in widths]
         if len(set(narrow)) == len(set(widths)):
             break

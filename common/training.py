@@ -111,11 +111,11 @@ def make_accelerator(
 
 def warn_of_bf16(accelerator: Accelerator) -> None:
     """Say where a GPU has no bf16 of its own: older than NVIDIA's Ampere. Accelerate takes imitation for support."""
-    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda":
-        imitated = not torch.cuda.is_bf16_supported(including_emulation=False)
+    if accelerator.mixed_precision != "bf16" or accelerator.device.type != "cuda":
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
         slow = "this GPU only imitates it, slowly, and in more memory than --dry_run says"
-        if imitated:
-            logger.warning(f"--mixed_precision bf16: {slow}; pass --mixed_precision fp16")
+        logger.warning(f"--mixed_precision bf16: {slow}; pass --mixed_precision fp16")
 
 
 def prepare_models(
