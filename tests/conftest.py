@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from collections.abc import Callable
@@ -257,17 +258,31 @@ def run_file(*arguments, cwd: Path = ROOT, timeout: float = 600, **environment: 
 
     Where it does not end in time, the error shows where each of its processes stood.
     """
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        output, _ = process.communicate(timeout=timeout)
-        return subprocess.CompletedProcess(process.args, process.returncode, output)
+    with tempfile.TemporaryFile("w+") as output:  # a pipe that nobody reads would fill with the stacks
+        process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        hangs = False
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            hangs = True
+            show_stacks(process)
+        output.seek(0)
+        text = output.read()
+    if not hangs:
+        return subprocess.CompletedProcess(process.args, process.returncode, text)
+    # Each process names its hundreds of extension modules in a line, too, between which nobody finds the stacks.
+    stacks = "\n".join(line[:200] for line in text.splitlines())
+    pytest.fail(f"{arguments} did not end within {timeout} seconds:\n{stacks}", pytrace=False)
+
+
+def show_stacks(process: subprocess.Popen) -> None:
+    """End a process and those that it has started; each prints where it stood."""
     # All are held first: a launcher whose process is gone would kill the others, or end, and say nothing. Then each
     # speaks alone, the launcher last.
     launcher = psutil.Process(process.pid)
@@ -281,10 +296,18 @@ def run_file(*arguments, cwd: Path = ROOT, timeout: float = 600, **environment: 
             each.resume()
             while each is not launcher and each.status() != psutil.STATUS_ZOMBIE:
                 time.sleep(0.01)
-    output, _ = process.communicate()
-    # Each process names its hundreds of extension modules in a line, too, between which nobody finds the stacks.
-    stacks = "\n".join(line[:200] for line in output.splitlines())
-    pytest.fail(f"{arguments} did not end within {timeout} seconds:\n{stacks}", pytrace=False)
+    process.wait()
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen, seconds: float = 120) -> None:
+    """Wait for what a process does that leads a group. One that ends, or takes longer, fails with its output."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGABRT)  # each prints where it stood
+            pytest.fail(process.communicate(timeout=60)[0], pytrace=False)
+        time.sleep(0.02)
 
 
 # Else Adam's first step is the gradient's sign, which rounding turns where the gradient is nearly 0.

@@ -34,7 +34,7 @@ import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.optimizer import AcceleratedOptimizer
-from conftest import ROOT, digest, run_file
+from conftest import ROOT, digest, run_file, wait_until
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -293,15 +293,12 @@ def test_sigterm_saves_and_exits(command, distil, whole, tmp_path):
         [sys.executable, ROOT / "train_lift_unet.py", *map(str, command(folder, *flags))],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         text=True,
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 120
-        while not read_metrics(folder / "metrics.jsonl"):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-            time.sleep(0.02)
+        wait_until(lambda: read_metrics(folder / "metrics.jsonl"), process)
         os.killpg(process.pid, signal.SIGTERM)
         output = process.communicate(timeout=60)[0]
     finally:
@@ -350,7 +347,9 @@ def test_a_kill_at_any_instant_leaves_whole_checkpoints(tmp_path):
             saver.stdin.write("\n")
             saver.stdin.flush()
             pid = int(saver.stdout.readline())
+            deadline = time.monotonic() + 60
             while not list_checkpoints(tmp_path):
+                assert time.monotonic() < deadline
                 time.sleep(0.01)
             time.sleep(random.uniform(0, 0.2))
             os.kill(pid, signal.SIGKILL)

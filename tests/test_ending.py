@@ -23,7 +23,7 @@ from common.ranges import RANGES, Range
 
 import pytest
 import torch
-from conftest import ROOT, TWO_PROCESSES, run_file
+from conftest import ROOT, TWO_PROCESSES, run_file, wait_until
 
 import train_lift_unet
 
@@ -73,7 +73,7 @@ def start(command):
             [sys.executable, *program, *command(output_dir, *flags)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"},
             text=True,
             start_new_session=True,
             **options,
@@ -86,13 +86,6 @@ def start(command):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-
-
-def wait_until(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.02)
 
 
 def in_step(path: Path, step: int, statement: str) -> tuple[Path]:
