@@ -170,6 +170,8 @@ def end_workers() -> None:
     to end by the very signal that they ignore, and wait for ever.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's end for an error
+    # Else torch tells its workers to end, by a lock that a killed one may still hold: it would wait for ever.
+    torch.utils.data._utils.python_exit_status = True
     workers = multiprocessing.active_children()
     for worker in workers:
         worker.kill()

@@ -172,6 +172,7 @@ def run(monkeypatch) -> Callable:
             module.main(module.parse_args(command))
         finally:
             unlock_output()  # as the end of its process would
+            torch.utils.data._utils.python_exit_status = False  # end_workers() takes its end for the process's
 
     return run_in_process
 
