@@ -139,6 +139,7 @@ from diffusers import (
 )
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lift_utils import FeatureModel, KDLoss, make_kd_loss, prediction_error
@@ -468,7 +469,7 @@ def load_examples(
     """Decode, resize and crop the centre, see [`fit_image`]; tokenize."""
     images = [open_image(record, "RGB") for record in batch[image_column]]
     return {
-        "images": [fit_image(image, size) for image in images],
+        "images": [pil_to_tensor(fit_image(image, size)) for image in images],
         "time_ids": [make_time_ids(image.height, image.width, size) for image in images],
         "input_ids": list(tokenize(tokenizers, batch[caption_column])),
     }

@@ -151,6 +151,22 @@ def pruned_experiment(size: str, shared: Flags, rates: dict[str, float]) -> Expe
     return Experiment(question, rows, (0, 1, 2, 3, 4), shared, compared, pairs=DECIDING_PAIRS)
 
 
+def pruned_rates_experiment() -> Experiment:
+    """Half and twice the rates of the losses that decide on a pruned student; of mse, which fails there, more."""
+    others = {"none, rms": (0.002, 0.008), "mse": (0.002, 0.004, 0.016, 0.032), "rms": (0.008, 0.016)}
+    others |= {"place": (0.004, 0.016)}
+    rows = {}
+    for loss, rates in others.items():
+        rows[loss] = {**LOSSES[loss], "learning_rate": TINY_RATES[loss]}
+        for rate in rates:
+            rows[f"{loss} at {rate:g}"] = {**LOSSES[loss], "learning_rate": rate}
+    shared = {**LONG, "student_init": "magnitude", "checkpointing_steps": 2000}
+    question = "Do the learning rates decide which loss helps a student of 1.6 % of the teacher, pruned from it?"
+    compared = tuple(tuple(row for row in rows if row.split(" at")[0] == loss) for loss in ("mse", "none, rms"))
+    pairs = tuple(("place", row) for row in rows if row != "place")
+    return Experiment(question, rows, (0, 1, 2, 3, 4), shared, compared, pairs=pairs)
+
+
 def draws_experiment() -> Experiment:
     """A student of 6 % for 21 passes over 3,000 images: the teacher live, and cached for fewer draws than passes."""
     shared = {"max_train_samples": 3000, "max_train_steps": 1000, "kd_loss": "mse", "student": 0.25}
@@ -293,6 +309,7 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
     "batches": batches_experiment,
     "small": small_experiment,
     "tiny-pruned": partial(pruned_experiment, "1.6 %", {}, TINY_RATES),
+    "pruned-rates": pruned_rates_experiment,
     "small-pruned": partial(pruned_experiment, "16 %", SMALL, SMALL_RATES),
     "large": large_experiment,
 }

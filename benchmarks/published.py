@@ -10,18 +10,18 @@
 
     python benchmarks/published.py --teacher celeba-64-ddpm --data celeba-64/train --output_dir published-celeba
     python benchmarks/published.py --teacher cifar10-ddpm-ema --data cifar10/train --output_dir published \
-        --student pruned_30
+        --student pruned_30 --sampler ddim_quad
 
 It launches the project's own scripts and prints their commands: each student is trained by the published recipe, in
 float32, which is the defaults of train_lift_unet.py but for the criterion of pruning, and draws 50,000 images by 100
-steps of DDIM. The table with FID and KID to the data is results.md. Stopped, the same command goes on. Flags after --
-go to the trainings:
+steps of DDIM, whose timesteps are spaced quadratically for CIFAR-10. The table with FID and KID to the data is
+results.md. Stopped, the same command goes on. Flags after -- go to the trainings:
 
     python benchmarks/published.py --teacher teacher --data images --output_dir published -- --mixed_precision bf16
 
-What no flag can give: the published CIFAR-10 teacher has the averaged weights of DDPM's authors, and its timesteps are
-spaced quadratically. google/ddpm-cifar10-32 has the weights of the last step, and a FID several points higher. CelebA
-must be cropped as the teacher's images were: the scripts take the centre of what is in the folder.
+What no flag can give: the published CIFAR-10 teacher has the averaged weights of DDPM's authors, while
+google/ddpm-cifar10-32 has those of the last step, and a FID several points higher. CelebA must be cropped as the
+teacher's images were: the scripts take the centre of what is in the folder.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def generate(args: argparse.Namespace, model: str | Path, name: str) -> Path:
     """Draw a model's images by the protocol, those that are not there; returns their folder."""
     folder = args.output_dir / "images" / name
     flags = ("--model", model, "--output_dir", folder, "--num_images", args.num_images)
-    flags += ("--batch_size", args.batch_size, "--sampler", "ddim", "--num_inference_steps", 100)
+    flags += ("--batch_size", args.batch_size, "--sampler", args.sampler, "--num_inference_steps", 100)
     launch("eval/generate.py", *flags)
     return folder
 
@@ -104,6 +104,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--losses", nargs="+", choices=tuple(LOSSES), default=list(LOSSES), help="default: all")
     parser.add_argument("--seeds", type=int, default=1, help="students by each loss (default: 1, as published)")
     parser.add_argument("--num_images", type=int, default=50_000, help="of each model (default: 50000, as published)")
+    parser.add_argument("--sampler", default="ddim", choices=("ddim", "ddim_quad"), help="(default: ddim)")
     parser.add_argument("--batch_size", type=int, default=250, help="images drawn at once (default: 250)")
     parser.add_argument("--features", help="a TorchScript file in place of Inception, as in eval/evaluate.py")
     parser.add_argument("flags", nargs="*", help="after --: further flags of the trainings")

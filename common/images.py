@@ -54,15 +54,17 @@ def load_pixels(records: list[dict[str, Any]], mode: str, size: int | list[tuple
     Args:
         size: The side of a square, or buckets (H, W), of which each image takes the nearest by aspect ratio.
     """
-    return [fit_image(open_image(record, mode), size) for record in records]
+    images = [open_image(record, mode) for record in records]
+    return [functional.pil_to_tensor(fit_image(image, size)) for image in images]
 
 
-def fit_image(image: Image.Image, size: int | list[tuple[int, int]]) -> torch.Tensor:
+def fit_image(
+    image: Image.Image, size: int | list[tuple[int, int]], filter: InterpolationMode = InterpolationMode.LANCZOS
+) -> Image.Image:
     """An image resized to cover its size, the centre cropped; the size is that of [`load_pixels`]."""
     chosen = choose_size(image.height, image.width, size)
     covering = covering_size(image.height, image.width, chosen)
-    resized = functional.resize(image, covering, InterpolationMode.LANCZOS)
-    return functional.pil_to_tensor(functional.center_crop(resized, chosen))
+    return functional.center_crop(functional.resize(image, covering, filter), chosen)
 
 
 def covering_size(height: int, width: int, chosen: tuple[int, int]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ samples with all models from the same noise, measure them, and write the report.
 
 The distances to the real digits are taken in 32 features of a small classifier, which is trained here on the same
 digits. They are not Inception FIDs; do not compare them with published figures. The row "real" has 1,000 digits that
-no model was trained on: no model can be expected to do better.
+no model was trained on, and shows what is a good distance. Digits that a model has learned by heart would be closer.
 
 Open demo/index.html, or read demo/results.md. Each model is a folder that loads with
 `DDIMPipeline.from_pretrained("demo/place-0")`. You can stop the demo at any time: the same command continues it.

@@ -51,6 +51,7 @@ import torch
 from cleanfid.utils import EXTENSIONS
 from datasets.arrow_dataset import Column
 from PIL import Image
+from torchvision.transforms import InterpolationMode
 from tqdm.auto import tqdm
 
 
@@ -61,7 +62,7 @@ from common.data import follow_files, undecode
 from common.errors import fail, first_line
 from common.folders import check_writable, walk
 from common.full import end_in_one_line
-from common.images import open_image
+from common.images import fit_image, open_image
 
 from figures import (
     Figure,
@@ -100,6 +101,7 @@ OF_INCEPTION = ("fid", "kid", "inception_score", "precision", "recall")
 OF_PROMPTS = ("clip_score", "pickscore")
 METRICS = (*OF_INCEPTION, "fd_dinov2", "cmmd", *OF_PROMPTS)
 WITHOUT_REFERENCE = ("inception_score", *OF_PROMPTS)
+FILTER, FILTERS = "lanczos", {"lanczos": InterpolationMode.LANCZOS, "bicubic": InterpolationMode.BICUBIC}
 # Flags that say what figures are computed by, the figures, and the value without the flag.
 NETWORKS = {
     "inception": (OF_INCEPTION, None),
@@ -126,6 +128,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image_column", default="image", help="column of a dataset")
     parser.add_argument(
         "--reference_resolution", type=int, help="resize the reference's shorter side to this and crop the centre"
+    )
+    parser.add_argument(
+        "--reference_filter",
+        choices=tuple(FILTERS),
+        help=f"of --reference_resolution: {FILTER} as the training, bicubic as --resize (default: {FILTER})",
     )
     parser.add_argument("--output", type=as_path, default=Path("results"), help="writes OUTPUT.json and OUTPUT.md")
     parser.add_argument(
@@ -158,6 +165,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     compared = [metric for metric in args.metrics if metric not in WITHOUT_REFERENCE]
     if args.reference is None and compared:
         fail(f"--metrics {' '.join(compared)} compare with real images; pass them as --reference, or drop these")
+    if args.reference_filter is not None and args.reference_resolution is None:
+        fail(f"--reference_filter {args.reference_filter} is for --reference_resolution; pass that, or drop the flag")
     if args.reference is not None and not compared:
         fail(f"--reference {args.reference} is not used by --metrics {' '.join(args.metrics)}; drop it")
     return args
@@ -179,11 +188,14 @@ class Images(torch.utils.data.Dataset):
     Args:
         records: Paths, or undecoded images of `datasets`.
         prepare: The network's.
-        crop: Before that the shorter side is resized to it and the longer side is cropped to it.
+        crop: Before that the shorter side is resized to it and the longer side is cropped to it, as in training.
+        filter: Of [`FILTERS`], by which it is resized.
     """
 
-    def __init__(self, records: list[Path] | Column, prepare: Prepare, crop: int | None = None):
-        self.records, self.prepare, self.crop = records, prepare, crop
+    def __init__(
+        self, records: list[Path] | Column, prepare: Prepare, crop: int | None = None, filter: str | None = None
+    ):
+        self.records, self.prepare, self.crop, self.filter = records, prepare, crop, FILTERS[filter or FILTER]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -193,12 +205,7 @@ class Images(torch.utils.data.Dataset):
         record = self.records[index]
         record = {"path": str(record), "bytes": None} if isinstance(record, Path) else record
         image = open_image(record, "RGB")
-        if self.crop is None:
-            return image
-        factor = self.crop / min(image.size)
-        image = image.resize(tuple(round(side * factor) for side in image.size), Image.Resampling.BICUBIC)
-        left, top = ((side - self.crop) // 2 for side in image.size)
-        return image.crop((left, top, left + self.crop, top + self.crop))
+        return image if self.crop is None else fit_image(image, self.crop, self.filter)
 
     def __getitem__(self, index: int) -> tuple[tuple[int, int], torch.Tensor] | None:
         try:
@@ -271,11 +278,11 @@ def measure(
         images: The images.
         extractor: The features are its outputs.
         flag: Name and value of the flag that the images come from, for messages.
-        args: With `batch_size`, `num_workers` and `seed`.
+        args: With `batch_size` and `num_workers`.
         device: Of the extractor.
         with_logits: Whether those of all images are kept, for the Inception score.
     """
-    kept = np.random.default_rng(args.seed).permutation(len(images)) < KEPT
+    kept = np.random.default_rng(0).permutation(len(images)) < KEPT  # whatever --seed: statistics are kept for all
     size, features, logits, done = None, [], [], 0
     for sizes, pixels in read_batches(images, flag, args, extractor.name.split(" (")[0]):
         for index, other in enumerate(sizes, done):
@@ -313,11 +320,11 @@ def measure(
 
 def load_reference(extractor: Extractor, args: argparse.Namespace, device: torch.device) -> Statistics:
     """Read the statistics of `--reference`, or compute and save them."""
-    source = args.reference
+    source, crop = args.reference, (args.reference_resolution, args.reference_filter or FILTER)
     if source.startswith("clean-fid:"):
         return load_published(source)
     if source.endswith(".npz"):
-        return read_statistics(Path(source), extractor, args.reference_resolution)
+        return read_statistics(Path(source), extractor, *crop)
     if Path(source).is_dir():
         records = list_images(Path(source), "--reference")
         files = [[str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns] for path in records]
@@ -325,12 +332,13 @@ def load_reference(extractor: Extractor, args: argparse.Namespace, device: torch
     else:
         records, contents = load_dataset(args)
     key = {"reference": source, "contents": contents, "crop": args.reference_resolution, "transparent": "white"}
+    key |= {"filter": crop[1]} if crop[0] is not None else {}
     key |= {"extractor": extractor.digest, "size": extractor.size, "resize": extractor.resizing}
     digest = hashlib.sha256(json.dumps({**key, "reference": ""}).encode()).hexdigest()
     path = args.statistics_dir / f"{Path(source).name}-{digest[:12]}.npz"
     if path.exists():
-        return read_statistics(path, extractor, args.reference_resolution)
-    images = Images(records, extractor.prepare, args.reference_resolution)
+        return read_statistics(path, extractor, *crop)
+    images = Images(records, extractor.prepare, *crop)
     statistics = measure(images, extractor, f"--reference {source}", args, device)
     save_statistics(path, statistics, key)
     return statistics
@@ -371,11 +379,11 @@ def save_statistics(path: Path, statistics: Statistics, key: dict) -> None:
     print(f"statistics of {statistics.source} are kept in {path}", flush=True)
 
 
-def read_statistics(path: Path, extractor: Extractor, crop: int | None) -> Statistics:
+def read_statistics(path: Path, extractor: Extractor, crop: int | None, filter: str) -> Statistics:
     """Read a file of [`save_statistics`], or one with `mu` and `sigma` as clean-fid writes it.
 
-    Ends the process if the features are those of another extractor, or of images cropped otherwise than to `crop`,
-    where it is given.
+    Ends the process if the features are those of another extractor, or of images cropped otherwise than to `crop` by
+    `filter`, where it is given.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -394,6 +402,9 @@ def read_statistics(path: Path, extractor: Extractor, crop: int | None) -> Stati
         fail(f"--reference {path} holds features of another network than {extractor.name}; {remedy}")
     if key and key.get("resize", extractor.resizing) != extractor.resizing:
         fail(f"--reference {path} was resized as by {key['resize']}, not {extractor.resizing}; pass the images")
+    made_by = key.get("filter", "bicubic")  # which was that of earlier versions
+    if key.get("crop") == crop and crop is not None and made_by != filter:
+        fail(f"--reference {path} was resized by {made_by}; pass --reference_filter {made_by}, or the images")
     if crop is not None and key.get("crop") != crop:
         made = f"--reference {path}, which was made with {key.get('crop', 'an unknown one')}"
         fail(f"--reference_resolution {crop} is not that of {made}; drop the flag, or pass the images")
@@ -469,6 +480,8 @@ def check_networks(args: argparse.Namespace) -> None:
     others = sorted(compared - set(OF_INCEPTION))  # each by a network of its own
     if source.startswith("clean-fid:") and source.count(":") != 3:
         fail(f"--reference {source} is not clean-fid:NAME:RESOLUTION:SPLIT; pass e.g. clean-fid:cifar10:32:train")
+    if source.startswith("clean-fid:") and args.reference_resolution is not None:
+        fail(f"--reference_resolution {args.reference_resolution} is for images, not for {source}; drop the flag")
     if source.startswith("clean-fid:") and (args.features or others):
         wanted = f"--features {args.features}" if args.features else " ".join(others)
         remedy = "drop --features, and of --metrics all but " + " ".join(OF_INCEPTION)

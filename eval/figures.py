@@ -163,7 +163,8 @@ def measure_manifolds(statistics: Statistics, reference: Statistics) -> dict[str
     counts = len(statistics.features), len(reference.features)
     if min(counts) <= 3:
         return dict.fromkeys(names, Figure(None, *counts, "not measured: 3 neighbours need 4 images or more"))
-    pair = (torch.from_numpy(features).float() for features in (statistics.features, reference.features))
+    # Around the reference's mean: squares of features far from zero would leave float32 few digits for distances.
+    pair = (torch.from_numpy(own.features - reference.mean).float() for own in (statistics, reference))
     values = prc_features_to_metric(*pair, prc_neighborhood=3, save_cpu_ram=True, verbose=False)
     warning = f"fewer than {FEW:,} images: compare only with sets as large" if below(FEW, *counts) else None
     return {name: Figure(values[name], *counts, warning) for name in names}

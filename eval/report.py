@@ -71,7 +71,8 @@ from result_tables import COLUMNS, as_markdown, is_inception, judge, list_remark
 # What is alike in all runs: "loss", "kd", "coarse" and "fine" mean something else under every --kd_loss.
 CURVES = ("task", "kd_mse", "feat", "grad_norm", "weight", "slope_mean", "intercept_mean")
 SMOOTHING = 0.1  # each point of a curve is the mean of the last 10 % of the rows up to it
-SETTINGS = ("sampler", "num_inference_steps", "guidance_scale", "variant")  # by which images of a model were made
+# By which images of a model were made.
+SETTINGS = ("sampler", "num_inference_steps", "guidance_scale", "variant", "dtype", "resolution")
 NOISE = -1  # in place of an image's number: seeds the noise of the inputs
 FIGURE = {"type": ["number", "null"]}
 RESULTS = {  # by JSON Schema: what is read of evaluate.py's JSON
@@ -528,7 +529,7 @@ def find_rows(results: dict, comparison: Comparison, path: Path) -> dict[str, di
         same = [row for row in rows if [row.get(setting) for setting in SETTINGS] == comparison.settings[name]]
         if len(rows) > 1 and not same:
             names = ", ".join(row["name"] for row in rows)
-            remedy = "pass --sampler, --num_inference_steps and --guidance_scale of one, or results with one of them"
+            remedy = "pass the flags of one, such as --sampler and --dtype, or results with one of them"
             fail(f"--results {path} has several rows of {name}, {names}, and none is made as here; {remedy}")
         if rows and not same:
             made = ", ".join(f"{setting} {rows[0].get(setting)}" for setting in SETTINGS)
@@ -646,7 +647,8 @@ def compare_models(models: dict[str, str], args: argparse.Namespace) -> Comparis
 def real_images(args: argparse.Namespace) -> list[Image.Image]:
     """Images of `--images`, RGB, evenly spaced over the folder, one per column; none without the flag."""
     files, images = list_images(args.images, "--images") if args.images else [], []
-    for path in files[:: max(1, len(files) // args.columns)][: args.columns]:
+    count = min(args.columns, len(files))
+    for path in (files[index * len(files) // count] for index in range(count)):
         try:
             images.append(open_image({"path": str(path), "bytes": None}, "RGB"))
         except Exception:  # decoders raise many kinds of errors on damaged files
@@ -729,6 +731,9 @@ def make_sections(
         training = [f"Each point is the mean of the last {SMOOTHING:.0%} of the rows that the run has logged so far."]
     origin = f"images of {args.images}" if args.images else "the teacher's samples"
     errors = [f"Student and teacher get the same noisy inputs, made from {origin}.", *comparison.remarks]
+    if args.images and conditions:
+        whose = "prompts" if args.prompt_file else "classes"
+        errors.append(f"The images have the {whose} of the samples, which may not be their own.")
     groups = (
         f"Each channel's {comparison.inputs.noisy[0, 0, 0].numel()} elements, sorted by squared error and cut into "
     )

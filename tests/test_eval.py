@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import multiprocessing
+import os
 import re
 import resource
 import shutil
@@ -12,6 +13,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import HTTPError, URLError
+
+from common.images import load_pixels, open_image
 
 import cleanfid
 import cleanfid.downloads_helper
@@ -558,6 +561,38 @@ def test_a_sampler_draws_a_teacher_and_its_student_at_the_same_timesteps(tmp_pat
         sampler.set_timesteps(20)
         drawn.append((sampler.timesteps.tolist(), sampler.alphas_cumprod))
     assert drawn[0][0] == drawn[1][0] and torch.equal(drawn[0][1], drawn[1][1])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_quadratic_timesteps_are_those_of_the_authors_of_ddim(prediction_type):
+    """Their recursion, over the squares that they take, the repeated ones too."""
+    saved = DDPMScheduler(prediction_type=prediction_type)
+    sampler = generate.make_sampler(SimpleNamespace(scheduler=saved), "ddim_quad")
+
+    def predict(noisy: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(noisy + step / 1000)
+
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    found = generate.denoise(predict, sampler, (1, 1, 4, 4), generators, 100, torch.device("cpu"))
+    kept = torch.cat([torch.ones(1), saved.alphas_cumprod]).double()
+    noise = generate.make_noise((1, 1, 4, 4), [torch.Generator().manual_seed(seed) for seed in range(2)])
+    noisy, steps = noise.double(), [int(root**2) for root in np.linspace(0, 800**0.5, 100)]
+    assert steps[-1] in (799, 800) and len(steps) - len({*steps}) > 2
+    for step, before in zip(reversed(steps), reversed([-1, *steps[:-1]])):
+        signal, scale = kept[step + 1].sqrt(), (1 - kept[step + 1]).sqrt()
+        output = predict(noisy, torch.tensor(step))
+        if prediction_type == "v_prediction":
+            image, noise = signal * noisy - scale * output, signal * output + scale * noisy
+        else:
+            image, noise = (noisy - scale * output) / signal, output
+        noisy = kept[before + 1].sqrt() * image + (1 - kept[before + 1]).sqrt() * noise
+    torch.testing.assert_close(found.double(), noisy, rtol=1e-3, atol=1e-3)
+
+
+def test_a_sampler_whose_noise_is_not_of_the_image_is_refused():
+    kind = type("DPMSolverSDEScheduler", (), {"config": {}})  # Diffusers' needs a package more
+    with pytest.raises(SystemExit, match=r"--sampler as_saved is a DPMSolverSDEScheduler, whose noise .* pass anoth"):
+        generate.make_sampler(SimpleNamespace(scheduler=kind()), "as_saved")
 
 
 @pytest.mark.parametrize("classes", [10, None])
@@ -1115,6 +1150,28 @@ def test_reference_of_mixed_sizes_is_cropped(score, noise, pool, tmp_path):
     assert wide["fid"] == pytest.approx(square["fid"]) and wide["fid"] > 0.1
 
 
+@pytest.mark.parametrize("filter", [None, "bicubic"])
+def test_the_reference_is_resized_as_images_of_the_training(score, noise, pool, images, tmp_path, filter):
+    """Or as those of `--resize`: another filter would count against every model."""
+    (tmp_path / "small").mkdir()
+    for path in images.iterdir():
+        record = {"path": str(path), "bytes": None}
+        (pixels,) = load_pixels([record], "RGB", 11)
+        small = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        if filter is not None:
+            (small,) = generate.resize_images([open_image(record, "RGB")], 11)
+        small.save(tmp_path / "small" / path.name)
+    flags = ("--images", tmp_path / "small", "--features", pool, "--reference_resolution", 11)
+    flags += ("--reference_filter", filter) if filter else ()
+    assert score(*flags, "--reference", images)["rows"][0]["fid"] == pytest.approx(0, abs=1e-6)
+    others = ("--reference_filter", "lanczos" if filter else "bicubic")
+    assert score(*flags, *others, "--reference", images)["rows"][0]["fid"] > 1e-4
+    kept = sorted((tmp_path / "statistics").iterdir(), key=os.path.getmtime)
+    assert len(kept) == 2
+    with pytest.raises(SystemExit, match=f"was resized by {others[1]}; pass --reference_filter {others[1]}, or the"):
+        score(*flags, "--reference", kept[1])
+
+
 # -------------------------------------------------------------------------------------------------------------- report
 
 
@@ -1387,13 +1444,13 @@ def test_error_groups_are_those_of_the_loss():
             assert parts.slope[0, channel, group].item() == pytest.approx(slope.item(), rel=1e-4)
 
 
-def test_report_of_each_kind(write_report, sd_teacher, dit, sd3, prompt_file, tmp_path):
+def test_report_of_each_kind(write_report, sd_teacher, dit, sd3, prompt_file, images, tmp_path):
     sd = save_sd_pipeline(tmp_path / "small-sd", block_out_channels=[8, 8, 16, 16])
     small_dit = save_dit_pipeline(tmp_path / "small-dit", num_layers=1)
     small_sd3 = save_sd3_pipeline(tmp_path / "small-sd3", absent=(3,), num_layers=1)
     for teacher, student, *flags in (
         (sd_teacher, sd, "--prompt_file", prompt_file),
-        (dit, small_dit, "--classes", 1, 2),
+        (dit, small_dit, "--classes", 1, 2, "--images", images),
         (sd3, small_sd3, "--prompt_file", prompt_file),
     ):
         folder = write_report(teacher, [student], *flags)
@@ -1406,14 +1463,19 @@ def test_report_of_each_kind(write_report, sd_teacher, dit, sd3, prompt_file, tm
         assert all(fact["seconds"] > 0 for fact in facts.values())
         assert text.count("data:image/png") == 3 and "No curves" in text and "No quality" in text
         assert ("Prompt 1: a photo of a dark bag" in text) == ("--prompt_file" in flags)
+        assert ("have the classes of the samples, which may not be their own" in text) == ("--images" in flags)
 
 
 def test_a_row_of_the_report_is_of_images_that_were_made_alike(tmp_path):
     comparison = SimpleNamespace(
         contents={"teacher": "y", "student": "x"},
-        settings={"teacher": ["ddim", 100, None, "fp16"], "student": ["ddim", 100, None, None]},
+        settings={
+            "teacher": ["ddim", 100, None, "fp16", "float32", None],
+            "student": ["ddim", 100, None, None, "float32", None],
+        },
     )
     made = {"contents": "x", "sampler": "ddim", "guidance_scale": None, "variant": None, "remarks": ["one"]}
+    made |= {"dtype": "float32", "resolution": None}
     ten, hundred = ({**made, "name": f"{steps} steps", "num_inference_steps": steps} for steps in (10, 100))
     real = {"name": "real", "contents": None, "remarks": []}
 
@@ -1425,7 +1487,10 @@ def test_a_row_of_the_report_is_of_images_that_were_made_alike(tmp_path):
     assert find(half, hundred) == {"teacher": half, "student": hundred}
     (row,) = find(ten).values()
     says = "all quality: of images by sampler ddim, num_inference_steps 10, guidance_scale None, variant None"
+    says += ", dtype float32, resolution None"
     assert row == {**ten, "remarks": ["one", f"{says}, unlike those shown here"]}
+    large = {**hundred, "name": "large", "resolution": 512}
+    assert find(large, hundred) == find({**hundred, "dtype": "float16"}, hundred) == {"student": hundred}
     few, many = ({**hundred, "images": count} for count in (10, 50))
     assert find(few, many, ten) == find(many, few) == {"student": many}
     with pytest.raises(SystemExit, match="has several rows of student, 10 steps, 10 steps, and none is made as here;"):
@@ -1441,6 +1506,7 @@ def test_report_of_images_that_are_not_square(write_report, tmp_path):
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (400, 300)).save(tmp_path / "photos" / "0.png")
     folder = write_report(tmp_path / "teacher", [tmp_path / "student"], "--images", tmp_path / "photos")
+    assert "may not be their own" not in (folder / "index.html").read_text()
     assert json.loads((folder / "report.json").read_text())["errors"].keys() == {"student"}
     with Image.open(folder / "groups.png") as picture:
         assert 3 * 24 < picture.width < 3 * 400  # of pixels as the model has them, not as the photograph

@@ -180,6 +180,10 @@ def test_warnings_say_what_a_number_of_images_does(monkeypatch):
     assert figures.measure_kernel(few, many, 0)[1:] == (200, 500, None)
     assert "sets as large" in figures.measure_manifolds(few, many)["precision"].warning
     assert figures.measure_manifolds(make_statistics(3), many)["precision"].value is None
+    far = [own._replace(features=own.features + 3000, mean=own.mean + 3000) for own in (few, many)]
+    for name in ("precision", "recall"):  # distances do not depend on where the origin is
+        value = figures.measure_manifolds(few, many)[name].value
+        assert figures.measure_manifolds(*far)[name].value == pytest.approx(value, abs=0.01) and 0 < value < 1
     assert figures.measure_inception_score(few, 0).warning == "fewer than 50,000 images make it too low"
     assert figures.measure_inception_score(make_statistics(9), 0).value is None
     assert "returns no logits" in figures.measure_inception_score(few._replace(logits=None), 0).warning

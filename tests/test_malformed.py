@@ -898,6 +898,8 @@ CASES = [
     (EVALUATE, "--features {empty}", "does not load"),
     (EVALUATE, "--features {identity_pt}", "returns (20, 3, 12, 12) for 20 images"),
     (EVALUATE, "^--features --features_size 8", "--features_size 8 is for --features"),
+    (EVALUATE, "--reference_filter bicubic", "--reference_filter bicubic is for --reference_resolution; pass that"),
+    (EVALUATE, "^--features --reference clean-fid:cifar10:32:train --reference_resolution 16", "is for images, not"),
     (EVALUATE, "^--features --inception {file}", "--inception {file} does not load"),
     (EVALUATE, "^--features --inception {pool}", "must have the name inception-2015-12-05.pt"),
     (EVALUATE, f"{ALONE} --metrics clip_score pickscore", "--metrics clip_score pickscore needs prompts"),
