@@ -461,18 +461,25 @@ def make_dataset(
         names: Of these classes by number, if the teacher's pipeline has them.
 
     Returns:
-        The dataset, what identifies its contents in a cache, and the names: the dataset's where there were none.
+        The dataset, what identifies its contents in a cache, and the names of the classes that it has.
     """
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     folders = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
     mode = "L" if channels == 1 else "RGB"
     load = partial(load_examples, **columns, mode=mode, size=resolution)
+
+    def named(numbers: list[int] | None, found: dict[int, str]) -> dict[int, str]:
+        # Other classes than the teacher's, which is not asked: the student has these alone.
+        own = args.kd_loss == "none" and numbers is None and len(found) not in (0, num_classes)
+        return found if own else names or found
+
     if args.streaming:
         stream, source = load_images(*folders, columns, streaming=True)
         numbers, found = number_labels(stream, args.label_column, num_classes, names)
         how = args.image_column, args.max_unreadable, args.seed, args.shuffle_buffer, args.output_dir
         labelled = partial(find_wrong_label, label_column=args.label_column, numbers=numbers, num_classes=num_classes)
-        return StreamedDataset(stream, source, partial(load, numbers=numbers), *how, labelled), {}, names or found
+        streamed = StreamedDataset(stream, source, partial(load, numbers=numbers), *how, labelled)
+        return streamed, {}, named(numbers, found)
     dataset, source = load_images(*folders, columns)
     if args.train_data_dir is not None:
         report_unlisted(args.train_data_dir, dataset, args.image_column, source, "have no label", args.max_unreadable)
@@ -482,7 +489,7 @@ def make_dataset(
     dataset = drop_unreadable(dataset, args.image_column, source, *how)
     contents = {"data": dataset._fingerprint, "image": args.image_column, "label": args.label_column}
     contents |= {"classes": str(numbers)} if numbers is not None else {}
-    return dataset.with_transform(partial(load, numbers=numbers)), contents, names or found
+    return dataset.with_transform(partial(load, numbers=numbers)), contents, named(numbers, found)
 
 
 def load_examples(
@@ -642,6 +649,8 @@ class ReverseProcess:
         }
         self.tables = {name: table.float().to(device) for name, table in tables.items()}
         self.prediction_type = scheduler.config.prediction_type
+        # Without signal, as at a last timestep of zero SNR, noise does not say what the image is.
+        self.says_image = (self.tables["signal"] > 0) | (self.prediction_type != "epsilon")
 
     def at(self, name: str, timesteps: torch.Tensor) -> torch.Tensor:
         """The values of a table at the timesteps, (B, 1, 1, 1)."""
@@ -659,7 +668,7 @@ class ReverseProcess:
         prediction, noisy = prediction.detach().float(), noisy.float()
         signal, noise = self.at("signal", timesteps), self.at("noise", timesteps)
         if self.prediction_type == "epsilon":
-            clean = (noisy - noise * prediction) / signal
+            clean = (noisy - noise * prediction) / torch.where(signal > 0, signal, 1.0)
         elif self.prediction_type == "v_prediction":
             clean = signal * noisy - noise * prediction
         else:
@@ -700,11 +709,12 @@ def variational_bound(
     """The variational bound's term at each timestep, averaged over the batch, in bits per dimension.
 
     KL(q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t)), and at t = 0 -log p(x_0 | x_1). The mean is detached: the variance
-    channels alone learn from it, as in improved DDPM and DiT.
+    channels alone learn from it, as in improved DDPM and DiT. It is 0 where the prediction does not give a mean.
     """
     model = process.predicted(prediction, variance, noisy, timesteps)
     kl = gaussian_kl(process.posterior(clean, noisy, timesteps), model)
-    return torch.where(timesteps == 0, decoder_nll(clean, model), kl).mean()
+    bound = torch.where(timesteps == 0, decoder_nll(clean, model), kl)
+    return (bound * process.says_image[timesteps]).mean()
 
 
 def variance_kd(
@@ -717,14 +727,15 @@ def variance_kd(
     """KL of the teacher's p(x_{t-1} | x_t) to the student's, averaged over the batch, in bits per dimension.
 
     It is the variational bound with the teacher in the place of the data. The student's mean is detached: the variance
-    channels alone learn from it, the prediction learns from the output term.
+    channels alone learn from it, the prediction learns from the output term. It is 0 where there are no means.
 
     Args:
         student_output: Both halves of its output, (prediction, variance).
         teacher_output: The same of the teacher.
     """
     teacher_gaussian = process.predicted(*teacher_output, noisy, timesteps)
-    return gaussian_kl(teacher_gaussian, process.predicted(*student_output, noisy, timesteps)).mean()
+    kl = gaussian_kl(teacher_gaussian, process.predicted(*student_output, noisy, timesteps))
+    return (kl * process.says_image[timesteps]).mean()
 
 
 def masked_mse(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor) -> torch.Tensor:
@@ -827,15 +838,20 @@ def sample_images(
     mine = share_of(count, accelerator)
     seed_step(seed)  # samplers may draw noise of their own
     latents = torch.randn(count, config.in_channels, config.sample_size, config.sample_size)[mine].to(device)
+    learned = str(scheduler.config.get("variance_type")).startswith("learned")  # then it takes the variance, too
     labels = [classes[row] for row in mine] + [config.num_embeds_ada_norm] * len(mine)
     labels = torch.tensor(labels, device=device)
     scheduler.set_timesteps(min(num_inference_steps, scheduler.config.num_train_timesteps), device=device)
+    latents = latents * scheduler.init_noise_sigma
     for step in scheduler.timesteps:
         both = scheduler.scale_model_input(latents, step).repeat(2, 1, 1, 1).to(transformer.dtype)
         with autocast_of(transformer, accelerator):
             output = transformer(both, step.expand(2 * len(mine)), labels, return_dict=False)[0]
-        guided, unguided = split_output(output, config.in_channels)[0].chunk(2)
+        predictions, variances = split_output(output, config.in_channels)
+        guided, unguided = predictions.chunk(2)
         guided = unguided + max(guidance_scale, 1) * (guided - unguided)
+        if learned and variances is not None:
+            guided = torch.cat([guided, variances.chunk(2)[0]], dim=1)
         latents = scheduler.step(guided, step, latents).prev_sample
     latents = latents / vae.config.scaling_factor
     images = torch.cat([vae.decode(image).sample for image in latents.split(1)])  # one by one: decoding takes memory
@@ -874,8 +890,10 @@ def save_pipeline(
             f"- Teacher: `{args.pretrained_teacher_model}`, {teacher.num_parameters():,} parameters.",
             f"- Student: {count:,} parameters, {share:.1%} of the teacher's: {kept} of its "
             f"{teacher.config.num_layers} blocks, `--student_init {args.student_init}`.",
-            f"- Weights: {args.kd_alpha} for the teacher's output and variance, the rest of 1 for the data.",
         ]
+        if args.kd_loss != "none":
+            weights = f"{args.kd_alpha} for the teacher's output and variance, the rest of 1 for the data"
+            facts.append(f"- Weights: {weights}.")
     side = student.config.sample_size * vae_factor(vae)
     space = "pixels, behind a VAE that changes nothing" if args.vae == "none" else "latents"
     facts.append(f"- Images of {side} pixels as {space}; {args.label_dropout:.0%} of the labels dropped.")
@@ -940,9 +958,9 @@ def main(args: argparse.Namespace) -> None:
     teacher_shape = load_skeleton(source, DiTTransformer2DModel, "transformer") if source is not None else None
     student_shape, recipe = build_student(teacher_shape, args)
     vae = load_vae(source, args.vae, student_shape.config.in_channels, skeleton=args.dry_run)
+    scheduler, sampler = load_schedulers(source, sampler, args.prediction_type)
     if args.dry_run:
         return print_dry_run(student_shape, teacher_shape, vae, recipe, args)
-    scheduler, sampler = load_schedulers(source, sampler, args.prediction_type)
 
     # ---- output
     output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)

@@ -260,25 +260,31 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------- the models
 
 
-def check_pipeline(source: TeacherSource) -> type[SchedulerMixin]:
-    """Refuse pipelines that this script does not distil; returns the sampler's class."""
+def check_pipeline(source: TeacherSource) -> tuple[type[SchedulerMixin], DDPMScheduler]:
+    """Refuse pipelines that this script does not distil; returns the sampler's class and the noise schedule."""
     kinds = check_parts(source, PARTS)
     if "text_encoder_2" in kinds:
         remedy = f"run train_lift_sdxl.py, or {source.expected}"
         fail(f"--pretrained_teacher_model {source.path} has two text encoders (SDXL); {remedy}")
-    return find_sampler(source, kinds["scheduler"])
+    sampler = find_sampler(source, kinds["scheduler"])
+    return sampler, load_noise_schedule(source, sampler)
 
 
 def check_teacher(teacher: UNet2DConditionModel, vae: AutoencoderKL, source: TeacherSource) -> None:
     """Refuse teachers that take more than noisy latents and a caption, or give more than a prediction."""
     config, latents = teacher.config, vae.config.latent_channels
-    extra = [key for key in ("class_embed_type", "num_class_embeds", "addition_embed_type") if config[key] is not None]
+    inputs = "class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim"
+    extra = [key for key in inputs if config[key] is not None]
     if extra or config.in_channels != latents or config.out_channels != latents:
         what = f"has {extra[0]}" if extra else f"maps {config.in_channels} channels to {config.out_channels}"
         fail(
-            f"--pretrained_teacher_model {source.path}: its U-Net {what}, so it is for inpainting, depth or upscaling "
-            f"and not from text to latents of {latents} channels; {source.expected}"
+            f"--pretrained_teacher_model {source.path}: its U-Net {what}, so it is for inpainting, depth, upscaling "
+            f"or few steps, and not from text alone to latents of {latents} channels; {source.expected}"
         )
+    width = load_from(source, CLIPTextConfig.from_pretrained, subfolder="text_encoder").hidden_size
+    if width != config.cross_attention_dim:
+        what = f"takes embeddings of {config.cross_attention_dim}, its text encoder gives {width}"
+        fail(f"--pretrained_teacher_model {source.path}: its U-Net {what}; {source.expected}")
 
 
 def student_config(teacher_config: dict, recipe: dict) -> dict:
@@ -752,7 +758,7 @@ def main(args: argparse.Namespace) -> None:
     stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
     source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED, CONVERTER)
-    sampler = check_pipeline(source)
+    sampler, scheduler = check_pipeline(source)
     teacher_shape = load_skeleton(source, UNet2DConditionModel, "unet")
     vae_shape = load_skeleton(source, AutoencoderKL, "vae")
     args.resolution = args.resolution or default_resolution(teacher_shape, vae_shape)
@@ -763,10 +769,8 @@ def main(args: argparse.Namespace) -> None:
     args.aspect_ratio_buckets = read_buckets(args.aspect_ratio_buckets, *how)
     if args.dry_run:
         return print_dry_run(student_shape, teacher_shape, vae_shape, recipe, source, args)
-    scheduler, tokenizer = load_noise_schedule(source, sampler), load_tokenizer(source)
-    # What training does without, such as a safety checker: the end needs it, and must not be the first to load it.
-    load_weights(source, DiffusionPipeline, **dict.fromkeys(PARTS))
-    find_weights(source, {"text_encoder": CLIPTextModel})
+    tokenizer = load_tokenizer(source)
+    find_weights(source, {"text_encoder": CLIPTextModel}, PARTS)
 
     # ---- output
     output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)

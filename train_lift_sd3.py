@@ -939,7 +939,7 @@ def main(args: argparse.Namespace) -> None:
         return print_dry_run(student_shape, teacher_shape, vae_shape, recipe, text_encoders, source, args)
     scheduler, sampler = load_scheduler(source, accelerator.device), load_part(source, sampler, "scheduler")
     tokenizers = {name: load_tokenizer(source, name, args.max_sequence_length) for name in text_encoders}
-    find_weights(source, {name: TEXT_ENCODERS[name].model for name in text_encoders})
+    find_weights(source, {name: TEXT_ENCODERS[name].model for name in text_encoders}, [*PARTS, *TEXT_PARTS])
 
     # ---- output
     output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)

@@ -284,15 +284,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------- the models
 
 
-def check_pipeline(source: TeacherSource) -> type[SchedulerMixin]:
-    """Refuse pipelines that this script does not distil; returns the sampler's class."""
-    return find_sampler(source, check_parts(source, PARTS)["scheduler"])
+def check_pipeline(source: TeacherSource) -> tuple[type[SchedulerMixin], DDPMScheduler]:
+    """Refuse pipelines that this script does not distil; returns the sampler's class and the noise schedule."""
+    sampler = find_sampler(source, check_parts(source, PARTS)["scheduler"])
+    return sampler, load_noise_schedule(source, sampler)
 
 
 def check_teacher(teacher: UNet2DConditionModel, vae: AutoencoderKL, source: TeacherSource) -> None:
     """Refuse teachers that take other inputs than SDXL's, or give more than a prediction."""
     config, latents = teacher.config, vae.config.latent_channels
-    extra = [key for key in ("class_embed_type", "num_class_embeds") if config[key] is not None]
+    inputs = "class_embed_type", "num_class_embeds", "time_cond_proj_dim"
+    extra = [key for key in inputs if config[key] is not None]
     if extra or config.addition_embed_type != "text_time":
         what = f"has {extra[0]}" if extra else "does not take the size of an image (text_time)"
         fail(f"--pretrained_teacher_model {source.path}: its U-Net {what}; {source.expected}")
@@ -849,7 +851,7 @@ def main(args: argparse.Namespace) -> None:
     stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
     source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED, CONVERTER)
-    sampler = check_pipeline(source)
+    sampler, scheduler = check_pipeline(source)
     teacher_shape = load_skeleton(source, UNet2DConditionModel, "unet")
     vae = load_vae(source, args.vae, teacher_shape.config.out_channels, skeleton=args.dry_run)
     args.resolution = args.resolution or default_resolution(teacher_shape, vae)
@@ -860,8 +862,8 @@ def main(args: argparse.Namespace) -> None:
     args.aspect_ratio_buckets = read_buckets(args.aspect_ratio_buckets, *how)
     if args.dry_run:
         return print_dry_run(student_shape, teacher_shape, vae, recipe, source, args)
-    scheduler, tokenizers = load_noise_schedule(source, sampler), load_tokenizers(source)
-    find_weights(source, TEXT_ENCODERS)
+    tokenizers = load_tokenizers(source)
+    find_weights(source, TEXT_ENCODERS, PARTS)
 
     # ---- output
     output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)

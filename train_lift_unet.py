@@ -276,7 +276,7 @@ def build_student(teacher: UNet2DModel | None, args: argparse.Namespace) -> tupl
             check_prunable(teacher)
     subject = f"--student {args.student} of --pretrained_teacher_model {args.pretrained_teacher_model}"
     with model_errors_end(f"{subject} has no fitting size", "correct its config"):
-        check_sizes(student, args.group_size if args.kd_loss == "place" else None, subject)
+        check_sizes(student, teacher, args.group_size if args.kd_loss == "place" else None, subject)
     check_forward(student, example_inputs(student), f"--student {args.student}")
 
     if teacher is None or args.kd_loss == "none" or args.lambda_kd_feat == 0:
@@ -291,7 +291,7 @@ def build_student(teacher: UNet2DModel | None, args: argparse.Namespace) -> tupl
     return UNet2DModel.from_config(student.config), recipe
 
 
-def check_sizes(student: UNet2DModel, group_size: int | None, subject: str) -> None:
+def check_sizes(student: UNet2DModel, teacher: UNet2DModel | None, group_size: int | None, subject: str) -> None:
     """Refuse sizes with which no step could be taken.
 
     Args:
@@ -301,7 +301,7 @@ def check_sizes(student: UNet2DModel, group_size: int | None, subject: str) -> N
     config = student.config
     if config.sample_size is None:
         fail("--resolution is not given and the model's config has no sample_size; pass --resolution")
-    factor = 2 ** (len(config.block_out_channels) - 1)
+    factor = 2 ** (max(len(model.config.block_out_channels) for model in (student, teacher) if model) - 1)
     if any(side % factor for side in image_size(student)):
         fail(
             f"--resolution {config.sample_size}, given or of {subject}, is not divisible by the U-Net's downsampling; "

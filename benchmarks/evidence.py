@@ -164,7 +164,7 @@ def pruned_rates_experiment() -> Experiment:
     question = "Do the learning rates decide which loss helps a student of 1.6 % of the teacher, pruned from it?"
     compared = tuple(tuple(row for row in rows if row.split(" at")[0] == loss) for loss in ("mse", "none, rms"))
     pairs = tuple(("place", row) for row in rows if row != "place")
-    return Experiment(question, rows, (0, 1, 2, 3, 4), shared, compared, pairs=pairs)
+    return Experiment(question, rows, (0, 1, 2), shared, compared, pairs=pairs)
 
 
 def draws_experiment() -> Experiment:

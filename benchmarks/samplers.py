@@ -135,15 +135,18 @@ def is_there(folder: Path) -> bool:
     return (folder / "model_index.json").exists()
 
 
-def measure_all(models: dict[tuple[str, int], Path], study: Study, results: Path, jobs: int) -> list[dict[str, Any]]:
+def measure_all(
+    models: dict[tuple[str, int], Path], study: Study, results: Path, jobs: int, samplers: list[str]
+) -> list[dict[str, Any]]:
     """A line for each model by each sampler, `jobs` side by side; those of the file are kept.
 
     Args:
         models: Folders by name and seed.
+        samplers: Names of [`SAMPLERS`].
     """
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     done = {(line["name"], line["seed"], line["sampler"]) for line in lines}
-    left = [(*model, name) for model in models for name in SAMPLERS if (*model, name) not in done]
+    left = [(*model, name) for model in models for name in samplers if (*model, name) not in done]
     absent = {(row, name) for row, seed, name in left if not is_there(models[row, seed])}
     if not lines and len(absent) == len({(row, name) for row, _, name in left}):
         fail("--folder has no row with all its students; run the experiment by benchmarks/evidence.py there")
@@ -175,6 +178,7 @@ def describe(experiment: str, lines: list[dict[str, Any]]) -> str:
     Of a row whose students were gone when a sampler came to those that are measured, it has none.
     """
     lines = sorted(lines, key=lambda line: line["seed"])
+    samplers = [name for name in SAMPLERS if any(line["sampler"] == name for line in lines)]
 
     def values(row: str, sampler: str, what: str = "distance") -> list[float]:
         return [line[what] for line in lines if (line["name"], line["sampler"]) == (row, sampler)]
@@ -192,8 +196,8 @@ def describe(experiment: str, lines: list[dict[str, Any]]) -> str:
         return interval(*pair) if all(pair) else "–"
 
     def table(rows: list[str], say: Callable[[str, str], str]) -> str:
-        head = f"| | {' | '.join(SAMPLERS)} |\n|---|{'--:|' * len(SAMPLERS)}\n"
-        return head + "".join(f"| {row} | {' | '.join(say(row, name) for name in SAMPLERS)} |\n" for row in rows)
+        head = f"| | {' | '.join(samplers)} |\n|---|{'--:|' * len(samplers)}\n"
+        return head + "".join(f"| {row} | {' | '.join(say(row, name) for name in samplers)} |\n" for row in rows)
 
     students = list(EXPERIMENTS[experiment]().rows)
     distances, noise = (table([*students, TEACHER], say) for say in (mean_of, share_of))
@@ -229,6 +233,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = tuple(name for name, make in EXPERIMENTS.items() if "place" in make().rows)
     parser.add_argument("--experiment", default="tiny-tuned", choices=choices, help="(default: tiny-tuned)")
+    how = {"nargs": "+", "default": list(SAMPLERS), "choices": tuple(SAMPLERS), "metavar": "SAMPLER"}
+    parser.add_argument("--samplers", **how, help=f"of {'; '.join(SAMPLERS)} (default: all)")
     parser.add_argument("--folder", type=Path, default=Path("evidence"), help="that of evidence.py")
     results = ROOT / "benchmarks" / "results" / "evidence"
     parser.add_argument("--results", type=Path, default=results, help="of the lines and the page")
@@ -245,7 +251,7 @@ def main(args: argparse.Namespace) -> None:
     models = {(run.name, run.seed): folder for run, folder in find_students(args.experiment, study)}
     models = {(TEACHER, 0): study.folder / "teacher", **models}
     path = args.results / f"samplers-{args.experiment}.jsonl"
-    lines = measure_all(models, study, path, args.jobs)
+    lines = measure_all(models, study, path, args.jobs, args.samplers)
     draw(models, study, path.with_suffix(".png"), choose_picture(args.experiment, lines))
     page = describe(args.experiment, lines)
     path.with_suffix(".md").write_text(page, encoding="utf-8")

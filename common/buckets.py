@@ -73,6 +73,8 @@ def read_buckets(
             fail(f"{bucket} is not divisible by the models; pass multiples of {multiple}")
         if largest and max(height, width) > largest:
             fail(f"{bucket} has more patches along a side than the teacher; pass sides of {largest} at most")
+        if not 0.5 <= height * width / resolution**2 <= 2:  # memory, and the grid, are those of the resolution
+            fail(f"{bucket} has not about the area of --resolution {resolution}; pass sizes that have, or another one")
         if group_size:
             try:
                 check_group_size(group_size, height * width // factor**2)

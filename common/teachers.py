@@ -8,7 +8,8 @@
 # specific language governing permissions and limitations under the License.
 """How are the parts of the teacher's pipeline loaded, and what does a run say where that fails?"""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +17,11 @@ from typing import Any, NamedTuple
 from common.errors import fail, first_line
 from common.finite import first_non_finite
 from common.loading import causes_of, explain, list_parts, read_variant
+from common.students import public_config
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.training_utils import compute_snr
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -131,17 +133,19 @@ def load_part(source: TeacherSource, kind: type, name: str) -> Any:
     return model
 
 
-def find_weights(source: TeacherSource, models: dict[str, type]) -> None:
+def find_weights(source: TeacherSource, models: dict[str, type], known: Iterable[str]) -> None:
     """End the run at its beginning where weights are missing that it may read at its end alone.
 
-    So it is of the encoders of what an earlier run has cached. Their files are looked for, on the Hub they are
-    downloaded; no weight is read.
+    So it is of the encoders of what an earlier run has cached: their files are looked for, on the Hub they are
+    downloaded; no weight is read. And of what training does without, such as a safety checker.
 
     Args:
         models: Of Transformers: the class of each by its folder in the pipeline.
+        known: The parts of the pipeline that the script knows.
     """
     for name, kind in models.items():
         load_weights(source, kind, subfolder=name, device_map="meta")
+    load_weights(source, DiffusionPipeline, **dict.fromkeys(known))
 
 
 def load_skeleton(source: TeacherSource, kind: type, name: str) -> torch.nn.Module:
@@ -184,6 +188,7 @@ def make_noise_schedule(source: TeacherSource, sampler: type, config: dict[str, 
     kind = next((kind for kind in kinds if kind not in DDPM_NOISE), kinds[0])
     predicts = config.get("prediction_type", "epsilon")
     flow = " with flow sigmas" if config.get("use_flow_sigmas") else ""
+    flow = " with continuous timesteps" if config.get("timestep_type") == "continuous" else flow
     other = f" that predicts {predicts}" if predicts not in PREDICTIONS else ""
     if config.get("num_train_timesteps", 1000) == 0:
         other = " of num_train_timesteps 0"
@@ -192,8 +197,12 @@ def make_noise_schedule(source: TeacherSource, sampler: type, config: dict[str, 
             f"--pretrained_teacher_model {source.path} has a {kind}{flow}{other}, which is not DDPM's noise; "
             f"{source.expected}, with a scheduler of {', '.join(PREDICTIONS[:-1])} or {PREDICTIONS[-1]} such as DDPM's"
         )
+    own = inspect.signature(sampler.__init__).parameters  # a config may leave out what is the default of its class
+    defaults = {key: own[key].default for key in ("beta_start", "beta_end", "beta_schedule") if key in own}
     try:
-        return DDPMScheduler.from_config(config)
+        schedule = DDPMScheduler.from_config(defaults | public_config(config))
+        DDIMScheduler.from_config(schedule.config)  # by which pixel models are drawn: it knows fewer schedules
+        return schedule
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         fail(f"--pretrained_teacher_model {source.path}: its {kind}: {first_line(error)}; {source.expected}")
 

@@ -127,7 +127,7 @@ def test_auto_gives_sizes_of_one_area_that_go_with_the_models_and_the_groups(res
 
 
 def test_a_list_is_taken_as_it_is():
-    assert read_buckets("512,512; 448,576", 256, 8, 16, 32) == [(512, 512), (448, 576)]
+    assert read_buckets("512,512; 448,576", 512, 8, 16, 32) == [(512, 512), (448, 576)]
     assert read_buckets(None, 512, 8, 16, 32) is None
 
 
@@ -363,6 +363,14 @@ def test_sizes_that_do_not_fit_are_one_line(given, says):
 
 def test_groups_are_of_place_alone():
     assert read_buckets("24,40", 32, 4, None, 8) == [(24, 40)]
+
+
+def test_buckets_have_about_one_area():
+    """The dry run's memory and the grid are those of the resolution."""
+    assert read_buckets("16,40;40,48", 32, 4, None, 8) == [(16, 40), (40, 48)]
+    for given in ("16,24", "40,64"):
+        with pytest.raises(SystemExit, match=f"bucket {given} has not about the area of --resolution 32; pass sizes"):
+            read_buckets(given, 32, 4, None, 8)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

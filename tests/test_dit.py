@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import common.reporting
 from common.classes import number_classes, read_classes
@@ -15,7 +16,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from conftest import (
     TWO_PROCESSES,
     copy_script,
@@ -393,6 +394,12 @@ def test_scratch_in_the_latents_of_a_vae(run, articles, dit_teacher, tmp_path):
     assert generate(tmp_path / "student", guidance_scale=1.0).shape == (2, 32, 32, 3)
     card = (tmp_path / "student" / "README.md").read_text()
     assert "The null class is 10" in card and "guidance_scale=1.0" in card
+    flags = ("--pretrained_teacher_model", dit_teacher, "--student", "d4", "--kd_loss", "none", *SHORT)
+    run("train_lift_dit", *flags, "--train_data_dir", articles, "--output_dir", tmp_path / "alone")
+    card = (tmp_path / "alone" / "README.md").read_text()
+    assert "Teacher: `" in card and "for the teacher's output" not in card
+    named = {number: name for name, number in DiTPipeline.from_pretrained(tmp_path / "alone").labels.items()}
+    assert named == dict(enumerate(sorted(path.name for path in articles.iterdir())))
 
 
 def test_pixel_vae_changes_nothing():
@@ -513,6 +520,49 @@ def test_the_bound_is_least_at_the_posterior():
         for v in (-1, 0, 1)
     ]
     assert abs(bounds[0]) < 1e-4 and bounds[0] < bounds[1] < bounds[2]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_without_signal_the_bounds_are_finite(prediction_type):
+    """At a last timestep of zero SNR predicted noise does not say what the image is, and its terms are 0."""
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type=prediction_type)
+    process = train_lift_dit.ReverseProcess(scheduler, torch.device("cpu"))
+    torch.manual_seed(0)
+    clean, noisy, prediction = (torch.randn(2, 1, 4, 4) for _ in range(3))
+    variance, other = (torch.randn(2, 1, 4, 4, requires_grad=True) for _ in range(2))
+    for timesteps, counts in ((torch.tensor([999, 999]), prediction_type != "epsilon"), (torch.tensor([5, 9]), True)):
+        bound = train_lift_dit.variational_bound(process, prediction, variance, clean, noisy, timesteps)
+        outputs = (prediction, variance), (clean, other)
+        kd = train_lift_dit.variance_kd(process, *outputs, noisy, timesteps)
+        for loss in (bound, kd):
+            (gradient,) = torch.autograd.grad(loss, variance, retain_graph=True)
+            assert loss.isfinite() and gradient.isfinite().all() and (loss != 0) == counts
+
+
+def test_samples_start_from_noise_of_the_samplers_size():
+    """Euler's is 157 times as large as DDIM's."""
+    accelerator = Accelerator(cpu=True)
+    config = SimpleNamespace(in_channels=3, sample_size=4, num_embeds_ada_norm=10)
+    vae = SimpleNamespace(
+        config=SimpleNamespace(scaling_factor=157.0), decode=lambda latents: SimpleNamespace(sample=latents)
+    )
+    scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=9, get=lambda name: None), timesteps=[])
+    scheduler.set_timesteps, scheduler.init_noise_sigma = lambda steps, device: None, 157.0
+    how = (vae, scheduler, [1, 2], 5, 2, 4.0, accelerator)
+    images = train_lift_dit.sample_images(SimpleNamespace(config=config), *how)
+    train_lift_dit.seed_step(5)
+    noise = (torch.randn(2, 3, 4, 4) / 2 + 0.5).clamp(0, 1)
+    found = torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2)
+    assert (found / 255 - noise).abs().max() < 0.003
+
+
+def test_a_sampler_that_takes_the_variance_gets_it(distil, dit_teacher, tmp_path):
+    teacher = shutil.copytree(dit_teacher, tmp_path / "teacher")
+    DDPMScheduler(variance_type="learned_range").save_pretrained(teacher / "scheduler")
+    index = json.loads((teacher / "model_index.json").read_text())
+    (teacher / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "DDPMScheduler"]}))
+    folder = distil("--pretrained_teacher_model", teacher, "--max_train_steps", 1)
+    assert (folder / "samples.png").exists()
 
 
 def test_variance_kd_is_the_divergence_of_the_two_gaussians():

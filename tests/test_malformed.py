@@ -143,6 +143,9 @@ INPUTS: dict[str, Callable[[Path], Any] | dict | str | bytes] = {
     "conditional": partial(save_pixel_pipeline, num_class_embeds=10),
     "inpainting": partial(save_sd_pipeline, in_channels=9),
     "upscaler": partial(save_sd_pipeline, num_class_embeds=10),
+    "few_steps": partial(save_sd_pipeline, time_cond_proj_dim=8),
+    "few_steps_xl": partial(save_sdxl_pipeline, time_cond_proj_dim=8),
+    "wide_text": partial(save_sd_pipeline, cross_attention_dim=24),
     "one_layer": partial(save_sd_pipeline, layers_per_block=1),
     "two_levels": partial(
         save_sd_pipeline,
@@ -769,6 +772,7 @@ CASES = [
     (UNET, "--kd_loss mse --kd_weighting fine_only", "--kd_weighting fine_only has no effect with --kd_loss mse"),
     (UNET, "--kd_loss lift --group_by position", "--group_by position has no effect with --kd_loss lift; drop it"),
     (XL, "--aspect_ratio_buckets 16,72", "--aspect_ratio_buckets"),
+    (XL, "--aspect_ratio_buckets 96,96;32,32", "the bucket 96,96 has not about the area of --resolution 32; pass"),
     (SD, "--resolution 2", "--resolution 2 is not divisible by VAE and U-Net; pass a multiple of 32"),
     (SD3, "--resolution 20", "--resolution 20 is not divisible by VAE and patches; pass a multiple of 8"),
     (SD3, "--resolution 128", "more patches than the teacher's 8; pass 64 at most"),
@@ -800,6 +804,9 @@ CASES = [
     (UNET, "--pretrained_teacher_model {conditional}", "class-conditional"),
     (SD, "--pretrained_teacher_model {inpainting}", "its U-Net maps 9 channels to 4"),
     (SD, "--pretrained_teacher_model {upscaler}", "its U-Net has num_class_embeds"),
+    (SD, "--pretrained_teacher_model {few_steps}", "its U-Net has time_cond_proj_dim, so it is for"),
+    (XL, "--pretrained_teacher_model {few_steps_xl}", "its U-Net has time_cond_proj_dim; pass"),
+    (SD, "--pretrained_teacher_model {wide_text} --dry_run", "takes embeddings of 24, its text encoder gives"),
     (DIT, "--pretrained_teacher_model {triple}", "4 channels become 12"),
     # data
     (ALL, "^--train_data_dir", "--dataset_name or --train_data_dir", "pass one of them"),

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import time
 from pathlib import Path
 
 from common.costs import Encoding, estimate_activations
@@ -148,7 +149,14 @@ def measured(tmp_path_factory) -> dict[tuple, list[dict[str, int]]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    start_processes(run_cases, (port, folder), nprocs=2, start_method="fork")
+    group = start_processes(run_cases, (port, folder), nprocs=2, join=False, start_method="fork")
+    deadline = time.monotonic() + 300
+    try:
+        while not group.join(1):  # raises what one of them raises
+            assert time.monotonic() < deadline
+    finally:
+        for process in group.processes:
+            process.kill()
     return dict(zip(CASES, zip(*(json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)))))
 
 

@@ -31,6 +31,7 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -41,7 +42,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer, T5EncoderModel
 
-from tiny_models import save_dit_pipeline, save_pixel_pipeline, save_sd3_pipeline, save_sd_pipeline
+from tiny_models import (
+    save_dit_pipeline,
+    save_pixel_pipeline,
+    save_sd3_pipeline,
+    save_sd_pipeline,
+    save_sdxl_pipeline,
+)
 
 
 SHORT = [
@@ -421,6 +428,23 @@ def test_a_planted_pickle_as_a_user_sees_it(plant, images, tmp_path):
     assert finished.stdout.count("error: ") == 1 and not (tmp_path / "output").exists(), finished.stdout
 
 
+# -------------------------------------------------------------------------------------- what the end of a run needs
+
+
+@pytest.mark.parametrize("kind", ["sd21", "sdxl", "sd3"])
+def test_a_part_that_the_end_alone_reads_is_looked_for_at_the_start(kind, run, request, tmp_path):
+    """What is saved has all of the teacher's parts: those that training does without, too."""
+    make = {"sd21": save_sd_pipeline, "sdxl": save_sdxl_pipeline, "sd3": save_sd3_pipeline}[kind]
+    teacher = make(tmp_path / "teacher")
+    edit(teacher / "model_index.json", image_encoder=["transformers", "CLIPVisionModelWithProjection"])
+    data = ("--train_data_dir", request.getfixturevalue("captioned"), "--output_dir", tmp_path / "student")
+    student = () if kind == "sd3" else ("--student", "bk_tiny" if kind == "sd21" else "extreme")
+    flags = ("--pretrained_teacher_model", teacher, *data, *student, *SHORT, *CAPTIONS)
+    line = one_line(run, f"train_lift_{kind}", *flags)
+    assert line.startswith(f"error: --pretrained_teacher_model {teacher} does not load: ") and "no file" in line
+    assert not (tmp_path / "student").exists()
+
+
 # ---------------------------------------------------------------------------------------------------- noise schedules
 
 
@@ -441,6 +465,10 @@ REFUSED = {
     ),
     "unknown": (PNDMScheduler(prediction_type="score"), "has a PNDMScheduler that predicts score"),
     "edm": (EDMEulerScheduler(), "has a EDMEulerScheduler, which is not DDPM's noise"),
+    "continuous": (
+        EulerDiscreteScheduler(timestep_type="continuous"),
+        "has a EulerDiscreteScheduler with continuous timesteps, which is not DDPM's noise",
+    ),
 }
 
 
@@ -449,8 +477,9 @@ REFUSED = {
 def test_another_noise_than_ddpms_is_refused(kind, name, distil, tmp_path):
     scheduler, message = REFUSED[name]
     teacher = with_scheduler(SCRIPTS[kind][0](tmp_path / "teacher"), scheduler)
-    line = one_line(distil, kind, teacher)
-    assert line.startswith(f"error: --pretrained_teacher_model {teacher} {message}") and "; pass a" in line
+    for dry in ((), ("--dry_run",)):
+        line = one_line(distil, kind, teacher, *dry)
+        assert line.startswith(f"error: --pretrained_teacher_model {teacher} {message}") and "; pass a" in line
     assert not (tmp_path / "student").exists()
 
 
@@ -471,11 +500,25 @@ def test_a_schedule_is_read_from_any_sampler(kind, predicts, tmp_path):
     assert kind.__name__ in DDPM_NOISE
 
 
+def test_a_schedule_that_a_config_leaves_out_is_its_classs(tmp_path):
+    """Published configs leave out defaults, and Heun's are not DDPM's."""
+    theirs = HeunDiscreteScheduler()
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    schedule = load_noise_schedule(source_of(tmp_path), HeunDiscreteScheduler)
+    assert torch.equal(schedule.alphas_cumprod, theirs.alphas_cumprod)
+    assert not torch.equal(schedule.alphas_cumprod, DDPMScheduler().alphas_cumprod)
+    assert schedule.config.prediction_type == "v_prediction"
+
+
 def test_a_schedule_of_wrong_values(tmp_path):
     DDPMScheduler().save_pretrained(tmp_path / "scheduler")
     edit(tmp_path / "scheduler" / "scheduler_config.json", beta_schedule="wavy")
     line = one_line(load_noise_schedule, source_of(tmp_path), DDPMScheduler)
     assert "its DDPMScheduler: wavy" in line and line.endswith("; pass another")
+    edit(tmp_path / "scheduler" / "scheduler_config.json", beta_schedule="sigmoid")  # which DDIM does not know
+    line = one_line(load_noise_schedule, source_of(tmp_path), DDPMScheduler)
+    assert "its DDPMScheduler: sigmoid is not implemented" in line and line.endswith("; pass another")
 
 
 # ----------------------------------------------------------------------------------------------------- finite weights

@@ -392,6 +392,9 @@ def test_a_student_of_fewer_levels_has_the_outer_ones(teacher, tmp_path):
     original = UNet2DModel.from_pretrained(teacher / "unet")
     student, recipe = train_lift_unet.build_student(original, args)
     assert recipe["features"] == [["up_blocks.0", "up_blocks.1"]]
+    args.resolution = 15  # which the student takes, and the teacher does not
+    with pytest.raises(SystemExit, match=r"--resolution 15, given .* is not divisible .*; pass a multiple of 2"):
+        train_lift_unet.build_student(original, args)
     fill_from_blocks(student, original, recipe["blocks"], random=False)
     ours, theirs = student.state_dict(), original.state_dict()
     named = {name: name.replace("up_blocks.0", "up_blocks.1") for name in ours}

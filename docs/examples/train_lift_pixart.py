@@ -200,12 +200,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------- the models
 
 
-def check_pipeline(source: TeacherSource) -> type[SchedulerMixin]:
-    """Refuse pipelines that this script does not distil; returns the sampler's class."""
+def check_pipeline(source: TeacherSource) -> tuple[type[SchedulerMixin], DDPMScheduler]:
+    """Refuse pipelines that this script does not distil; returns the sampler's class and the noise schedule."""
     kinds = check_parts(source, PARTS)
     if kinds["transformer"] not in ("PixArtTransformer2DModel", "Transformer2DModel"):  # the second is its old name
         fail(f"--pretrained_teacher_model {source.path} has a {kinds['transformer']}; {source.expected}")
-    return find_sampler(source, kinds["scheduler"])
+    sampler = find_sampler(source, kinds["scheduler"])
+    return sampler, load_noise_schedule(source, sampler)
 
 
 def check_teacher(
@@ -680,7 +681,7 @@ def main(args: argparse.Namespace) -> None:
     stop = StopSignals(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision  # which the accelerate config may have set
     source = TeacherSource(args.pretrained_teacher_model, args.teacher_revision, args.variant, EXPECTED)
-    sampler = check_pipeline(source)
+    sampler, scheduler = check_pipeline(source)
     teacher_shape = load_skeleton(source, PixArtTransformer2DModel, "transformer")
     vae_shape = load_skeleton(source, AutoencoderKL, "vae")
     args.resolution = args.resolution or teacher_shape.config.sample_size * vae_factor(vae_shape)
@@ -688,8 +689,8 @@ def main(args: argparse.Namespace) -> None:
     student_shape, recipe = build_student(teacher_shape, args)
     if args.dry_run:
         return print_dry_run(student_shape, teacher_shape, vae_shape, recipe, source, args)
-    scheduler, tokenizer = load_noise_schedule(source, sampler), load_tokenizer(source, args.max_sequence_length)
-    find_weights(source, {"text_encoder": T5EncoderModel})
+    tokenizer = load_tokenizer(source, args.max_sequence_length)
+    find_weights(source, {"text_encoder": T5EncoderModel}, PARTS)
 
     # ---- output
     output_dir = prepare_output(args.output_dir, args.resume_from_checkpoint, accelerator.is_main_process)
