@@ -145,7 +145,6 @@ INPUTS: dict[str, Callable[[Path], Any] | dict | str | bytes] = {
     "upscaler": partial(save_sd_pipeline, num_class_embeds=10),
     "few_steps": partial(save_sd_pipeline, time_cond_proj_dim=8),
     "few_steps_xl": partial(save_sdxl_pipeline, time_cond_proj_dim=8),
-    "wide_text": partial(save_sd_pipeline, cross_attention_dim=24),
     "one_layer": partial(save_sd_pipeline, layers_per_block=1),
     "two_levels": partial(
         save_sd_pipeline,
@@ -521,6 +520,7 @@ DAMAGED_TEACHERS = [
     (SD3, {INDEX: {"text_encoder_2": NULL, "tokenizer_2": NULL}}, "", "lacks its text_encoder_2"),
     (BOTH_SD, {"unet/config.json": {"sample_size": [8, 12]}}, "", "the sample_size [8, 12]", "pass --resolution"),
     (SD3, {"text_encoder/config.json": {"projection_dim": 8}}, "", "its CLIP encoders give 32 and 28"),
+    (SD, {"unet/config.json": {"cross_attention_dim": 24}}, "--dry_run", "takes embeddings of 24, its text enc"),
     (SD3, {"text_encoder_3/config.json": {"d_model": 64}}, "", "its T5 gives 64; pass --no_t5"),
     (SD3, {"transformer/config.json": {"in_channels": 3}}, "", "maps 3 channels to 4"),
     (SD3, {"tokenizer_3": None}, "", "tokenizer_3"),
@@ -806,7 +806,6 @@ CASES = [
     (SD, "--pretrained_teacher_model {upscaler}", "its U-Net has num_class_embeds"),
     (SD, "--pretrained_teacher_model {few_steps}", "its U-Net has time_cond_proj_dim, so it is for"),
     (XL, "--pretrained_teacher_model {few_steps_xl}", "its U-Net has time_cond_proj_dim; pass"),
-    (SD, "--pretrained_teacher_model {wide_text} --dry_run", "takes embeddings of 24, its text encoder gives"),
     (DIT, "--pretrained_teacher_model {triple}", "4 channels become 12"),
     # data
     (ALL, "^--train_data_dir", "--dataset_name or --train_data_dir", "pass one of them"),
