@@ -281,7 +281,8 @@ def check_teacher(teacher: UNet2DConditionModel, vae: AutoencoderKL, source: Tea
             f"--pretrained_teacher_model {source.path}: its U-Net {what}, so it is for inpainting, depth, upscaling "
             f"or few steps, and not from text alone to latents of {latents} channels; {source.expected}"
         )
-    width = load_from(source, CLIPTextConfig.from_pretrained, subfolder="text_encoder").hidden_size
+    text = load_from(source, CLIPTextConfig.get_config_dict, subfolder="text_encoder")[0]
+    width = text.get("hidden_size", config.cross_attention_dim)
     if width != config.cross_attention_dim:
         what = f"takes embeddings of {config.cross_attention_dim}, its text encoder gives {width}"
         fail(f"--pretrained_teacher_model {source.path}: its U-Net {what}; {source.expected}")
