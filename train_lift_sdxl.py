@@ -303,7 +303,7 @@ def check_teacher(teacher: UNet2DConditionModel, vae: AutoencoderKL, source: Tea
         fail(f"--pretrained_teacher_model {source.path}: its U-Net {what}; {source.expected}")
     if vae.config.get("latents_mean") is not None:
         remedy = "pass --vae, the folder or Hub id of another, such as madebyollin/sdxl-vae-fp16-fix"
-        fail(f"--pretrained_teacher_model {source.path}: its VAE has latents_mean, which is not applied here; {remedy}")
+        fail(f"--pretrained_teacher_model {source.path}: its VAE has latents_mean, which has no effect here; {remedy}")
     texts = [load_from(source, CLIPTextConfig.from_pretrained, subfolder=name) for name in TEXT_ENCODERS]
     widths = sum(text.hidden_size for text in texts), texts[1].projection_dim
     if widths != (config.cross_attention_dim, pooled_width(teacher)):
