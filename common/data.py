@@ -20,6 +20,7 @@ from common.images import choose_size, open_image
 from common.webdataset import forgive_damage
 
 import datasets
+import multiprocess
 from accelerate.logging import get_logger
 from datasets.fingerprint import Hasher
 
@@ -140,13 +141,16 @@ def measure_images(dataset: datasets.Dataset, column: str, num_workers: int) -> 
     Raises:
         ReadError: An image cannot be read now.
     """
-    measured = dataset.map(
-        _measure,
-        input_columns=column,
-        remove_columns=dataset.column_names,
-        num_proc=num_workers or None,
-        desc="Checking images",
-    )
+    try:
+        measured = dataset.map(
+            _measure,
+            input_columns=column,
+            remove_columns=dataset.column_names,
+            num_proc=num_workers or None,
+            desc="Checking images",
+        )
+    except multiprocess.TimeoutError as error:  # on its way out `datasets` asks its processes once more
+        raise error.__context__ or error from None
     return list(zip(measured["height"], measured["width"]))
 
 

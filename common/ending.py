@@ -21,6 +21,8 @@ from common.errors import first_line
 from common.memory import fits_the_gpu, is_out_of_memory
 from common.processes import TIMEOUT
 
+import multiprocess
+import multiprocess.context
 import torch
 
 
@@ -68,9 +70,12 @@ class StopSignals:
             signal.signal(each, self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
+        if os.getpid() != self.process:
+            return  # just forked, see leave_signals_to_the_run
         second = self.received is not None and time.monotonic() > self.since + SECOND_SIGNAL
-        forked = os.getpid() != self.process  # by `datasets`, say
-        if forked or (second and number == signal.SIGINT):
+        if second and number == signal.SIGINT:
+            for child in (*multiprocessing.active_children(), *multiprocess.active_children()):
+                child.kill()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif self.received is None:
@@ -154,6 +159,21 @@ class StopSignals:
                 raise
             print(f"step {step} has no sample grid, which does not fit the GPU: {first_line(error)}", flush=True)
         torch.cuda.empty_cache()  # a grid takes other sizes than a step
+
+
+def leave_signals_to_the_run() -> None:
+    """Ignore signals in a process that a run has forked, such as those of `datasets`: the run gets them, and ends it.
+
+    One that died of them might hold a lock, or leave work undone for which the run would wait for ever.
+    """
+    for each in (signal.SIGTERM, signal.SIGINT):
+        if getattr(signal.getsignal(each), "__func__", None) is StopSignals._receive:
+            signal.signal(each, signal.SIG_IGN)
+
+
+os.register_at_fork(after_in_child=leave_signals_to_the_run)
+# `datasets` ends its processes by SIGTERM, which they now ignore, and which Python may lose in one that just started.
+multiprocess.context.ForkProcess.terminate = multiprocess.context.ForkProcess.kill
 
 
 def outlive_signals(worker: int) -> None:

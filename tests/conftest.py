@@ -168,9 +168,12 @@ def run(monkeypatch) -> Callable:
         module = importlib.import_module(script)
         command = [str(argument) for argument in arguments]
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *command])
+        handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
         try:
             module.main(module.parse_args(command))
         finally:
+            for each, handler in handlers.items():
+                signal.signal(each, handler)
             unlock_output()  # as the end of its process would
             torch.utils.data._utils.python_exit_status = False  # end_workers() takes its end for the process's
 

@@ -13,14 +13,17 @@ import sys
 import time
 from pathlib import Path
 
+import common.data
 from common import checkpoints
 from common.checkpoints import list_checkpoints, load_checkpoint
-from common.ending import Stopped
+from common.data import ReadError, measure_images
+from common.ending import Stopped, StopSignals
 from common.full import end_in_one_line
 from common.memory import fits_the_gpu
 from common.metrics import read_metrics
 from common.ranges import RANGES, Range
 
+import datasets
 import pytest
 import torch
 from conftest import ROOT, TWO_PROCESSES, run_file, wait_until
@@ -296,6 +299,52 @@ def test_a_run_that_waits_for_its_workers_can_be_stopped(start, tmp_path):
     output, seconds = end(process, signal.SIGINT)
     assert process.returncode == 128 + signal.SIGINT and seconds < 15
     assert "SIGINT: no step was done" in output and not list_checkpoints(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("slow", [0, 48], ids=["all", "half"])
+def test_a_run_that_checks_images_can_be_stopped(start, tmp_path, number, slow):
+    """Two processes check half of the images each; one that is done waits for more work, with a lock in its hands."""
+    program = tmp_path / "checking.py"
+    program.write_text(
+        "import pathlib, time, train_lift_unet as script\n"
+        "from common import data\n"
+        "measure = data._measure\n"
+        "def slow(record):\n"
+        f"    if int(pathlib.Path(record['path']).stem) >= {slow}:\n"
+        f"        pathlib.Path('{tmp_path}', 'slow').touch()\n"
+        "        time.sleep(600)\n"
+        "    return measure(record)\n"
+        "data._measure = slow\n"
+        "script.main(script.parse_args())\n"
+    )
+    process = start(tmp_path / "student", "--dataloader_num_workers", 2, program=(program,))
+    wait_until((tmp_path / "slow").exists, process)
+    time.sleep(1)
+    output, seconds = end(process, number)
+    assert process.returncode == 128 + number and seconds < 15
+    assert f"{number.name}: no step was done; the same command starts again" in output
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_among_the_images_ends_the_check_whatever_has_been_run_before(run, command, tmp_path, workers):
+    """Here the handlers of signals are those of a run, which its processes inherit."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    rows = datasets.Dataset.from_dict({"image": [{"path": str(index), "bytes": None} for index in range(8)]})
+    try:
+        StopSignals(1)
+        for _ in range(5 if workers else 1):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(common.data, "open_image", fail_to_read)
+                with pytest.raises(ReadError, match="cannot be read now"):
+                    measure_images(rows, "image", workers)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def fail_to_read(record, mode):
+    raise OSError(errno.EIO, "Input/output error")
 
 
 def test_a_second_interrupt_leaves_at_once(start, tmp_path):
