@@ -301,8 +301,7 @@ def test_a_run_that_waits_for_its_workers_can_be_stopped(start, tmp_path):
     assert "SIGINT: no step was done" in output and not list_checkpoints(folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("slow", [0, 48], ids=["all", "half"])
+@pytest.mark.parametrize(("number", "slow"), [(signal.SIGTERM, 48), (signal.SIGINT, 0)], ids=["half", "all"])
 def test_a_run_that_checks_images_can_be_stopped(start, tmp_path, number, slow):
     """Two processes check half of the images each; one that is done waits for more work, with a lock in its hands."""
     program = tmp_path / "checking.py"
