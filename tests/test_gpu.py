@@ -275,7 +275,7 @@ def latent_unet_step(
     cached: bool,
 ) -> Step:
     """Of Stable Diffusion 2.1, and of SDXL, which has a second text encoder and the images' sizes, too."""
-    sampler, args.resolution = script.check_pipeline(source), 32
+    (_, scheduler), args.resolution = script.check_pipeline(source), 32
     vae, xl = load_part(source, AutoencoderKL, "vae"), script.__name__ == "train_lift_sdxl"
     shape, recipe = script.build_student(load_skeleton(source, UNet2DConditionModel, "unet"), vae, args)
     teacher, unet = load_part(source, UNet2DConditionModel, "unet"), UNet2DConditionModel.from_config(shape.config)
@@ -293,7 +293,7 @@ def latent_unet_step(
         batch["time_ids"] = torch.zeros(4, 6)
     no_text = {name: rows[0] for name, rows in text.items()}
     draws = {"steps": 1000, "random_flip": True, "caption_dropout": 0.1}
-    how = {"scheduler": script.load_noise_schedule(source, sampler), "encoders": encoders}
+    how = {"scheduler": scheduler, "encoders": encoders}
     how["no_text"] = no_text if xl else no_text["text"]
     return Step(script, *models, batch, inputs_of(script, (4, 8, 8), draws, **how), {"lambdas": (1.0, 1.0, 1.0)})
 
