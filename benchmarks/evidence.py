@@ -81,6 +81,7 @@ PASSES = {"max_train_samples": 8000, "antithetic_timesteps": False}
 # experiments on draws and on fresh ones.
 LONG = {**PASSES, "max_train_steps": 6000, "train_batch_size": 32, "lr_warmup_steps": 200, "checkpointing_steps": 1000}
 LONGER = {**LONG, "max_train_steps": 12_000, "checkpointing_steps": 2000}
+PRUNED = {**LONG, "student_init": "magnitude", "checkpointing_steps": 2000}
 SMALL = {"student": 0.3125, "max_train_steps": 2000, "checkpointing_steps": 500}
 # A search by fewer steps than those of the reported runs may find rates that are too high, as it did for mse in the
 # first experiments: see the one on rates.
@@ -143,12 +144,11 @@ def pruned_experiment(size: str, shared: Flags, rates: dict[str, float]) -> Expe
     """The losses that decide, from a pruned start, at the best rates from a random one."""
     names = ("none", "none, rms", "mse", "rms", "lift", "place", "place, rms")
     rows = {name: {**LOSSES[name], "learning_rate": rates[name]} for name in names}
-    shared = {**LONG, "student_init": "magnitude", "checkpointing_steps": 2000, **shared}
     question = (
         f"Which loss helps a student of {size} of the teacher, pruned from it, at the best rates of a random start?"
     )
     compared = ("mse",), ("none", "none, rms")
-    return Experiment(question, rows, (0, 1, 2, 3, 4), shared, compared, pairs=DECIDING_PAIRS)
+    return Experiment(question, rows, (0, 1, 2, 3, 4), {**PRUNED, **shared}, compared, pairs=DECIDING_PAIRS)
 
 
 def pruned_rates_experiment() -> Experiment:
@@ -160,11 +160,10 @@ def pruned_rates_experiment() -> Experiment:
         rows[loss] = {**LOSSES[loss], "learning_rate": TINY_RATES[loss]}
         for rate in rates:
             rows[f"{loss} at {rate:g}"] = {**LOSSES[loss], "learning_rate": rate}
-    shared = {**LONG, "student_init": "magnitude", "checkpointing_steps": 2000}
     question = "Do the learning rates decide which loss helps a student of 1.6 % of the teacher, pruned from it?"
     compared = tuple(tuple(row for row in rows if row.split(" at")[0] == loss) for loss in ("mse", "none, rms"))
     pairs = tuple(("place", row) for row in rows if row != "place")
-    return Experiment(question, rows, (0, 1, 2), shared, compared, pairs=pairs)
+    return Experiment(question, rows, (0, 1, 2), PRUNED, compared, pairs=pairs)
 
 
 def draws_experiment() -> Experiment:

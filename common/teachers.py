@@ -187,14 +187,16 @@ def make_noise_schedule(source: TeacherSource, sampler: type, config: dict[str, 
     kinds = sampler.__name__, config.get("_class_name", sampler.__name__)
     kind = next((kind for kind in kinds if kind not in DDPM_NOISE), kinds[0])
     predicts = config.get("prediction_type", "epsilon")
-    flow = " with flow sigmas" if config.get("use_flow_sigmas") else ""
-    flow = " with continuous timesteps" if config.get("timestep_type") == "continuous" else flow
-    other = f" that predicts {predicts}" if predicts not in PREDICTIONS else ""
-    if config.get("num_train_timesteps", 1000) == 0:
-        other = " of num_train_timesteps 0"
-    if kind not in DDPM_NOISE or flow or other:
+    others = {
+        " with flow sigmas": config.get("use_flow_sigmas"),
+        " with continuous timesteps": config.get("timestep_type") == "continuous",
+        f" that predicts {predicts}": predicts not in PREDICTIONS,
+        " of num_train_timesteps 0": config.get("num_train_timesteps", 1000) == 0,
+    }
+    other = "".join(text for text, holds in others.items() if holds)
+    if kind not in DDPM_NOISE or other:
         fail(
-            f"--pretrained_teacher_model {source.path} has a {kind}{flow}{other}, which is not DDPM's noise; "
+            f"--pretrained_teacher_model {source.path} has a {kind}{other}, which is not DDPM's noise; "
             f"{source.expected}, with a scheduler of {', '.join(PREDICTIONS[:-1])} or {PREDICTIONS[-1]} such as DDPM's"
         )
     own = inspect.signature(sampler.__init__).parameters  # a config may leave out what is the default of its class

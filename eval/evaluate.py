@@ -167,6 +167,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         fail(f"--metrics {' '.join(compared)} compare with real images; pass them as --reference, or drop these")
     if args.reference_filter is not None and args.reference_resolution is None:
         fail(f"--reference_filter {args.reference_filter} is for --reference_resolution; pass that, or drop the flag")
+    args.reference_filter = args.reference_filter or FILTER
     if args.reference is not None and not compared:
         fail(f"--reference {args.reference} is not used by --metrics {' '.join(args.metrics)}; drop it")
     return args
@@ -192,10 +193,8 @@ class Images(torch.utils.data.Dataset):
         filter: Of [`FILTERS`], by which it is resized.
     """
 
-    def __init__(
-        self, records: list[Path] | Column, prepare: Prepare, crop: int | None = None, filter: str | None = None
-    ):
-        self.records, self.prepare, self.crop, self.filter = records, prepare, crop, FILTERS[filter or FILTER]
+    def __init__(self, records: list[Path] | Column, prepare: Prepare, crop: int | None = None, filter: str = FILTER):
+        self.records, self.prepare, self.crop, self.filter = records, prepare, crop, FILTERS[filter]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -320,7 +319,7 @@ def measure(
 
 def load_reference(extractor: Extractor, args: argparse.Namespace, device: torch.device) -> Statistics:
     """Read the statistics of `--reference`, or compute and save them."""
-    source, crop = args.reference, (args.reference_resolution, args.reference_filter or FILTER)
+    source, crop = args.reference, (args.reference_resolution, args.reference_filter)
     if source.startswith("clean-fid:"):
         return load_published(source)
     if source.endswith(".npz"):
@@ -332,7 +331,7 @@ def load_reference(extractor: Extractor, args: argparse.Namespace, device: torch
     else:
         records, contents = load_dataset(args)
     key = {"reference": source, "contents": contents, "crop": args.reference_resolution, "transparent": "white"}
-    key |= {"filter": crop[1]} if crop[0] is not None else {}
+    key |= {"filter": args.reference_filter} if args.reference_resolution is not None else {}
     key |= {"extractor": extractor.digest, "size": extractor.size, "resize": extractor.resizing}
     digest = hashlib.sha256(json.dumps({**key, "reference": ""}).encode()).hexdigest()
     path = args.statistics_dir / f"{Path(source).name}-{digest[:12]}.npz"
@@ -402,12 +401,12 @@ def read_statistics(path: Path, extractor: Extractor, crop: int | None, filter: 
         fail(f"--reference {path} holds features of another network than {extractor.name}; {remedy}")
     if key and key.get("resize", extractor.resizing) != extractor.resizing:
         fail(f"--reference {path} was resized as by {key['resize']}, not {extractor.resizing}; pass the images")
-    made_by = key.get("filter", "bicubic")  # which was that of earlier versions
-    if key.get("crop") == crop and crop is not None and made_by != filter:
-        fail(f"--reference {path} was resized by {made_by}; pass --reference_filter {made_by}, or the images")
     if crop is not None and key.get("crop") != crop:
         made = f"--reference {path}, which was made with {key.get('crop', 'an unknown one')}"
         fail(f"--reference_resolution {crop} is not that of {made}; drop the flag, or pass the images")
+    made_by = key.get("filter", "bicubic")  # which was that of earlier versions
+    if crop is not None and made_by != filter:
+        fail(f"--reference {path} was resized by {made_by}; pass --reference_filter {made_by}, or the images")
     count = int(arrays.get("count", 0 if features is None else len(features)))
     size = arrays.get("size", np.array([])).tolist()
     origin = {"source": key.get("reference", str(path)), "foreign": not key}

@@ -326,7 +326,7 @@ def test_a_run_that_checks_images_can_be_stopped(start, tmp_path, number, slow):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_among_the_images_ends_the_check_whatever_has_been_run_before(run, command, tmp_path, workers):
+def test_an_error_among_the_images_ends_the_check_whatever_has_been_run_before(workers):
     """Here the handlers of signals are those of a run, which its processes inherit."""
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
     rows = datasets.Dataset.from_dict({"image": [{"path": str(index), "bytes": None} for index in range(8)]})
